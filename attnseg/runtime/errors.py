@@ -1,0 +1,47 @@
+"""The exceptions of attnseg, one tree.
+
+    AttnsegError            everything that the user can mend; the command line prints one line
+    ├── ConfigError         an option or field with a value that is not allowed
+    ├── ScanError           a scan folder that holds no usable case, or an incomplete one
+    │   └── VolumeError     a scan file that cannot be read or whose content is not an image
+    ├── BundleError         a bundle that is missing, damaged, or of an unknown format
+    ├── EngineError         an inference engine that is missing or refuses the model
+    ├── OutputError         a result that could not be written
+    └── TrainingError       a training run that cannot start or go on
+
+Each message names the thing, the rule it broke and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class AttnsegError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ConfigError(AttnsegError):
+    """An option or field has a value that is not allowed."""
+
+
+class ScanError(AttnsegError):
+    """A scan folder holds no usable case, or an incomplete one."""
+
+
+class VolumeError(ScanError):
+    """A scan file cannot be read, or is not a 3-D image of finite numbers."""
+
+
+class BundleError(AttnsegError):
+    """A bundle is missing, damaged, or of a format this version does not know."""
+
+
+class EngineError(AttnsegError):
+    """An inference engine is not installed, or refuses the model."""
+
+
+class OutputError(AttnsegError):
+    """A result could not be written; nothing half-written stays."""
+
+
+class TrainingError(AttnsegError):
+    """A training run cannot start or go on."""

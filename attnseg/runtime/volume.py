@@ -1,0 +1,224 @@
+"""Volume: the channels of one case, read from NIfTI and written back.
+
+Reading is strict, because a half-read scan gives a plausible but wrong segmentation: gzip
+streams are checked to their last byte and CRC, sizes and values are checked before use.
+The format is NIfTI-1/2 (https://nifti.nimh.nih.gov); gzip runs through ISA-L.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, isal_zlib
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt2axcodes,
+    ornt_transform,
+)
+from numpy.typing import NDArray
+
+from attnseg.runtime.errors import VolumeError
+
+Affine = NDArray[np.float64]
+_AFFINE_TOLERANCE_MM = 1e-3
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """All channels of one case, on one grid.
+
+    Attributes:
+        channels: C arrays `(X, Y, Z)` of any real dtype, in the order that the model takes.
+            An array `(C, X, Y, Z)` is such a sequence.
+        affine: `(4, 4)` voxel to world, in mm, RAS+ as in NIfTI.
+        header: header of the first channel's file, kept so that results carry the same
+            orientation codes; None for arrays that came from no file.
+        sha256: checksum of each channel's file as stored, empty for arrays.
+        warnings: what a reader should know of the files.
+    """
+
+    channels: Sequence[NDArray[Any]]
+    affine: Affine
+    header: nib.Nifti1Header | None = None
+    sha256: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along X, Y and Z."""
+        x, y, z = self.channels[0].shape
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along X, Y and Z."""
+        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+    @property
+    def orientation(self) -> str:
+        """Directions in which X, Y and Z grow, such as `LPS`."""
+        return "".join(ornt2axcodes(io_orientation(self.affine)))
+
+    def oriented(self, orientation: str) -> Self:
+        """The same volume with flipped and swapped axes; views, no voxel is copied."""
+        turn = _turn(self.orientation, orientation)
+        affine = self.affine @ inv_ornt_aff(turn, self.shape)
+        channels = [apply_orientation(c, turn) for c in self.channels]
+        return type(self)(channels, affine, self.header, self.sha256, self.warnings)
+
+
+def _turn(source: str, target: str) -> NDArray[np.float64]:
+    return np.asarray(ornt_transform(axcodes2ornt(source), axcodes2ornt(target)))
+
+
+def reorient(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:
+    """View of `array` `(X, Y, Z)` in orientation `source`, turned to `target`."""
+    return np.asarray(apply_orientation(array, _turn(source, target)))
+
+
+@dataclass(frozen=True)
+class _Image:
+    array: NDArray[Any]
+    affine: Affine
+    header: nib.Nifti1Header
+    sha256: str
+    warnings: tuple[str, ...]
+
+
+def _inflate(path: Path, data: bytes) -> bytes:
+    if data[:2] != _GZIP_MAGIC:
+        if path.name.endswith(".gz"):
+            raise VolumeError(f"{path}: is not a gzip file; copy or download it again")
+        return data
+    try:
+        return igzip.decompress(data)
+    except (EOFError, OSError, isal_zlib.error) as error:
+        raise VolumeError(
+            f"{path}: the gzip stream is truncated or damaged ({error}); copy or download it again"
+        ) from error
+
+
+def _parse_header(path: Path, data: bytes) -> nib.Nifti1Header:
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        try:
+            header = kind.from_fileobj(io.BytesIO(data))
+        except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError):
+            continue
+        if header["magic"].item()[:3] in (b"n+1", b"n+2"):
+            return header
+    raise VolumeError(f"{path}: is not a single-file NIfTI image (.nii or .nii.gz)")
+
+
+def _check_affine(path: Path, affine: Affine) -> None:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise VolumeError(f"{path}: its affine is singular or not finite; repair the header")
+
+
+def _check_finite(path: Path, array: NDArray[Any]) -> None:
+    if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
+        return
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise VolumeError(
+            f"{path}: {np.count_nonzero(bad)} voxels are NaN or infinite, the first at {where}; "
+            "replace them"
+        )
+
+
+def _read_image(path: Path) -> _Image:
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
+    data = _inflate(path, stored)
+    header = _parse_header(path, data)
+    shape = header.get_data_shape()
+    if len(shape) != 3 or min(shape) < 2:
+        raise VolumeError(f"{path}: shape {shape} is not a 3-D image; give one volume per file")
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers")
+    offset, voxels = header.get_data_offset(), int(np.prod(shape))
+    if len(data) < offset + voxels * dtype.itemsize:
+        raise VolumeError(
+            f"{path}: ends after {len(data)} bytes, its header promises "
+            f"{offset + voxels * dtype.itemsize}; copy or download it again"
+        )
+    array = np.frombuffer(data, dtype, voxels, offset).reshape(shape, order="F")
+    if not dtype.isnative:
+        array = array.astype(dtype.newbyteorder("="), order="K")
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1, 0):
+        array = array * np.float32(slope) + np.float32(intercept or 0)
+    _check_finite(path, array)
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    _check_affine(path, affine)
+    warnings = ()
+    if header["qform_code"] == 0 and header["sform_code"] == 0:
+        warnings = (f"{path.name} states no orientation (qform and sform codes are 0)",)
+    return _Image(array, affine, header, hashlib.sha256(stored).hexdigest(), warnings)
+
+
+def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
+    """Read one file per channel.
+
+    Args:
+        paths: `.nii` or `.nii.gz`, in channel order.
+        threads: files read at the same time.
+
+    Returns:
+        The channels in the dtype and memory order of their files; scaled where the header
+        says so (float32 then).
+
+    Raises:
+        VolumeError: a file is missing, truncated, damaged, not 3-D, holds NaN or infinite
+            voxels or only zeros, or its shape or affine differs from the first file's.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        images = list(pool.map(_read_image, paths))
+    first = images[0]
+    for path, image in zip(paths, images, strict=True):
+        if image.array.shape != first.array.shape:
+            raise VolumeError(
+                f"{path}: shape {image.array.shape} differs from {first.array.shape} of "
+                f"{paths[0].name}; resample all channels to one grid"
+            )
+        if not np.allclose(image.affine, first.affine, atol=_AFFINE_TOLERANCE_MM):
+            raise VolumeError(
+                f"{path}: its affine differs from that of {paths[0].name}; register all "
+                "channels to one grid"
+            )
+        if not image.array.any():
+            raise VolumeError(f"{path}: holds only zeros; check that the right file was given")
+    return Volume(
+        [i.array for i in images],
+        first.affine,
+        first.header,
+        tuple(i.sha256 for i in images),
+        tuple(dict.fromkeys(w for i in images for w in i.warnings)),
+    )
+
+
+def encode_labels(labels: NDArray[np.uint8], volume: Volume) -> bytes:
+    """A gzipped NIfTI-1 file of `labels` `(X, Y, Z)`, with the affine and codes of `volume`."""
+    image = nib.Nifti1Image(labels, volume.affine)
+    header = image.header
+    if volume.header is not None:
+        header.set_xyzt_units(*volume.header.get_xyzt_units())
+        image.set_qform(volume.affine, int(volume.header["qform_code"]), update_affine=False)
+        image.set_sform(volume.affine, int(volume.header["sform_code"]), update_affine=False)
+    return igzip.compress(image.to_bytes(), compresslevel=1)

@@ -1,0 +1,111 @@
+"""Augmentation with the paper's ranges (section 3.3), on batches and on their device.
+
+Rotation and elastic deformation are one resampling, so that images are blurred once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnseg.trainer.config import TrainConfig
+
+
+def margin_voxels(config: TrainConfig) -> int:
+    """Voxels to cut around a patch so that rotation and deformation see no edge."""
+    half = config.patch / 2
+    turn = half * (math.cos(angle := math.radians(config.rotation_degrees)) + math.sin(angle)) - half
+    return math.ceil(turn + 2 * config.elastic_voxels) if turn or config.elastic_voxels else 0
+
+
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """A rotation matrix, the product of one turn around each axis."""
+    limit = math.radians(config.rotation_degrees)
+    matrix = torch.eye(3)
+    for axis, angle in enumerate(_uniform((3,), -limit, limit, generator).tolist()):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        turn = torch.eye(3)
+        turn[a, a] = turn[b, b] = math.cos(angle)
+        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def _displacement(config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """Smooth displacement in voxels, `(3, P, P, P)` for patch P."""
+    knots = config.patch // config.elastic_spacing_voxels + 2
+    coarse = torch.randn((1, 3, knots, knots, knots), generator=generator) * config.elastic_voxels
+    size = (config.patch,) * 3
+    return F.interpolate(coarse, size, mode="trilinear", align_corners=True)[0]
+
+
+def _sampling_grid(
+    shape: torch.Size, config: TrainConfig, generator: torch.Generator
+) -> Tensor:
+    """Where each output voxel reads, `(P, P, P, 3)` in the units of `grid_sample`."""
+    steps = torch.arange(config.patch, dtype=torch.float32) - (config.patch - 1) / 2
+    position = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"))
+    position = torch.einsum("ij,jxyz->ixyz", _rotation(config, generator), position)
+    position = position + _displacement(config, generator)
+    scale = 2 / torch.tensor([s - 1 for s in shape]).view(3, 1, 1, 1)
+    return (position * scale).flip(0).movedim(0, -1)  # grid_sample wants the last axis first
+
+
+def _deform(
+    images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    grids = [_sampling_grid(images.shape[2:], config, generator) for _ in images]
+    grid = torch.stack(grids).to(images.device)
+    images = F.grid_sample(images, grid, align_corners=True)
+    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=True)
+    return images, moved[:, 0].round().long()
+
+
+def _change_intensities(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """Gamma, then scale, per modality; voxels that are 0 (background) stay 0."""
+    shape = (*images.shape[:2], 1, 1, 1)
+    device = images.device
+    gamma = _uniform(shape, *config.gamma, generator).to(device)
+    scale = _uniform(shape, 1 - config.intensity_scale, 1 + config.intensity_scale, generator)
+    low = images.amin((2, 3, 4), keepdim=True)
+    span = (images.amax((2, 3, 4), keepdim=True) - low).clamp_min(1e-6)
+    changed = ((images - low) / span) ** gamma * span + low
+    return torch.where(images == 0, images, changed * scale.to(device))
+
+
+def _mirror(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    pairs = []
+    for image, label in zip(images, labels, strict=True):
+        choices = torch.rand(4, generator=generator) < 0.5
+        axes = [axis for axis in range(3) if choices[axis]]
+        image, label = image.flip([a + 1 for a in axes]), label.flip(axes)
+        if choices[3]:
+            image, label = image.transpose(1, 2), label.transpose(0, 1)
+        pairs.append((image, label))
+    return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+def augment(
+    images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Deform, change intensities, and mirror if asked.
+
+    Args:
+        images: `(B, C, X, Y, Z)` float32, `margin_voxels` larger on each side than the patch.
+        labels: `(B, X, Y, Z)` class indices.
+        config: ranges.
+        generator: source of every random choice, on the CPU.
+
+    Returns:
+        Images `(B, C, P, P, P)` and labels `(B, P, P, P)` int64 of the patch size P.
+    """
+    images, labels = _deform(images, labels, config, generator)
+    images = _change_intensities(images, config, generator)
+    return _mirror(images, labels, generator) if config.mirror else (images, labels)

@@ -1,0 +1,87 @@
+"""Checkpoints: written whole or not at all, and read as data, never as code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.normalise import Landmarks, Normalisation
+from attnseg.trainer.config import TrainConfig
+
+FORMAT = "attnseg-checkpoint-1"
+
+
+def normalisation_to_dict(normalisation: Normalisation) -> dict[str, Any]:
+    """Plain values of a normalisation, as checkpoints and manifests hold them."""
+    landmarks = normalisation.landmarks
+    return {
+        "foreground": normalisation.foreground,
+        "landmarks": landmarks
+        and {
+            "percentiles": list(landmarks.percentiles),
+            "values": [list(row) for row in landmarks.values],
+        },
+    }
+
+
+def normalisation_from_dict(values: dict[str, Any]) -> Normalisation:
+    """Inverse of `normalisation_to_dict`."""
+    landmarks = values["landmarks"]
+    return Normalisation(
+        values["foreground"],
+        landmarks
+        and Landmarks(
+            tuple(landmarks["percentiles"]), tuple(tuple(row) for row in landmarks["values"])
+        ),
+    )
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to a temporary name, then rename, so that an old checkpoint is never lost.
+
+    Raises:
+        TrainingError: the file could not be written; the old one stays as it was.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        torch.save({"format": FORMAT, **state}, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path}: could not be written ({error}); free some space and use --resume"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; tensors and plain values only, so no code in it can run.
+
+    Raises:
+        TrainingError: the file is missing, damaged or not one of attnseg's.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise TrainingError(f"{path}: is damaged or not a checkpoint of attnseg") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise TrainingError(f"{path}: is not a checkpoint of attnseg (format {FORMAT})")
+    return state
+
+
+def checkpoint_config(state: dict[str, Any]) -> TrainConfig:
+    """The configuration a checkpoint was trained with."""
+    return TrainConfig.from_dict(state["config"])
+
+
+def checkpoint_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights to deploy: the moving average where one was kept."""
+    weights: dict[str, Tensor] = state["average"] or state["model"]
+    return weights

@@ -1,0 +1,141 @@
+"""Every setting of a training run, with the paper's protocol (section 3.3) as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from attnseg.runtime.errors import ConfigError
+from attnseg.trainer.model import NetworkConfig
+
+Schedule = Literal["plateau", "cosine"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    The paper states: loss, optimiser, learning rate, weight decay, schedule, batch, epochs,
+    patch, rotation, elastic grid, intensity scale and gamma. What it does not state is ours:
+    steps per epoch, tumour share, elastic displacement, mirrors, and everything that is off
+    by default.
+
+    Attributes:
+        network: the network's shape.
+        patch: edge of the cubic training patch, and of the inference window, in voxels.
+        overlap: share of a window in common with the next when validating.
+        batch_size: patches per step.
+        epochs: passes; each has `steps_per_epoch` steps and ends with a validation.
+        steps_per_epoch: optimiser steps in an epoch; 0 for one patch per case and epoch.
+        tumour_share: share of patches centred on a tumour voxel; the rest lie anywhere.
+        learning_rate: of Adam.
+        weight_decay: of Adam.
+        schedule: `plateau` halves the rate after `patience` epochs without a lower
+            validation loss; `cosine` takes it to zero over the run.
+        patience: epochs, for `plateau`.
+        factor: of the rate, for `plateau`.
+        cross_entropy_weight: share of cross-entropy in the loss; the rest is Dice.
+        dice_epsilon: added to numerator and denominator of the Dice loss.
+        rotation_degrees: largest angle around each axis.
+        elastic_spacing_voxels: grid of the elastic deformation.
+        elastic_voxels: standard deviation of the displacement at its knots.
+        intensity_scale: largest relative change of a modality's intensities.
+        gamma: range of the exponent on the intensities scaled to 0..1.
+        mirror: flip each axis, and swap X and Y, with probability 0.5 each.
+        histogram_matching: match to landmarks learned from the training cases.
+        ema_decay: of an exponential moving average of the weights, which is then what is
+            validated and kept as best; 0 for none.
+        validation_share: share of the cases held out when no split is given.
+        synthetic_cases: phantoms of `attnseg.synthetic` mixed into the training cases.
+        precision: `bf16` runs the network in mixed precision, `fp32` does not.
+        seed: of the split, the initial weights, the patches and the augmentation.
+    """
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    patch: int = 64
+    overlap: float = 0.25
+    batch_size: int = 2
+    epochs: int = 200
+    steps_per_epoch: int = 0
+    tumour_share: float = 0.67
+    learning_rate: float = 3e-4
+    weight_decay: float = 5e-5
+    schedule: Schedule = "plateau"
+    patience: int = 4
+    factor: float = 0.5
+    cross_entropy_weight: float = 0.5
+    dice_epsilon: float = 1e-6
+    rotation_degrees: float = 10.0
+    elastic_spacing_voxels: int = 20
+    elastic_voxels: float = 2.0
+    intensity_scale: float = 0.1
+    gamma: tuple[float, float] = (0.8, 1.2)
+    mirror: bool = False
+    histogram_matching: bool = True
+    ema_decay: float = 0.0
+    validation_share: float = 0.2
+    synthetic_cases: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"patch must be a multiple of {self.network.stride}": self.patch > 0
+            and self.patch % self.network.stride == 0,
+            "batch_size, epochs must be at least 1": min(self.batch_size, self.epochs) >= 1,
+            "tumour_share must be within 0..1": 0 <= self.tumour_share <= 1,
+            "overlap must be at least 0 and below 1": 0 <= self.overlap < 1,
+            "cross_entropy_weight must be within 0..1": 0 <= self.cross_entropy_weight <= 1,
+            "ema_decay must be at least 0 and below 1": 0 <= self.ema_decay < 1,
+            "learning_rate must be positive": self.learning_rate > 0,
+            "gamma must be an ascending positive pair": 0 < self.gamma[0] <= self.gamma[1],
+            "validation_share must be above 0 and below 1": 0 < self.validation_share < 1,
+            f"schedule must be one of {get_args(Schedule)}": self.schedule in get_args(Schedule),
+            "precision must be bf16 or fp32": self.precision in ("bf16", "fp32"),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                name = rule.split()[0].rstrip(",")
+                raise ConfigError(f"{rule}, got {name} = {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in checkpoints and logs."""
+        return {**asdict(self), "network": self.network.to_dict(), "gamma": list(self.gamma)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`. Raises `ConfigError` for fields that do not exist."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown training field {', '.join(unknown)}")
+        values = dict(values)
+        if "network" in values:
+            values["network"] = NetworkConfig.from_dict(values["network"])
+        if "gamma" in values:
+            values["gamma"] = tuple(values["gamma"])
+        return cls(**values)
+
+    def with_settings(self, settings: dict[str, str]) -> TrainConfig:
+        """A copy with fields set from text, as `--set learning_rate=1e-3` gives them.
+
+        Raises:
+            ConfigError: a field does not exist, is no plain value, or the text is none for it.
+        """
+        changes: dict[str, Any] = {}
+        for name, text in settings.items():
+            current = getattr(self, name, None)
+            if name not in {f.name for f in fields(self)} or isinstance(current, NetworkConfig):
+                raise ConfigError(f"unknown training field {name}; see attnseg train --help")
+            changes[name] = _parse(name, text, current)
+        return replace(self, **changes)
+
+
+def _parse(name: str, text: str, current: object) -> Any:
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(current, tuple):
+            return tuple(float(part) for part in text.split(","))
+        return type(current)(text)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{name}={text}: expected a value such as {current}") from error

@@ -1,0 +1,231 @@
+"""Labelled cases to training patches.
+
+Each case is normalised once by the runtime's own code, cropped to the brain box and kept as
+a float16 array on disk, read through a memory map: 27 MB a case, whatever the machine's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.normalise import (
+    DECILES,
+    Landmarks,
+    Normalisation,
+    brain_box,
+    normalise,
+    z_score_percentiles,
+)
+from attnseg.runtime.scans import BRATS_CHANNELS, LABEL_SUFFIXES, Case, find_cases
+from attnseg.runtime.volume import Volume, read_volume
+from attnseg.synthetic import make_case, write_case
+
+ORIENTATION = "LPS"
+# BraTS wrote enhancing tumour as 4 until 2022 and as 3 since.
+CLASS_OF_LABEL = {0: 0, 1: 1, 2: 2, 3: 3, 4: 3}
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """A case and the file of its expert labels."""
+
+    case: Case
+    label: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the case."""
+        return self.case.name
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A normalised case: image `(C, X, Y, Z)` float16 and classes `(X, Y, Z)` uint8."""
+
+    name: str
+    image: NDArray[np.float16]
+    classes: NDArray[np.uint8]
+
+
+def find_labelled_cases(root: Path) -> list[LabelledCase]:
+    """All cases below `root`, each with its labels.
+
+    Raises:
+        ScanError: no case was found.
+        TrainingError: a case is incomplete or has no label file; all are named.
+    """
+    scans = find_cases(root, BRATS_CHANNELS)
+    faults = [str(p) for p in scans.problems.values()]
+    labelled = []
+    for case in scans.cases:
+        label = case.sibling(LABEL_SUFFIXES)
+        if label is None:
+            faults.append(f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz)")
+        else:
+            labelled.append(LabelledCase(case, label))
+    if faults:
+        raise TrainingError("; ".join(faults))
+    return labelled
+
+
+def split_cases(names: Sequence[str], validation_share: float, seed: int) -> dict[str, list[str]]:
+    """Split case names into `train` and `validation`, at least one each, the same for a seed.
+
+    Cases of one subject stay together where the data set has one case per subject, as BraTS.
+
+    Raises:
+        TrainingError: fewer than two cases.
+    """
+    if len(names) < 2:
+        raise TrainingError(f"training needs at least 2 cases to split, found {len(names)}")
+    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
+    held_out = min(len(order) - 1, max(1, round(len(order) * validation_share)))
+    return {"train": sorted(order[held_out:]), "validation": sorted(order[:held_out])}
+
+
+def read_split(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """Read a split file: JSON with the lists `train` and `validation` of case names.
+
+    Raises:
+        TrainingError: the file is not such a split, a list is empty, a name is in both or is
+            not among `names`.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{path}: is not a split file; expected JSON with lists train and validation"
+        ) from error
+    for part, listed in split.items():
+        if not listed:
+            raise TrainingError(f"{path}: its {part} list is empty")
+        if unknown := sorted(set(listed) - set(names)):
+            raise TrainingError(f"{path}: its {part} list names {unknown[0]}, which is not there")
+    if both := sorted(set(split["train"]) & set(split["validation"])):
+        raise TrainingError(f"{path}: names {both[0]} in train and in validation")
+    return split
+
+
+def read_classes(path: Path, like: Volume) -> NDArray[np.uint8]:
+    """Read expert labels as class indices `(X, Y, Z)`, in the orientation of the file.
+
+    Raises:
+        TrainingError: the labels' shape differs from the image's, or a value is not a label.
+    """
+    labels = read_volume([path]).channels[0]
+    if labels.shape != like.shape:
+        raise TrainingError(f"{path}: shape {labels.shape} differs from the image's {like.shape}")
+    values = set(np.unique(labels).tolist())
+    if not values <= set(CLASS_OF_LABEL) or {3, 4} <= values:
+        raise TrainingError(
+            f"{path}: holds labels {sorted(values)}; expected 0, 1, 2 and either 4 or 3"
+        )
+    table = np.array([CLASS_OF_LABEL[v] for v in range(5)], np.uint8)
+    return np.asarray(table[labels.astype(np.intp)])
+
+
+def learn_landmarks(cases: Sequence[LabelledCase]) -> Landmarks:
+    """Mean percentiles of the z-scores over `cases`, per channel."""
+    rows = []
+    for labelled in cases:
+        volume = read_volume(labelled.case.files)
+        rows.append([z_score_percentiles(c, "nonzero") for c in volume.channels])
+    mean = np.round(np.mean(rows, axis=0), 6)
+    return Landmarks(DECILES, tuple(tuple(row) for row in mean.tolist()))
+
+
+def _prepare(labelled: LabelledCase, normalisation: Normalisation) -> TrainingCase:
+    volume = read_volume(labelled.case.files)
+    classes = Volume([read_classes(labelled.label, volume)], volume.affine).oriented(ORIENTATION)
+    volume = volume.oriented(ORIENTATION)
+    box = brain_box(volume.channels, normalisation.foreground)
+    image = normalise([c[box] for c in volume.channels], normalisation)
+    crop = np.ascontiguousarray(classes.channels[0][box])
+    return TrainingCase(labelled.name, image.astype(np.float16), crop)
+
+
+def cached_case(labelled: LabelledCase, normalisation: Normalisation, cache: Path) -> TrainingCase:
+    """The prepared case, from `cache` where it is there for the same normalisation."""
+    key = hashlib.sha256(f"{labelled.case.files}{normalisation}".encode()).hexdigest()[:12]
+    image_file = cache / f"{labelled.name}-{key}-image.npy"
+    class_file = cache / f"{labelled.name}-{key}-classes.npy"
+    if not (image_file.exists() and class_file.exists()):
+        prepared = _prepare(labelled, normalisation)
+        cache.mkdir(parents=True, exist_ok=True)
+        for file, array in ((image_file, prepared.image), (class_file, prepared.classes)):
+            partial = file.with_suffix(".part")
+            with partial.open("wb") as stream:
+                np.save(stream, array)
+            os.replace(partial, file)
+    image = np.load(image_file, mmap_mode="r")
+    return TrainingCase(labelled.name, image, np.load(class_file, mmap_mode="r"))
+
+
+def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledCase]:
+    """Write `count` phantoms below `folder`, those that are not there yet, and list them."""
+    for seed in range(first_seed, first_seed + count):
+        name = f"synthetic-{seed}"
+        if not (folder / name / f"{name}_seg.nii.gz").exists():
+            write_case(make_case(seed), folder, name)
+    return find_labelled_cases(folder)
+
+
+def _cut(array: NDArray[np.generic], start: NDArray[np.int64], size: int) -> NDArray[np.generic]:
+    """Cube of `size` voxels at `start` of the last three axes; zeros beyond the array."""
+    space = array.shape[-3:]
+    inside = tuple(slice(max(a, 0), min(a + size, n)) for a, n in zip(start, space, strict=True))
+    before = [max(-a, 0) for a in start]
+    into = tuple(slice(b, b + s.stop - s.start) for b, s in zip(before, inside, strict=True))
+    out = np.zeros((*array.shape[:-3], size, size, size), array.dtype)
+    out[(..., *into)] = array[(..., *inside)]
+    return out
+
+
+class PatchSampler:
+    """Draws patches from the training cases; the same seed draws the same patches."""
+
+    def __init__(self, cases: Sequence[TrainingCase], size: int, tumour_share: float) -> None:
+        self._cases = cases
+        self._size = size
+        self._tumour_share = tumour_share
+        self._voxels = [
+            [np.flatnonzero(np.asarray(case.classes) == k).astype(np.int32) for k in (1, 2, 3)]
+            for case in cases
+        ]
+
+    def _centre(self, index: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """A tumour voxel of a random class, or with the other share any voxel of the box."""
+        shape = self._cases[index].classes.shape
+        present = [voxels for voxels in self._voxels[index] if len(voxels)]
+        if present and rng.random() < self._tumour_share:
+            voxels = present[rng.integers(len(present))]
+            return np.array(np.unravel_index(int(rng.choice(voxels)), shape))
+        return rng.integers(0, shape)
+
+    def draw(
+        self, rng: np.random.Generator, pick: Callable[[np.random.Generator], int] | None = None
+    ) -> tuple[str, Tensor, Tensor]:
+        """One patch: case name, image `(C, S, S, S)` float32, classes `(S, S, S)` int64.
+
+        Patches that would leave the box are moved inside where it is large enough.
+        """
+        index = pick(rng) if pick else int(rng.integers(len(self._cases)))
+        case = self._cases[index]
+        room = np.array(case.classes.shape) - self._size
+        start = self._centre(index, rng) - self._size // 2
+        start = np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), room // 2)
+        image = torch.from_numpy(_cut(case.image, start, self._size).astype(np.float32))
+        classes = torch.from_numpy(_cut(case.classes, start, self._size).astype(np.int64))
+        return case.name, image, classes

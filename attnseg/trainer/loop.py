@@ -1,0 +1,335 @@
+"""The training loop: one run from its first step to its last, resumable at any epoch."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.executor import WindowOptions, sliding_window
+from attnseg.runtime.normalise import Normalisation
+from attnseg.trainer.augment import augment, margin_voxels
+from attnseg.trainer.checkpoint import (
+    load_checkpoint,
+    normalisation_from_dict,
+    normalisation_to_dict,
+    save_checkpoint,
+)
+from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data import (
+    LabelledCase,
+    PatchSampler,
+    TrainingCase,
+    cached_case,
+    learn_landmarks,
+    synthetic_cases,
+)
+from attnseg.trainer.loss import segmentation_loss
+from attnseg.trainer.metrics import region_dice
+from attnseg.trainer.model import AttentionResNetUNet
+
+log = logging.getLogger(__name__)
+
+CLASS_REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
+
+
+class TorchEngine:
+    """The network in PyTorch behind the runtime's engine contract, for validation."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: str) -> None:
+        self._model = model
+        self._device = device
+        self._bf16 = precision == "bf16"
+        self.info = EngineInfo("torch", torch.__version__, precision, str(device))
+
+    def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `attnseg.runtime.engines.base.Engine.infer`."""
+        images = torch.from_numpy(batch).to(self._device)
+        images = images.contiguous(memory_format=torch.channels_last_3d)
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16),
+        ):
+            logits: Tensor = self._model(images)
+        return np.asarray(logits.float().cpu().contiguous().numpy())
+
+
+@dataclass
+class _Run:
+    """Everything that a checkpoint has to hold to go on as if nothing had happened."""
+
+    config: TrainConfig
+    normalisation: Normalisation
+    split: dict[str, list[str]]
+    model: AttentionResNetUNet
+    average: AttentionResNetUNet | None
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    rng: np.random.Generator
+    generator: torch.Generator
+    epoch: int = 0
+    best: float = -1.0
+    best_validation: dict[str, float] | None = None
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "normalisation": normalisation_to_dict(self.normalisation),
+            "split": self.split,
+            "model": self.model.state_dict(),
+            "average": self.average and self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "validation": self.best_validation,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.rng.bit_generator.state = state["rng"]
+        self.generator.set_state(state["generator"])
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.best_validation, self.seconds = state["validation"], state["seconds"]
+
+    @property
+    def deployed(self) -> AttentionResNetUNet:
+        """The weights that are validated and shipped."""
+        return self.model if self.average is None else self.average
+
+
+def _steps_per_epoch(config: TrainConfig, cases: int) -> int:
+    return config.steps_per_epoch or math.ceil(cases / config.batch_size)
+
+
+def _start(
+    config: TrainConfig,
+    normalisation: Normalisation,
+    split: dict[str, list[str]],
+    device: torch.device,
+    steps: int,
+) -> _Run:
+    torch.manual_seed(config.seed)
+    model = AttentionResNetUNet(config.network)
+    model.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    average = None
+    if config.ema_decay:
+        average = AttentionResNetUNet(config.network)
+        average.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        average.load_state_dict(model.state_dict())
+    optimiser = torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if config.schedule == "plateau":
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, factor=config.factor, patience=config.patience
+        )
+    else:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
+    rng = np.random.default_rng(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    return _Run(config, normalisation, split, model, average, optimiser, scheduler, rng, generator)
+
+
+def _update_average(run: _Run) -> None:
+    """Move the average towards the model; slower at first, as so few steps cannot fill it."""
+    if run.average is None:
+        return
+    steps = next(iter(run.optimiser.state.values()))["step"].item()
+    decay = min(run.config.ema_decay, (1 + steps) / (10 + steps))
+    pairs = zip(
+        run.average.state_dict().values(), run.model.state_dict().values(), strict=True
+    )
+    for kept, new in pairs:
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
+def _train_step(run: _Run, sampler: PatchSampler, device: torch.device) -> float:
+    """Draw a batch, augment, one optimiser step; returns the loss."""
+    config = run.config
+    patches = [sampler.draw(run.rng) for _ in range(config.batch_size)]
+    images = torch.stack([p[1] for p in patches]).to(device)
+    labels = torch.stack([p[2] for p in patches]).to(device)
+    images, labels = augment(images, labels, config, run.generator)
+    images = images.contiguous(memory_format=torch.channels_last_3d)
+
+    run.model.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = run.model(images)
+    loss = segmentation_loss(logits, labels, config.cross_entropy_weight, config.dice_epsilon)
+    value = loss.item()
+    if not math.isfinite(value):
+        names = ", ".join(p[0] for p in patches)
+        raise TrainingError(
+            f"the loss became {value} on patches of {names}; lower the learning rate or check "
+            "these cases"
+        )
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    run.optimiser.step()
+    if run.config.schedule == "cosine":
+        run.scheduler.step()
+    _update_average(run)
+    return value
+
+
+def validate(
+    model: AttentionResNetUNet,
+    cases: Sequence[TrainingCase],
+    config: TrainConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss and Dice per region over whole cases, by the runtime's sliding window."""
+    model.eval()
+    engine = TorchEngine(model, device, config.precision)
+    window = (config.patch, config.patch, config.patch)
+    options = WindowOptions(window, config.overlap, config.network.stride)
+    rows = []
+    for case in cases:
+        logits = sliding_window(case.image.astype(np.float32), engine, options)
+        classes = np.asarray(case.classes)
+        loss = segmentation_loss(
+            torch.from_numpy(logits)[None],
+            torch.from_numpy(classes.astype(np.int64))[None],
+            config.cross_entropy_weight,
+            config.dice_epsilon,
+        )
+        dice = region_dice(logits.argmax(axis=0), classes, CLASS_REGIONS)
+        rows.append({"loss": float(loss), **dice})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _append_log(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+
+
+def _train_epoch(run: _Run, sampler: PatchSampler, device: torch.device, steps: int) -> float:
+    losses = []
+    with _progress_bar() as bar:
+        task = bar.add_task(f"epoch {run.epoch + 1}/{run.config.epochs}", total=steps)
+        for _ in range(steps):
+            losses.append(_train_step(run, sampler, device))
+            bar.update(task, advance=1)
+    return float(np.mean(losses))
+
+
+def _finish_epoch(
+    run: _Run, output: Path, train_loss: float, validation: dict[str, float], seconds: float
+) -> None:
+    """Step the schedule, log the epoch, write `last.pt` and, when it is the best, `best.pt`."""
+    if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        run.scheduler.step(validation["loss"])
+    run.epoch += 1
+    run.seconds += seconds
+    score = float(np.mean([validation[r] for r in CLASS_REGIONS]))
+    improved = score > run.best
+    if improved:
+        run.best, run.best_validation = score, validation
+    row = {
+        "epoch": run.epoch,
+        "train_loss": round(train_loss, 5),
+        **{f"validation_{k}": round(v, 5) for k, v in validation.items()},
+        "learning_rate": run.optimiser.param_groups[0]["lr"],
+        "seconds": round(seconds, 1),
+    }
+    _append_log(output / "log.csv", row)
+    log.info("%s", "  ".join(f"{k} {v}" for k, v in row.items()))
+    save_checkpoint(output / "last.pt", run.state())
+    if improved:
+        save_checkpoint(output / "best.pt", run.state())
+
+
+def train(
+    labelled: Sequence[LabelledCase],
+    split: dict[str, list[str]],
+    config: TrainConfig,
+    output: Path,
+    resume: bool = False,
+) -> Path:
+    """Train a network.
+
+    Args:
+        labelled: all cases, of the training and the validation part.
+        split: case names of `train` and `validation`.
+        config: every setting.
+        output: folder for `last.pt`, `best.pt`, `log.csv` and the cache of prepared cases.
+        resume: go on from `last.pt`, with the configuration, split and random state in it.
+
+    Returns:
+        The file of the best checkpoint, by mean Dice over the regions on the validation part.
+
+    Raises:
+        TrainingError: `output` holds another run, a case cannot be used, the loss is not
+            finite, or a checkpoint cannot be written.
+    """
+    last = output / "last.pt"
+    stored = load_checkpoint(last) if resume else None
+    if last.exists() and not resume:
+        raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
+    if stored:
+        config, split = TrainConfig.from_dict(stored["config"]), stored["split"]
+    output.mkdir(parents=True, exist_ok=True)
+    cache = output / "cache"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    by_name = {case.name: case for case in labelled}
+    parts = {part: [by_name[n] for n in names] for part, names in split.items()}
+    if stored:
+        normalisation = normalisation_from_dict(stored["normalisation"])
+    else:
+        landmarks = learn_landmarks(parts["train"]) if config.histogram_matching else None
+        normalisation = Normalisation("nonzero", landmarks)
+    extra = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
+    training = [cached_case(c, normalisation, cache) for c in (*parts["train"], *extra)]
+    validation = [cached_case(c, normalisation, cache) for c in parts["validation"]]
+    sampler = PatchSampler(
+        training, config.patch + 2 * margin_voxels(config), config.tumour_share
+    )
+
+    steps = _steps_per_epoch(config, len(training))
+    run = _start(config, normalisation, split, device, steps)
+    if stored:
+        run.restore(stored)
+    while run.epoch < config.epochs:
+        began = time.perf_counter()
+        train_loss = _train_epoch(run, sampler, device, steps)
+        scores = validate(run.deployed, validation, config, device)
+        _finish_epoch(run, output, train_loss, scores, time.perf_counter() - began)
+    return output / "best.pt"
