@@ -1,0 +1,15 @@
+"""attnseg: 3-D segmentation from training to a workstation, and a runtime without PyTorch."""
+
+from attnseg._version import __version__
+from attnseg.runtime.bundle import Bundle
+from attnseg.runtime.segmenter import Segmentation, SegmentOptions, Segmenter
+from attnseg.runtime.volume import Volume
+
+__all__ = [
+    "Bundle",
+    "SegmentOptions",
+    "Segmentation",
+    "Segmenter",
+    "Volume",
+    "__version__",
+]

@@ -60,7 +60,9 @@ def _smooth_field(
 
 
 def _ellipsoid(
-    grid: list[NDArray[np.float32]], centre: NDArray[np.float64], radii: NDArray[np.float64]
+    grid: list[NDArray[np.float32]],
+    centre: NDArray[np.float64],
+    radii: NDArray[np.float64],
 ) -> NDArray[np.float32]:
     """Distance from `centre` in units of the radii: below 1 inside, above 1 outside."""
     squares = [((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)]

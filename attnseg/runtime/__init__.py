@@ -1,0 +1,1 @@
+"""The runtime: from scans to labels with numpy and one inference engine, without PyTorch."""

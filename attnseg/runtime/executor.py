@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.clock import StageClock
 from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.windows import Shape, WindowPlan, importance_map, plan_windows
 
@@ -42,7 +43,7 @@ def _pad(image: NDArray[np.float32], plan: WindowPlan) -> NDArray[np.float32]:
     if image.shape[1:] == plan.padded_shape:
         return image
     padded = np.zeros((image.shape[0], *plan.padded_shape), np.float32)
-    padded[(slice(None), *plan.inner((image.shape[1], image.shape[2], image.shape[3])))] = image
+    padded[(slice(None), *plan.inner(image.shape[1:]))] = image
     return padded
 
 
@@ -51,6 +52,7 @@ def sliding_window(
     engine: Engine,
     options: WindowOptions,
     progress: Progress | None = None,
+    clock: StageClock | None = None,
 ) -> NDArray[np.float32]:
     """Logits of a whole image, blended from overlapping windows.
 
@@ -63,32 +65,40 @@ def sliding_window(
         engine: runs the network.
         options: window and overlap.
         progress: told after each window.
+        clock: counts the stages `network` and `blend`.
 
     Returns:
         `(K, X, Y, Z)` float32. Voxels that no window covers are 0 in all classes, which
         argmax reads as background. The empty case: an all-zero image gives `(1, X, Y, Z)` zeros.
     """
+    clock = clock or StageClock()
     plan = options.plan(image.shape[1:])
-    padded = _pad(image, plan)
-    weights = importance_map(plan.window)
-    weight_sum = np.zeros(plan.padded_shape, np.float32)
-    batch = np.empty((1, image.shape[0], *plan.window), np.float32)
-    blended: NDArray[np.float32] | None = None
+    with clock.stage("blend"):
+        padded = _pad(image, plan)
+        weights = importance_map(plan.window)
+        weight_sum = np.zeros(plan.padded_shape, np.float32)
+        batch = np.empty((1, image.shape[0], *plan.window), np.float32)
+        blended: NDArray[np.float32] | None = None
     for done, window in enumerate(plan.windows, start=1):
         where = window.slices()
         content = padded[(slice(None), *where)]
         if content.any():
-            batch[0] = content
-            logits = engine.infer(batch)[0]
-            if blended is None:
-                blended = np.zeros((logits.shape[0], *plan.padded_shape), np.float32)
-                weighted = np.empty_like(logits)
-            np.multiply(logits, weights, out=weighted)
-            blended[(slice(None), *where)] += weighted
-            weight_sum[where] += weights
+            with clock.stage("blend"):
+                batch[0] = content
+            with clock.stage("network"):
+                logits = engine.infer(batch)[0]
+            with clock.stage("blend"):
+                if blended is None:
+                    blended = np.zeros((logits.shape[0], *plan.padded_shape), np.float32)
+                    weighted = np.empty_like(logits)
+                np.multiply(logits, weights, out=weighted)
+                blended[(slice(None), *where)] += weighted
+                weight_sum[where] += weights
         if progress:
             progress(done, len(plan.windows))
     if blended is None:
         return np.zeros((1, *image.shape[1:]), np.float32)
-    blended /= np.where(weight_sum > 0, weight_sum, 1)
-    return blended[(slice(None), *plan.inner((image.shape[1], image.shape[2], image.shape[3])))]
+    with clock.stage("blend"):
+        np.maximum(weight_sum, np.finfo(np.float32).tiny, out=weight_sum)
+        blended /= weight_sum
+    return blended[(slice(None), *plan.inner(image.shape[1:]))]

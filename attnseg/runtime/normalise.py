@@ -154,7 +154,7 @@ def normalise_channel(
         index: position of the channel, which picks its landmarks.
 
     Returns:
-        `(X, Y, Z)` float32 in the memory order of `channel`.
+        `(X, Y, Z)` float32, C-contiguous.
 
     Raises:
         VolumeError: the channel has no foreground, or one value only.
@@ -184,7 +184,7 @@ def normalise(
         normalisation: what to do.
 
     Returns:
-        `(C, X, Y, Z)` float32, each channel in the memory order of the first.
+        `(C, X, Y, Z)` float32, C-contiguous, as engines take it.
 
     Raises:
         VolumeError: a channel has no foreground, or one value only.
@@ -219,11 +219,18 @@ def brain_box(channels: Sequence[NDArray[Any]], foreground: Foreground = "nonzer
     extents = []
     for channel in channels:
         plane = channel.any(axis=2)
-        extents.append((_extent(plane.any(axis=1)), _extent(plane.any(axis=0)),
-                        _extent(channel.any(axis=1).any(axis=0))))
+        extents.append(
+            (
+                _extent(plane.any(axis=1)),
+                _extent(plane.any(axis=0)),
+                _extent(channel.any(axis=1).any(axis=0)),
+            )
+        )
     starts = [min(e[axis][0] for e in extents) for axis in range(3)]
     stops = [max(e[axis][1] for e in extents) for axis in range(3)]
     if min(stops) == 0:
-        raise VolumeError("all voxels of all channels are zero; check that the right files were given")
+        raise VolumeError(
+            "all voxels of all channels are zero; check that the right files were given"
+        )
     x, y, z = (slice(a, b) for a, b in zip(starts, stops, strict=True))
     return (x, y, z)

@@ -104,9 +104,7 @@ def _walk(root: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _collect(
-    folder: Path, channels: Sequence[Channel]
-) -> Iterator[tuple[str, list[list[Path]]]]:
+def _collect(folder: Path, channels: Sequence[Channel]) -> Iterator[tuple[str, list[list[Path]]]]:
     """Cases of one folder, each with the files found for every channel."""
     found: dict[str, list[list[Path]]] = {}
     for file in _nifti_files(folder):
@@ -154,8 +152,11 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
             error = _case_error(name, folder, files, channels)
             if name in cases or name in problems:
                 other = cases[name].folder if name in cases else "an unusable case"
-                name, error = f"{name} ({folder})", ScanError(
-                    f"{folder}: case {name} has the same name as that of {other}; rename one"
+                name, error = (
+                    f"{name} ({folder})",
+                    ScanError(
+                        f"{folder}: case {name} has the same name as that of {other}; rename one"
+                    ),
                 )
             if error:
                 problems[name] = error

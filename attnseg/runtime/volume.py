@@ -115,7 +115,11 @@ def _parse_header(path: Path, data: bytes) -> nib.Nifti1Header:
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         try:
             header = kind.from_fileobj(io.BytesIO(data))
-        except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError):
+        except (
+            nib.spatialimages.HeaderDataError,
+            nib.wrapstruct.WrapStructError,
+            ValueError,
+        ):
             continue
         if header["magic"].item()[:3] in (b"n+1", b"n+2"):
             return header

@@ -47,7 +47,7 @@ class WindowPlan:
     window: Shape
     windows: tuple[Window, ...]
 
-    def inner(self, shape: Shape) -> tuple[slice, slice, slice]:
+    def inner(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
         """Index of the unpadded volume of `shape` in the padded one."""
         x, y, z = (slice(p, p + s) for p, s in zip(self.pad_before, shape, strict=True))
         return x, y, z

@@ -17,7 +17,9 @@ from attnseg.trainer.config import TrainConfig
 def margin_voxels(config: TrainConfig) -> int:
     """Voxels to cut around a patch so that rotation and deformation see no edge."""
     half = config.patch / 2
-    turn = half * (math.cos(angle := math.radians(config.rotation_degrees)) + math.sin(angle)) - half
+    turn = (
+        half * (math.cos(angle := math.radians(config.rotation_degrees)) + math.sin(angle)) - half
+    )
     return math.ceil(turn + 2 * config.elastic_voxels) if turn or config.elastic_voxels else 0
 
 
@@ -46,9 +48,7 @@ def _displacement(config: TrainConfig, generator: torch.Generator) -> Tensor:
     return F.interpolate(coarse, size, mode="trilinear", align_corners=True)[0]
 
 
-def _sampling_grid(
-    shape: torch.Size, config: TrainConfig, generator: torch.Generator
-) -> Tensor:
+def _sampling_grid(shape: torch.Size, config: TrainConfig, generator: torch.Generator) -> Tensor:
     """Where each output voxel reads, `(P, P, P, 3)` in the units of `grid_sample`."""
     steps = torch.arange(config.patch, dtype=torch.float32) - (config.patch - 1) / 2
     position = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"))

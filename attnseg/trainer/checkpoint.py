@@ -8,38 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.normalise import Landmarks, Normalisation
+from attnseg.runtime.normalise import Normalisation
 from attnseg.trainer.config import TrainConfig
 
 FORMAT = "attnseg-checkpoint-1"
-
-
-def normalisation_to_dict(normalisation: Normalisation) -> dict[str, Any]:
-    """Plain values of a normalisation, as checkpoints and manifests hold them."""
-    landmarks = normalisation.landmarks
-    return {
-        "foreground": normalisation.foreground,
-        "landmarks": landmarks
-        and {
-            "percentiles": list(landmarks.percentiles),
-            "values": [list(row) for row in landmarks.values],
-        },
-    }
-
-
-def normalisation_from_dict(values: dict[str, Any]) -> Normalisation:
-    """Inverse of `normalisation_to_dict`."""
-    landmarks = values["landmarks"]
-    return Normalisation(
-        values["foreground"],
-        landmarks
-        and Landmarks(
-            tuple(landmarks["percentiles"]), tuple(tuple(row) for row in landmarks["values"])
-        ),
-    )
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -69,7 +45,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise TrainingError(f"{path}: is damaged or not a checkpoint of attnseg") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TrainingError(f"{path}: is not a checkpoint of attnseg (format {FORMAT})")
@@ -79,6 +62,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def checkpoint_config(state: dict[str, Any]) -> TrainConfig:
     """The configuration a checkpoint was trained with."""
     return TrainConfig.from_dict(state["config"])
+
+
+def checkpoint_normalisation(state: dict[str, Any]) -> Normalisation:
+    """The normalisation of the inputs it was trained on."""
+    return TypeAdapter(Normalisation).validate_python(state["normalisation"])
 
 
 def checkpoint_weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -100,7 +100,11 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and logs."""
-        return {**asdict(self), "network": self.network.to_dict(), "gamma": list(self.gamma)}
+        return {
+            **asdict(self),
+            "network": self.network.to_dict(),
+            "gamma": list(self.gamma),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from attnseg.runtime.normalise import (
 from attnseg.runtime.scans import BRATS_CHANNELS, LABEL_SUFFIXES, Case, find_cases
 from attnseg.runtime.volume import Volume, read_volume
 from attnseg.synthetic import make_case, write_case
+from attnseg.trainer.config import TrainConfig
 
 ORIENTATION = "LPS"
 # BraTS wrote enhancing tumour as 4 until 2022 and as 3 since.
@@ -58,8 +59,38 @@ class TrainingCase:
     classes: NDArray[np.uint8]
 
 
-def find_labelled_cases(root: Path) -> list[LabelledCase]:
-    """All cases below `root`, each with its labels.
+@dataclass(frozen=True)
+class DataSet:
+    """Labelled cases and which of them are for what.
+
+    Attributes:
+        name: as manifests give it.
+        cases: by name.
+        split: case names of `train` and `validation`.
+    """
+
+    name: str
+    cases: Mapping[str, LabelledCase]
+    split: dict[str, list[str]]
+
+    def part(self, name: str) -> list[LabelledCase]:
+        """The cases of `train` or `validation`.
+
+        Raises:
+            TrainingError: the split names a case that is not there.
+        """
+        missing = [n for n in self.split[name] if n not in self.cases]
+        if missing:
+            raise TrainingError(f"{self.name}: has no case {missing[0]}, which the split names")
+        return [self.cases[n] for n in self.split[name]]
+
+    def with_split(self, split: dict[str, list[str]]) -> DataSet:
+        """The same cases, split otherwise."""
+        return replace(self, split=split)
+
+
+def find_labelled_cases(root: Path) -> dict[str, LabelledCase]:
+    """All cases below `root` by name, each with its labels.
 
     Raises:
         ScanError: no case was found.
@@ -67,39 +98,38 @@ def find_labelled_cases(root: Path) -> list[LabelledCase]:
     """
     scans = find_cases(root, BRATS_CHANNELS)
     faults = [str(p) for p in scans.problems.values()]
-    labelled = []
+    labelled = {}
     for case in scans.cases:
         label = case.sibling(LABEL_SUFFIXES)
         if label is None:
-            faults.append(f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz)")
+            faults.append(
+                f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz); add it"
+            )
         else:
-            labelled.append(LabelledCase(case, label))
+            labelled[case.name] = LabelledCase(case, label)
     if faults:
         raise TrainingError("; ".join(faults))
     return labelled
 
 
-def split_cases(names: Sequence[str], validation_share: float, seed: int) -> dict[str, list[str]]:
+def split_cases(names: Iterable[str], validation_share: float, seed: int) -> dict[str, list[str]]:
     """Split case names into `train` and `validation`, at least one each, the same for a seed.
-
-    Cases of one subject stay together where the data set has one case per subject, as BraTS.
 
     Raises:
         TrainingError: fewer than two cases.
     """
-    if len(names) < 2:
-        raise TrainingError(f"training needs at least 2 cases to split, found {len(names)}")
     order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
+    if len(order) < 2:
+        raise TrainingError(f"training needs at least 2 cases to split, found {len(order)}")
     held_out = min(len(order) - 1, max(1, round(len(order) * validation_share)))
     return {"train": sorted(order[held_out:]), "validation": sorted(order[:held_out])}
 
 
-def read_split(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
+def read_split(path: Path) -> dict[str, list[str]]:
     """Read a split file: JSON with the lists `train` and `validation` of case names.
 
     Raises:
-        TrainingError: the file is not such a split, a list is empty, a name is in both or is
-            not among `names`.
+        TrainingError: the file is not such a split, a list is empty, or a name is in both.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -110,12 +140,31 @@ def read_split(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
         ) from error
     for part, listed in split.items():
         if not listed:
-            raise TrainingError(f"{path}: its {part} list is empty")
-        if unknown := sorted(set(listed) - set(names)):
-            raise TrainingError(f"{path}: its {part} list names {unknown[0]}, which is not there")
+            raise TrainingError(f"{path}: its {part} list is empty; name at least one case")
     if both := sorted(set(split["train"]) & set(split["validation"])):
-        raise TrainingError(f"{path}: names {both[0]} in train and in validation")
+        raise TrainingError(f"{path}: names {both[0]} in train and in validation; keep one")
     return split
+
+
+def open_data_set(root: Path, split_file: Path | None, config: TrainConfig) -> DataSet:
+    """All labelled cases below `root`, split by `split_file` or else by the config's seed.
+
+    One case counts as one subject, as in BraTS; name the subjects' cases in a split file
+    where there are several.
+
+    Raises:
+        ScanError: no case was found.
+        TrainingError: a case is not usable, or the split is not.
+    """
+    cases = find_labelled_cases(root)
+    if split_file:
+        split = read_split(split_file)
+    else:
+        split = split_cases(cases, config.validation_share, config.seed)
+    data = DataSet(root.resolve().name, cases, split)
+    for part in split:
+        data.part(part)
+    return data
 
 
 def read_classes(path: Path, like: Volume) -> NDArray[np.uint8]:
@@ -164,7 +213,10 @@ def cached_case(labelled: LabelledCase, normalisation: Normalisation, cache: Pat
     if not (image_file.exists() and class_file.exists()):
         prepared = _prepare(labelled, normalisation)
         cache.mkdir(parents=True, exist_ok=True)
-        for file, array in ((image_file, prepared.image), (class_file, prepared.classes)):
+        for file, array in (
+            (image_file, prepared.image),
+            (class_file, prepared.classes),
+        ):
             partial = file.with_suffix(".part")
             with partial.open("wb") as stream:
                 np.save(stream, array)
@@ -179,7 +231,7 @@ def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledC
         name = f"synthetic-{seed}"
         if not (folder / name / f"{name}_seg.nii.gz").exists():
             write_case(make_case(seed), folder, name)
-    return find_labelled_cases(folder)
+    return list(find_labelled_cases(folder).values()) if count else []
 
 
 def _cut(array: NDArray[np.generic], start: NDArray[np.int64], size: int) -> NDArray[np.generic]:
@@ -214,14 +266,12 @@ class PatchSampler:
             return np.array(np.unravel_index(int(rng.choice(voxels)), shape))
         return rng.integers(0, shape)
 
-    def draw(
-        self, rng: np.random.Generator, pick: Callable[[np.random.Generator], int] | None = None
-    ) -> tuple[str, Tensor, Tensor]:
+    def draw(self, rng: np.random.Generator) -> tuple[str, Tensor, Tensor]:
         """One patch: case name, image `(C, S, S, S)` float32, classes `(S, S, S)` int64.
 
         Patches that would leave the box are moved inside where it is large enough.
         """
-        index = pick(rng) if pick else int(rng.integers(len(self._cases)))
+        index = int(rng.integers(len(self._cases)))
         case = self._cases[index]
         room = np.array(case.classes.shape) - self._size
         start = self._centre(index, rng) - self._size // 2

@@ -5,16 +5,23 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from attnseg.runtime.engines.base import EngineInfo
@@ -23,14 +30,14 @@ from attnseg.runtime.executor import WindowOptions, sliding_window
 from attnseg.runtime.normalise import Normalisation
 from attnseg.trainer.augment import augment, margin_voxels
 from attnseg.trainer.checkpoint import (
+    checkpoint_config,
+    checkpoint_normalisation,
     load_checkpoint,
-    normalisation_from_dict,
-    normalisation_to_dict,
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data import (
-    LabelledCase,
+    DataSet,
     PatchSampler,
     TrainingCase,
     cached_case,
@@ -73,8 +80,10 @@ class _Run:
     """Everything that a checkpoint has to hold to go on as if nothing had happened."""
 
     config: TrainConfig
-    normalisation: Normalisation
+    data: str
     split: dict[str, list[str]]
+    normalisation: Normalisation
+    device: torch.device
     model: AttentionResNetUNet
     average: AttentionResNetUNet | None
     optimiser: torch.optim.Optimizer
@@ -89,8 +98,10 @@ class _Run:
     def state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
-            "normalisation": normalisation_to_dict(self.normalisation),
+            "data": self.data,
             "split": self.split,
+            "normalisation": asdict(self.normalisation),
+            "device": _device_name(self.device),
             "model": self.model.state_dict(),
             "average": self.average and self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -124,13 +135,14 @@ def _steps_per_epoch(config: TrainConfig, cases: int) -> int:
     return config.steps_per_epoch or math.ceil(cases / config.batch_size)
 
 
-def _start(
-    config: TrainConfig,
-    normalisation: Normalisation,
-    split: dict[str, list[str]],
-    device: torch.device,
-    steps: int,
-) -> _Run:
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _start(config: TrainConfig, data: DataSet, normalisation: Normalisation, steps: int) -> _Run:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model = AttentionResNetUNet(config.network)
     model.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -151,7 +163,19 @@ def _start(
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
     rng = np.random.default_rng(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    return _Run(config, normalisation, split, model, average, optimiser, scheduler, rng, generator)
+    return _Run(
+        config,
+        data.name,
+        data.split,
+        normalisation,
+        device,
+        model,
+        average,
+        optimiser,
+        scheduler,
+        rng,
+        generator,
+    )
 
 
 def _update_average(run: _Run) -> None:
@@ -160,9 +184,7 @@ def _update_average(run: _Run) -> None:
         return
     steps = next(iter(run.optimiser.state.values()))["step"].item()
     decay = min(run.config.ema_decay, (1 + steps) / (10 + steps))
-    pairs = zip(
-        run.average.state_dict().values(), run.model.state_dict().values(), strict=True
-    )
+    pairs = zip(run.average.state_dict().values(), run.model.state_dict().values(), strict=True)
     for kept, new in pairs:
         if kept.is_floating_point():
             kept.lerp_(new, 1 - decay)
@@ -170,9 +192,9 @@ def _update_average(run: _Run) -> None:
             kept.copy_(new)
 
 
-def _train_step(run: _Run, sampler: PatchSampler, device: torch.device) -> float:
+def _train_step(run: _Run, sampler: PatchSampler) -> float:
     """Draw a batch, augment, one optimiser step; returns the loss."""
-    config = run.config
+    config, device = run.config, run.device
     patches = [sampler.draw(run.rng) for _ in range(config.batch_size)]
     images = torch.stack([p[1] for p in patches]).to(device)
     labels = torch.stack([p[2] for p in patches]).to(device)
@@ -236,22 +258,29 @@ def _append_log(path: Path, row: dict[str, Any]) -> None:
 
 def _progress_bar() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
     )
 
 
-def _train_epoch(run: _Run, sampler: PatchSampler, device: torch.device, steps: int) -> float:
+def _train_epoch(run: _Run, sampler: PatchSampler, steps: int) -> float:
     losses = []
     with _progress_bar() as bar:
         task = bar.add_task(f"epoch {run.epoch + 1}/{run.config.epochs}", total=steps)
         for _ in range(steps):
-            losses.append(_train_step(run, sampler, device))
+            losses.append(_train_step(run, sampler))
             bar.update(task, advance=1)
     return float(np.mean(losses))
 
 
 def _finish_epoch(
-    run: _Run, output: Path, train_loss: float, validation: dict[str, float], seconds: float
+    run: _Run,
+    output: Path,
+    train_loss: float,
+    validation: dict[str, float],
+    seconds: float,
 ) -> None:
     """Step the schedule, log the epoch, write `last.pt` and, when it is the best, `best.pt`."""
     if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -276,18 +305,23 @@ def _finish_epoch(
         save_checkpoint(output / "best.pt", run.state())
 
 
-def train(
-    labelled: Sequence[LabelledCase],
-    split: dict[str, list[str]],
-    config: TrainConfig,
-    output: Path,
-    resume: bool = False,
-) -> Path:
+def _training_cases(
+    data: DataSet, normalisation: Normalisation, config: TrainConfig, cache: Path
+) -> tuple[list[TrainingCase], list[TrainingCase]]:
+    """Prepared cases of the training part, with the phantoms, and of the validation part."""
+    phantoms = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
+    training = [*data.part("train"), *phantoms]
+    return (
+        [cached_case(case, normalisation, cache) for case in training],
+        [cached_case(case, normalisation, cache) for case in data.part("validation")],
+    )
+
+
+def train(data: DataSet, config: TrainConfig, output: Path, resume: bool = False) -> Path:
     """Train a network.
 
     Args:
-        labelled: all cases, of the training and the validation part.
-        split: case names of `train` and `validation`.
+        data: cases and their split.
         config: every setting.
         output: folder for `last.pt`, `best.pt`, `log.csv` and the cache of prepared cases.
         resume: go on from `last.pt`, with the configuration, split and random state in it.
@@ -303,33 +337,24 @@ def train(
     stored = load_checkpoint(last) if resume else None
     if last.exists() and not resume:
         raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
-    if stored:
-        config, split = TrainConfig.from_dict(stored["config"]), stored["split"]
     output.mkdir(parents=True, exist_ok=True)
-    cache = output / "cache"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    by_name = {case.name: case for case in labelled}
-    parts = {part: [by_name[n] for n in names] for part, names in split.items()}
     if stored:
-        normalisation = normalisation_from_dict(stored["normalisation"])
+        config, data = checkpoint_config(stored), data.with_split(stored["split"])
+        normalisation = checkpoint_normalisation(stored)
     else:
-        landmarks = learn_landmarks(parts["train"]) if config.histogram_matching else None
+        landmarks = learn_landmarks(data.part("train")) if config.histogram_matching else None
         normalisation = Normalisation("nonzero", landmarks)
-    extra = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
-    training = [cached_case(c, normalisation, cache) for c in (*parts["train"], *extra)]
-    validation = [cached_case(c, normalisation, cache) for c in parts["validation"]]
-    sampler = PatchSampler(
-        training, config.patch + 2 * margin_voxels(config), config.tumour_share
-    )
 
+    training, validation = _training_cases(data, normalisation, config, output / "cache")
+    patch = config.patch + 2 * margin_voxels(config)
+    sampler = PatchSampler(training, patch, config.tumour_share)
     steps = _steps_per_epoch(config, len(training))
-    run = _start(config, normalisation, split, device, steps)
+    run = _start(config, data, normalisation, steps)
     if stored:
         run.restore(stored)
     while run.epoch < config.epochs:
         began = time.perf_counter()
-        train_loss = _train_epoch(run, sampler, device, steps)
-        scores = validate(run.deployed, validation, config, device)
+        train_loss = _train_epoch(run, sampler, steps)
+        scores = validate(run.deployed, validation, config, run.device)
         _finish_epoch(run, output, train_loss, scores, time.perf_counter() - began)
     return output / "best.pt"

@@ -27,7 +27,10 @@ def dice_loss(logits: Tensor, labels: Tensor, epsilon: float = 1e-6) -> Tensor:
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, cross_entropy_weight: float = 0.5, epsilon: float = 1e-6
+    logits: Tensor,
+    labels: Tensor,
+    cross_entropy_weight: float = 0.5,
+    epsilon: float = 1e-6,
 ) -> Tensor:
     """`w * cross-entropy + (1 - w) * Dice`; arguments as for `dice_loss`."""
     cross_entropy = F.cross_entropy(logits.float(), labels)

@@ -103,7 +103,8 @@ class ResidualBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """`(B, channels_in, X, Y, Z)` to `(B, channels_out, X, Y, Z)`."""
         residual = torch.relu(self.conv2(torch.relu(self.norm(self.conv1(h)))))
-        return torch.as_tensor(self.project(h) + residual)
+        projected: Tensor = self.project(h)
+        return projected + residual
 
 
 class GlobalAverageAttention(nn.Module):
@@ -163,7 +164,8 @@ class DecoderStage(nn.Module):
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor:
         """`h` at half the size of `skip`; returns the size and channels of `skip`."""
-        return torch.as_tensor(self.refine(torch.cat([self.up(h), self.attention(skip)], dim=1)))
+        refined: Tensor = self.refine(torch.cat([self.up(h), self.attention(skip)], dim=1))
+        return refined
 
 
 class AttentionResNetUNet(nn.Module):
@@ -200,7 +202,8 @@ class AttentionResNetUNet(nn.Module):
         h = self.bottleneck(h)
         for stage, skip in zip(self.decoder, reversed(skips), strict=True):
             h = stage(h, skip)
-        return torch.as_tensor(self.head(h))
+        logits: Tensor = self.head(h)
+        return logits
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,0 +1,5 @@
+"""`python -m attnseg`: the command line."""
+
+from attnseg.cli import main
+
+main()

@@ -1,0 +1,380 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from attnseg._version import __version__
+from attnseg.runtime.errors import AttnsegError, ConfigError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_PATH = click.Path(path_type=Path)
+_INTERRUPTED = 130
+
+
+class _Command(click.Command):
+    """A command that also takes `--debug`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=lambda ctx, _, value: (
+                    ctx.find_root().ensure_object(dict).update(debug=value)
+                ),
+                help="Show the traceback of an error.",
+            )
+        )
+
+
+class _Group(click.Group):
+    """Prints errors that the user can mend in one line, without a traceback."""
+
+    command_class = _Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttnsegError as error:
+            if ctx.ensure_object(dict).get("debug"):
+                traceback.print_exc()
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped; what was finished is kept", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="attnseg")
+def main() -> None:
+    """3-D segmentation of medical scans: train, export, run."""
+
+
+class _ProgressListener:
+    """Shows the current case's progress on the terminal."""
+
+    def __init__(self, progress: Progress, cases: int) -> None:
+        self._progress, self._cases, self._started = progress, cases, 0
+        self._task: TaskID | None = None
+
+    def case_started(self, name: str) -> None:
+        """See `attnseg.runtime.folder.Listener`."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._started += 1
+        self._task = self._progress.add_task(f"{self._started}/{self._cases} {name}", total=1.0)
+
+    def case_advanced(self, share: float) -> None:
+        """See `attnseg.runtime.folder.Listener`."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=share)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _parse_window(_: click.Context, __: click.Parameter, value: str | None) -> Any:
+    if value is None or value == "full":
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter("give a number of voxels, such as 64, or full")
+    return int(value)
+
+
+def _parse_channels(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    pairs = [value.partition("=") for value in values]
+    if any(not (name and file) for name, _, file in pairs):
+        raise click.BadParameter("give NAME=FILE, such as ct=scan.nii.gz")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+def _segment_options(function: _Function) -> _Function:
+    """The options that `run` and `demo` share."""
+    options = (
+        click.option("--model", type=_PATH, help="Bundle to use.  [default: the shipped one]"),
+        click.option(
+            "--engine",
+            default="auto",
+            show_default=True,
+            help="auto (the fastest installed), openvino or onnxruntime.",
+        ),
+        click.option(
+            "--precision",
+            default="auto",
+            show_default=True,
+            help="auto (bf16 where the processor has it), bf16 or fp32.",
+        ),
+        click.option(
+            "--tta",
+            default="none",
+            show_default=True,
+            help="Test-time passes: none, paper (identity, mirror, rotation) or mirror8.",
+        ),
+        click.option(
+            "--fuse",
+            default="vote",
+            show_default=True,
+            help="How passes are joined: vote, or mean of the probabilities.",
+        ),
+        click.option(
+            "--window",
+            callback=_parse_window,
+            help="Edge of the window in voxels, or full for one pass.  [default: the model's]",
+        ),
+        click.option(
+            "--overlap", type=float, help="Share of a window in common.  [default: the model's]"
+        ),
+        click.option(
+            "--min-voxels",
+            type=int,
+            help="Remove components with fewer voxels.  [default: the model's]",
+        ),
+        click.option("--threads", type=int, help="Processor threads.  [default: all]"),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _open_segmenter(model: Path | None, settings: dict[str, Any]) -> Any:
+    from attnseg.runtime.bundle import Bundle
+    from attnseg.runtime.segmenter import SegmentOptions, Segmenter
+
+    bundle = Bundle.load(model) if model else Bundle.default()
+    return Segmenter(bundle, SegmentOptions(**settings))
+
+
+def _run_cases(cases: Any, segmenter: Any, output: Path, overwrite: bool, problems: Any) -> int:
+    """Segment, print the summary, and return the number of cases that failed."""
+    from attnseg.runtime.folder import CaseResult, segment_folder
+
+    results = [CaseResult(n, "failed", note=str(e)) for n, e in problems.items()]
+    for result in results:
+        click.echo(f"{result.name}: {result.note}", err=True)
+    with _progress() as progress:
+        listener = _ProgressListener(progress, len(cases))
+        for result in segment_folder(cases, segmenter, output, listener, overwrite):
+            results.append(result)
+            if result.note:
+                click.echo(f"{result.name}: {result.note}", err=True)
+            for warning in result.report.get("warnings", []):
+                click.echo(f"{result.name}: warning: {warning}", err=True)
+    _print_summary(sorted(results, key=lambda r: r.name), segmenter, output)
+    return sum(result.status == "failed" for result in results)
+
+
+def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
+    manifest, engine = segmenter.bundle.manifest, segmenter.engine_info
+    table = Table("case", "result")
+    for region in manifest.regions:
+        table.add_column(f"{region} ml", justify="right")
+    table.add_column("s", justify="right")
+    for result in results:
+        volumes = result.report.get("volumes_ml", {})
+        cells = [f"{volumes[r]:.1f}" if r in volumes else "" for r in manifest.regions]
+        elapsed_ms = sum(result.report.get("elapsed_ms", {}).values())
+        time_s = f"{elapsed_ms / 1000:.1f}" if result.status == "done" else ""
+        table.add_row(result.name, result.status, *cells, time_s)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{manifest.name} ({manifest.intended_use}), {engine.name} {engine.version} "
+        f"{engine.precision}. Results in {output}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@main.command()
+@click.argument("scan_dir", type=_PATH, required=False)
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the results.")
+@_segment_options
+@click.option("--overwrite", is_flag=True, help="Take finished cases again.")
+@click.option("--t1", type=_PATH, help="File of this channel, instead of SCAN_DIR.")
+@click.option("--t1ce", type=_PATH, help="File of this channel.")
+@click.option("--t2", type=_PATH, help="File of this channel.")
+@click.option("--flair", type=_PATH, help="File of this channel.")
+@click.option(
+    "--channel",
+    "channels",
+    multiple=True,
+    callback=_parse_channels,
+    metavar="NAME=FILE",
+    help="File of a channel by the name that the model gives it.",
+)
+@click.pass_context
+def run(
+    ctx: click.Context,
+    scan_dir: Path | None,
+    output: Path,
+    model: Path | None,
+    overwrite: bool,
+    channels: dict[str, Path],
+    **settings: Any,
+) -> None:
+    """Segment one case or a folder of cases.
+
+    For each case, OUTPUT gets CASE_seg.nii.gz (labels in the scan's own grid), CASE.png and
+    CASE.json. Finished cases are skipped on a second run. The exit code is 1 if a case failed.
+    """
+    from attnseg.runtime.outputs import prepare_output
+    from attnseg.runtime.scans import Scans, explicit_case, find_cases
+
+    named = {name: settings.pop(name) for name in ("t1", "t1ce", "t2", "flair")}
+    files = {**{name: file for name, file in named.items() if file}, **channels}
+    if bool(files) == bool(scan_dir):
+        raise click.UsageError("give either SCAN_DIR or one file per channel (--t1 FILE ...)")
+    segmenter = _open_segmenter(model, settings)
+    inputs = segmenter.bundle.manifest.channels
+    if scan_dir:
+        scans = find_cases(scan_dir, inputs)
+    else:
+        scans = Scans((explicit_case(files, inputs),), {})
+    prepare_output(output)
+    failed = _run_cases(scans.cases, segmenter, output, overwrite, scans.problems)
+    ctx.exit(1 if failed else 0)
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    default=Path("attnseg-demo"),
+    show_default=True,
+    help="Folder for the synthetic scan and the results.",
+)
+@_segment_options
+@click.pass_context
+def demo(ctx: click.Context, output: Path, model: Path | None, **settings: Any) -> None:
+    """Make a synthetic brain with a tumour, segment it, and say how well that went."""
+    from attnseg.demo import make_demo_scan, score_demo
+    from attnseg.runtime.outputs import prepare_output
+    from attnseg.runtime.scans import find_cases
+
+    segmenter = _open_segmenter(model, settings)
+    prepare_output(output)
+    click.echo("making a synthetic scan", err=True)
+    scans = find_cases(make_demo_scan(output), segmenter.bundle.manifest.channels)
+    failed = _run_cases(scans.cases, segmenter, output, True, scans.problems)
+    if not failed:
+        score = score_demo(scans.cases[0], output, segmenter.bundle.manifest)
+        dice = ", ".join(f"{region} {value:.3f}" for region, value in score.dice.items())
+        click.echo(f"Dice against the synthetic truth: {dice}")
+        click.echo(f"Look at {output / (scans.cases[0].name + '.png')}")
+    ctx.exit(1 if failed else 0)
+
+
+def _parse_settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    pairs = [value.partition("=") for value in values]
+    if any(not (name and text) for name, _, text in pairs):
+        raise click.BadParameter("give FIELD=VALUE, such as learning_rate=1e-3")
+    return {name: text for name, _, text in pairs}
+
+
+def _training_config(preset: str, settings: dict[str, str]) -> Any:
+    from attnseg.trainer.config import TrainConfig
+    from attnseg.trainer.model import PRESETS
+
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset} does not exist; choose {', '.join(PRESETS)}")
+    return TrainConfig(network=PRESETS[preset]).with_settings(settings)
+
+
+@main.command()
+@click.option("--data", type=_PATH, required=True, help="Folder of labelled cases.")
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the run.")
+@click.option("--preset", default="paper", show_default=True, help="Network: paper or wide16.")
+@click.option("--split", type=_PATH, help="JSON with lists train and validation of case names.")
+@click.option("--resume", is_flag=True, help="Go on from OUTPUT/last.pt.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=_parse_settings,
+    metavar="FIELD=VALUE",
+    help="Change a training setting, such as epochs=30; the fields are in docs/training.md.",
+)
+def train(
+    data: Path,
+    output: Path,
+    preset: str,
+    split: Path | None,
+    resume: bool,
+    settings: dict[str, str],
+) -> None:
+    """Train a network on labelled cases; the defaults are the paper's protocol."""
+    _need("train", "torch", "safetensors")
+    from attnseg.trainer.data import open_data_set
+    from attnseg.trainer.loop import train as train_network
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = _training_config(preset, settings)
+    best = train_network(open_data_set(data, split, config), config, output, resume)
+    click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
+
+
+@main.command()
+@click.argument("checkpoint", type=_PATH)
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the bundle.")
+@click.option("--name", help="Name of the model.")
+@click.option("--description", help="What the model is for.")
+@click.option("--intended-use", help="Who may use it for what.")
+def export(checkpoint: Path, output: Path, **words: str | None) -> None:
+    """Export a checkpoint, or a bundle's weights.safetensors, to a bundle for attnseg run."""
+    _need("export", "torch", "safetensors", "onnx", "onnxscript")
+    from attnseg.export.export import Description, export_bundle
+
+    description = Description(**{key: text for key, text in words.items() if text})
+    bundle, parity = export_bundle(checkpoint, output, description)
+    for result in parity:
+        click.echo(
+            f"{result.engine} fp32 against torch: largest difference "
+            f"{result.largest_difference:.1e} of the largest logit, label disagreement "
+            f"{result.label_disagreement:.1e}"
+        )
+    click.echo(f"Bundle: {bundle.folder}. Next: attnseg run scan_dir/ -o out/ --model {output}")
+
+
+@main.command()
+@click.option("--model", type=_PATH, help="Bundle to try.  [default: the shipped one]")
+@click.pass_context
+def doctor(ctx: click.Context, model: Path | None) -> None:
+    """Say what this machine can run, and what to install for the rest."""
+    from attnseg.doctor import examine
+
+    findings = examine(model)
+    table = Table("", "", "state", "to mend it")
+    for finding in findings:
+        table.add_row(
+            "ok" if finding.well else "--", finding.subject, finding.state, finding.advice
+        )
+    Console().print(table)
+    engines = [f for f in findings if f.subject.startswith("engine")]
+    ctx.exit(0 if any(f.well for f in engines) else 1)
+
+
+def _need(extra: str, *modules: str) -> None:
+    """Name the extra to install when a module of it is missing."""
+    import importlib.util
+
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ConfigError(
+            f"attnseg {extra} needs {', '.join(missing)}; pip install 'attnseg[{extra}]'"
+        )

@@ -1,0 +1,88 @@
+"""What this machine can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnseg._version import __version__
+from attnseg.runtime.bundle import Bundle
+from attnseg.runtime.engines.choice import installed_engines, open_engine
+from attnseg.runtime.errors import AttnsegError
+from attnseg.runtime.segmenter import available_threads
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was looked at, how it is, and what to do if it is not well."""
+
+    subject: str
+    well: bool
+    state: str
+    advice: str = ""
+
+
+def _machine() -> Finding:
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    state = (
+        f"attnseg {__version__}, Python {sys.version.split()[0]}, {platform.system()} "
+        f"{platform.machine()}, {available_threads()} threads, {memory_gib:.0f} GiB memory"
+    )
+    return Finding("machine", True, state)
+
+
+def _model(folder: Path | None) -> tuple[Finding, Bundle | None]:
+    try:
+        bundle = Bundle.load(folder) if folder else Bundle.default()
+    except AttnsegError as error:
+        return Finding("model", False, str(error)), None
+    state = f"{bundle.manifest.name}, checksums match ({bundle.manifest.intended_use})"
+    return Finding("model", True, state), bundle
+
+
+def _engine(name: str, version: str | None, bundle: Bundle | None) -> Finding:
+    subject = f"engine {name}"
+    if version is None:
+        return Finding(subject, False, "not installed", "pip install 'attnseg[cpu]'")
+    if bundle is None:
+        return Finding(subject, True, f"{version}, not tried: no model")
+    try:
+        engine = open_engine(name, bundle.file("onnx"), "auto", available_threads())
+    except AttnsegError as error:
+        return Finding(subject, False, str(error))
+    return Finding(subject, True, f"{version}, runs the model in {engine.info.precision}")
+
+
+def _part(subject: str, modules: tuple[str, ...], extra: str) -> Finding:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        advice = f"pip install 'attnseg[{extra}]'"
+        return Finding(subject, False, f"needs {', '.join(missing)}", advice)
+    return Finding(subject, True, "installed")
+
+
+def _gpu() -> Finding:
+    if Path("/proc/driver/nvidia/version").exists():
+        state = "an NVIDIA driver is loaded; this version runs on the CPU only"
+    else:
+        state = "no NVIDIA driver; this version runs on the CPU only"
+    return Finding("gpu", True, state)
+
+
+def examine(model: Path | None = None) -> list[Finding]:
+    """Look at machine, model, engines and optional parts. `--engine auto` takes the first
+    engine that is well."""
+    finding, bundle = _model(model)
+    engines = [_engine(name, version, bundle) for name, version in installed_engines().items()]
+    return [
+        _machine(),
+        finding,
+        *engines,
+        _part("attnseg train", ("torch", "safetensors"), "train"),
+        _part("attnseg export", ("torch", "safetensors", "onnx", "onnxscript"), "export"),
+        _gpu(),
+    ]

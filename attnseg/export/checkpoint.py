@@ -1,0 +1,154 @@
+"""What an export starts from: a trainer's checkpoint, or the weights kept in a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from attnseg.runtime.bundle import Training, Validation
+from attnseg.runtime.errors import ConfigError, TrainingError
+from attnseg.runtime.normalise import Normalisation
+from attnseg.trainer.checkpoint import (
+    checkpoint_config,
+    checkpoint_normalisation,
+    checkpoint_weights,
+    load_checkpoint,
+)
+from attnseg.trainer.loop import CLASS_REGIONS
+from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
+
+_METADATA_KEY = "attnseg"
+_SAFETENSORS_FORMAT = "attnseg-weights-1"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network with its weights and what the runtime has to know to use it.
+
+    Attributes:
+        network: on the CPU, in evaluation mode.
+        normalisation: of its inputs.
+        patch: edge of the window it was trained on, in voxels.
+        overlap: of the windows it was validated with.
+        training: where the weights come from.
+        validation: what they achieved.
+    """
+
+    network: AttentionResNetUNet
+    normalisation: Normalisation
+    patch: int
+    overlap: float
+    training: Training
+    validation: Validation
+
+
+def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> AttentionResNetUNet:
+    network = AttentionResNetUNet(config)
+    network.load_state_dict(
+        {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in weights.items()
+        }
+    )
+    return network.eval()
+
+
+def _from_checkpoint(path: Path) -> TrainedModel:
+    state = load_checkpoint(path)
+    config = checkpoint_config(state)
+    scores = state["validation"]
+    if scores is None:
+        raise TrainingError(f"{path}: was saved before the first validation; train longer")
+    training = Training(
+        data=state["data"],
+        train_cases=tuple(state["split"]["train"]),
+        validation_cases=tuple(state["split"]["validation"]),
+        synthetic_cases=config.synthetic_cases,
+        epochs=state["epoch"],
+        seconds=round(state["seconds"]),
+        device=state["device"],
+        config=config.to_dict(),
+    )
+    validation = Validation(
+        dice={region: round(scores[region], 4) for region in CLASS_REGIONS},
+        method=(
+            f"mean over {len(training.validation_cases)} whole cases, windows of "
+            f"{config.patch} with overlap {config.overlap:g}, torch {config.precision}, no "
+            "test-time augmentation, no clean-up; the epoch was chosen on the same cases"
+        ),
+    )
+    return TrainedModel(
+        _network(config.network, checkpoint_weights(state)),
+        checkpoint_normalisation(state),
+        config.patch,
+        config.overlap,
+        training,
+        validation,
+    )
+
+
+def _from_safetensors(path: Path) -> TrainedModel:
+    try:
+        with safe_open(path, "pt") as stored:
+            metadata = json.loads((stored.metadata() or {}).get(_METADATA_KEY, "{}"))
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(f"{path}: is damaged or not a safetensors file ({error})") from error
+    if metadata.get("format") != _SAFETENSORS_FORMAT:
+        raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
+    try:
+        return TrainedModel(
+            _network(NetworkConfig.from_dict(metadata["network"]), weights),
+            TypeAdapter(Normalisation).validate_python(metadata["normalisation"]),
+            metadata["patch"],
+            metadata["overlap"],
+            Training.model_validate(metadata["training"]),
+            Validation.model_validate(metadata["validation"]),
+        )
+    except (KeyError, ValidationError, ConfigError, RuntimeError) as error:
+        raise TrainingError(f"{path}: its metadata and weights do not agree ({error})") from error
+
+
+def load_trained(path: Path) -> TrainedModel:
+    """Load a checkpoint (`.pt`) or the weights of a bundle (`.safetensors`).
+
+    Raises:
+        TrainingError: the file is missing, damaged, or not one of attnseg's.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
+    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+
+
+def encode_weights(model: TrainedModel) -> bytes:
+    """A safetensors file that `load_trained` reads back; the same bytes for the same model."""
+    metadata: dict[str, Any] = {
+        "format": _SAFETENSORS_FORMAT,
+        "network": model.network.config.to_dict(),
+        "normalisation": asdict(model.normalisation),
+        "patch": model.patch,
+        "overlap": model.overlap,
+        "training": model.training.model_dump(mode="json"),
+        "validation": model.validation.model_dump(mode="json"),
+    }
+    weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
+    return save(weights, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def example_windows(model: TrainedModel, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Inputs to compare engines on: `(count, C, P, P, P)` float32, smooth and in z-score range."""
+    rng = np.random.default_rng(seed)
+    edge = model.patch
+    shape = (count, model.network.config.in_channels, edge // 4, edge // 4, edge // 4)
+    coarse = torch.from_numpy(rng.standard_normal(shape, np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, (edge,) * 3, mode="trilinear")
+    noise = rng.standard_normal(smooth.shape, np.float32) * np.float32(0.3)
+    return np.asarray(1.5 * smooth.numpy() + noise, np.float32)

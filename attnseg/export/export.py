@@ -1,0 +1,99 @@
+"""Checkpoint to bundle: export, compare with torch, and only then write."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnseg._version import __version__
+from attnseg.export.checkpoint import TrainedModel, encode_weights, load_trained
+from attnseg.export.onnx import export_onnx
+from attnseg.export.verify import Parity, compare_with_torch
+from attnseg.runtime.bundle import (
+    Bundle,
+    Inference,
+    Label,
+    Manifest,
+    file_entry,
+    write_bundle,
+)
+from attnseg.runtime.scans import BRATS_CHANNELS
+from attnseg.trainer.data import ORIENTATION
+
+ONNX_FILE, WEIGHTS_FILE = "model.onnx", "weights.safetensors"
+MIN_VOXELS = 150  # the paper, section 3.4
+_LABELS = (
+    ("background", 0),
+    ("necrotic core", 1),
+    ("oedema", 2),
+    ("enhancing tumour", 4),
+)
+_REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What people should know of a bundle."""
+
+    name: str = "attention-resnet-unet"
+    description: str = "Attention-ResNetUNet for BraTS brain tumours"
+    intended_use: str = "research use only, not for clinical use"
+
+
+def _manifest(model: TrainedModel, description: Description, files: dict[str, bytes]) -> Manifest:
+    edge = model.patch
+    return Manifest(
+        name=description.name,
+        created_with=f"attnseg {__version__}",
+        description=description.description,
+        intended_use=description.intended_use,
+        channels=BRATS_CHANNELS,
+        labels=tuple(Label(name=name, value=value) for name, value in _LABELS),
+        regions=_REGIONS,
+        display=("flair", "t1ce"),
+        orientation=ORIENTATION,
+        spacing_mm=(1.0, 1.0, 1.0),
+        normalisation=model.normalisation,
+        inference=Inference(
+            window=(edge, edge, edge),
+            overlap=model.overlap,
+            window_multiple=model.network.config.stride,
+            min_voxels=MIN_VOXELS,
+        ),
+        network=model.network.config.to_dict(),
+        training=model.training,
+        validation=model.validation,
+        files={
+            ONNX_FILE: file_entry("onnx", files[ONNX_FILE]),
+            WEIGHTS_FILE: file_entry("weights", files[WEIGHTS_FILE]),
+        },
+    )
+
+
+def export_bundle(
+    checkpoint: Path, folder: Path, description: Description | None = None
+) -> tuple[Bundle, list[Parity]]:
+    """Export a checkpoint to a bundle.
+
+    Args:
+        checkpoint: `.pt` of the trainer, or `weights.safetensors` of a bundle.
+        folder: the bundle to write; must not exist or be empty.
+        description: names and words for the manifest.
+
+    Returns:
+        The bundle, and each engine's parity with torch.
+
+    Raises:
+        TrainingError: the checkpoint cannot be read.
+        EngineError: the exported graph does not give torch's logits; nothing is written.
+        BundleError: the folder is taken or cannot be written.
+    """
+    model = load_trained(checkpoint)
+    files = {ONNX_FILE: export_onnx(model.network), WEIGHTS_FILE: encode_weights(model)}
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx_file = Path(scratch) / ONNX_FILE
+        onnx_file.write_bytes(files[ONNX_FILE])
+        parity = compare_with_torch(model, onnx_file)
+    manifest = _manifest(model, description or Description(), files)
+    return write_bundle(folder, manifest, files), parity

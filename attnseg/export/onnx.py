@@ -1,0 +1,98 @@
+"""Network to ONNX graph: batch norms folded, dynamic batch and space, the same bytes each time."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import onnx
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from attnseg.trainer.model import AttentionResNetUNet, MultiScale, ResidualBlock
+
+OPSET = 20
+INPUT, OUTPUT = "image", "logits"
+
+
+def _slice_norm(norm: nn.BatchNorm3d, start: int, stop: int) -> nn.BatchNorm3d:
+    """The part of a batch norm that acts on channels `start` to `stop`."""
+    part = nn.BatchNorm3d(stop - start, norm.eps).eval()
+    for name, value in norm.state_dict().items():
+        if value.ndim:
+            getattr(part, name).data.copy_(value[start:stop])
+    return part
+
+
+def fold_batch_norms(network: AttentionResNetUNet) -> AttentionResNetUNet:
+    """A copy for inference in which every batch norm is part of the convolution before it."""
+    folded = copy.deepcopy(network).eval()
+    for module in folded.modules():
+        if isinstance(module, ResidualBlock):
+            module.conv1 = fuse_conv_bn_eval(module.conv1, module.norm)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(module, MultiScale):
+            half = module.branches[0].out_channels
+            for index, branch in enumerate(module.branches):
+                assert isinstance(branch, nn.Conv3d) and isinstance(half, int)
+                part = _slice_norm(module.norm, index * half, (index + 1) * half)
+                module.branches[index] = fuse_conv_bn_eval(branch, part)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+    return folded
+
+
+def _tidy(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes about the machine and code that it ran in."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    for value in values:
+        del value.metadata_props[:]
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        for dim, name in zip((dims[0], *dims[2:]), ("batch", "x", "y", "z"), strict=True):
+            dim.dim_param = name
+    model.graph.name = "attnseg"
+
+
+def export_onnx(network: AttentionResNetUNet) -> bytes:
+    """Serialise the network as ONNX.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+
+    Returns:
+        A model with input `image` `(batch, C, x, y, z)` and output `logits`
+        `(batch, K, x, y, z)`, float32; x, y and z must be multiples of the network's stride.
+        It passed onnx.checker with full shape inference.
+    """
+    multiple = network.config.stride
+    edge = {
+        axis: multiple * torch.export.Dim(name) for axis, name in ((2, "x"), (3, "y"), (4, "z"))
+    }
+    # Sizes that differ from each other and from 1, or the tracer takes them for constants.
+    example = torch.zeros(2, network.config.in_channels, *(multiple * n for n in (2, 3, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about torch's own internals
+        program = torch.onnx.export(
+            fold_batch_norms(network),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch"), **edge}},
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _tidy(model)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))

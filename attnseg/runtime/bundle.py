@@ -1,0 +1,243 @@
+"""Bundle: a model with everything that the runtime has to know of it.
+
+A folder with `manifest.json` and the files that it names, each with its checksum. The format
+is specified field by field in `docs/bundle.md`. A bundle holds data only: nothing in it is
+unpickled or executed. Nothing in the runtime is specific to brains; channels, labels,
+normalisation and window all come from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.normalise import Normalisation
+from attnseg.runtime.scans import Channel
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Record(BaseModel):
+    """Part of the manifest: unknown fields are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Label(_Record):
+    """One output class. Its place in the list is the network's output index."""
+
+    name: str
+    value: Annotated[int, Field(ge=0, le=255)]
+
+
+class Inference(_Record):
+    """Defaults of the sliding window and the clean-up."""
+
+    window: tuple[Size, Size, Size]
+    overlap: Share
+    window_multiple: Size
+    min_voxels: Annotated[int, Field(ge=0)]
+
+
+class Training(_Record):
+    """Where the weights come from."""
+
+    data: str
+    train_cases: tuple[str, ...]
+    validation_cases: tuple[str, ...]
+    synthetic_cases: int
+    epochs: int
+    seconds: float
+    device: str
+    config: dict[str, Any]
+
+
+class Validation(_Record):
+    """What the weights achieve on the validation cases, and how that was measured."""
+
+    dice: dict[str, float]
+    method: str
+
+
+class FileEntry(_Record):
+    """One file of the bundle."""
+
+    role: Literal["onnx", "weights"]
+    sha256: Sha256
+    size_bytes: Size
+
+
+class Manifest(_Record):
+    """Content of `manifest.json`; the fields are specified in `docs/bundle.md`."""
+
+    format: Literal["attnseg-bundle"] = "attnseg-bundle"
+    format_version: Literal[1] = 1
+    name: str
+    created_with: str
+    description: str
+    intended_use: str
+    channels: Annotated[tuple[Channel, ...], Field(min_length=1)]
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    regions: dict[str, tuple[int, ...]]
+    display: tuple[str, ...]
+    orientation: Annotated[str, Field(pattern="^[LRAPSI]{3}$")]
+    spacing_mm: tuple[float, float, float]
+    normalisation: Normalisation
+    inference: Inference
+    network: dict[str, Any]
+    training: Training | None
+    validation: Validation | None
+    files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        values = {label.value for label in self.labels}
+        for name, region in self.regions.items():
+            if not set(region) <= values:
+                raise ValueError(f"region {name} names a label that does not exist")
+        if not set(self.display) <= {channel.name for channel in self.channels}:
+            raise ValueError("display names a channel that does not exist")
+        for path in self.files:
+            if PurePosixPath(path).name != path or "\\" in path or path in ("", "..", MANIFEST):
+                raise ValueError(f"file {path!r} is not a plain file name")
+        if any(size % self.inference.window_multiple for size in self.inference.window):
+            raise ValueError("window is not a multiple of window_multiple")
+        landmarks = self.normalisation.landmarks
+        if landmarks is not None and len(landmarks.values) != len(self.channels):
+            raise ValueError("landmarks are not for the number of channels")
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model on disk whose files were found to match their checksums.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it says.
+        sha256: checksum of the manifest, and so, through the checksums in it, of the whole.
+    """
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a bundle and check every file.
+
+        Raises:
+            BundleError: the folder is not a bundle, its format version is unknown, its
+                manifest breaks the format, or a file is missing or does not match.
+        """
+        manifest_file = folder / MANIFEST
+        if not folder.is_dir() or not manifest_file.is_file():
+            raise BundleError(
+                f"{folder}: is not a bundle (a folder with {MANIFEST}); "
+                "make one with: attnseg export CHECKPOINT -o FOLDER"
+            )
+        stored = manifest_file.read_bytes()
+        manifest = _parse(manifest_file, stored)
+        for name, entry in manifest.files.items():
+            _check_file(folder / name, entry)
+        return cls(folder, manifest, hashlib.sha256(stored).hexdigest())
+
+    @classmethod
+    def default(cls) -> Self:
+        """The bundle that is shipped with attnseg: a research demonstration."""
+        return cls.load(default_folder())
+
+    def file(self, role: str) -> Path:
+        """The file with a role, such as `onnx`. Raises `BundleError` if there is none."""
+        for name, entry in self.manifest.files.items():
+            if entry.role == role:
+                return self.folder / name
+        raise BundleError(f"{self.folder}: has no file of role {role}; export it again")
+
+
+def default_folder() -> Path:
+    """Folder of the shipped bundle."""
+    return Path(__file__).parent / "models" / "default"
+
+
+def _parse(file: Path, stored: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(stored)
+    except ConfigError as error:
+        raise BundleError(f"{file}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        if where == "format_version":
+            raise BundleError(
+                f"{file}: format_version {first['input']!r} is not known to this version of "
+                f"attnseg, which reads {FORMAT_VERSION}; install the version that made it"
+            ) from error
+        raise BundleError(f"{file}: {where}: {first['msg']}") from error
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); copy the bundle again"
+        ) from error
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{path}: does not match its checksum in {MANIFEST}; it was changed or damaged, "
+            "copy the bundle again"
+        )
+
+
+def file_entry(role: Literal["onnx", "weights"], content: bytes) -> FileEntry:
+    """The manifest's entry for a file with this content."""
+    return FileEntry(role=role, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+
+def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write a bundle whole or not at all.
+
+    Args:
+        folder: where to; may exist only when it is empty.
+        manifest: its `files` must name just what `files` holds.
+        files: content by file name.
+
+    Raises:
+        BundleError: the folder is taken, or could not be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder}: exists and is not empty; choose another folder")
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial.chmod(0o755)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        text = manifest.model_dump_json(indent=2) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except OSError as error:
+        raise BundleError(f"{folder}: could not be written ({error.strerror})") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Bundle.load(folder)

@@ -1,0 +1,62 @@
+"""Which engine runs: the one asked for, or the fastest that is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from attnseg.runtime.engines.base import Engine
+from attnseg.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from attnseg.runtime.engines.openvino import OpenVinoEngine
+from attnseg.runtime.errors import EngineError
+
+# Fastest first, as measured by benchmarks/pipeline.py on a CPU.
+ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {
+    "openvino": OpenVinoEngine,
+    "onnxruntime": OnnxRuntimeEngine,
+}
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def installed_engines() -> dict[str, str | None]:
+    """Version of each engine, None where it is not installed; fastest first."""
+    return {name: _version(name) for name in ENGINES}
+
+
+def _version(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # installed under another distribution's name, such as onnxruntime-gpu
+
+
+def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
+    """Open an engine on an ONNX file.
+
+    Args:
+        name: `auto` or a name of `ENGINES`.
+        model: the ONNX file.
+        precision: `auto`, `bf16` or `fp32`.
+        threads: of the processor that it may use.
+
+    Raises:
+        EngineError: the engine does not exist, is not installed, has no such precision, or
+            refuses the file; with `auto`, none is installed.
+    """
+    if name == "auto":
+        installed = [n for n, version in installed_engines().items() if version]
+        if not installed:
+            raise EngineError(
+                "no inference engine is installed; pip install 'attnseg[cpu]' brings "
+                + " and ".join(ENGINES)
+            )
+        name = installed[0]
+    if name not in ENGINES:
+        raise EngineError(f"engine {name} does not exist; choose auto, {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise EngineError(f"precision {precision} does not exist; choose {', '.join(PRECISIONS)}")
+    return ENGINES[name](model, precision, threads)

@@ -1,0 +1,70 @@
+"""OpenVINO on the CPU: bf16 where the processor has it, static shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.errors import EngineError
+
+_HINTS = {"bf16": "bf16", "fp32": "f32"}
+
+
+class OpenVinoEngine:
+    """Runs an ONNX graph by OpenVINO's CPU plugin, compiled for each batch shape it meets.
+
+    The precision is always set: left alone, OpenVINO takes bf16 wherever it is fast.
+    """
+
+    def __init__(self, model: Path, precision: str, threads: int) -> None:
+        """Open `model`.
+
+        Raises:
+            EngineError: OpenVINO is missing, refuses the file, or the CPU has no bf16.
+        """
+        try:
+            import openvino as ov
+        except ImportError as error:
+            raise EngineError(
+                "engine openvino is not installed; pip install 'attnseg[cpu]'"
+            ) from error
+        self._core = ov.Core()
+        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and not has_bf16:
+            raise EngineError("this processor has no bf16 instructions; use --precision fp32")
+        chosen = ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
+        if chosen not in _HINTS:
+            raise EngineError(f"engine openvino runs bf16 and fp32, got precision {precision}")
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[chosen],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        try:
+            self._model = self._core.read_model(model)
+        except RuntimeError as error:
+            raise EngineError(f"{model}: OpenVINO refuses it ({error})") from error
+        self._shape: tuple[int, ...] | None = None
+        self._request: Any = None
+        self.info = EngineInfo("openvino", ov.__version__.split("-")[0], chosen, "cpu")
+
+    def _compile(self, shape: tuple[int, ...]) -> None:
+        self._model.reshape(list(shape))
+        compiled = self._core.compile_model(self._model, "CPU", self._settings)
+        self._request, self._shape = compiled.create_infer_request(), shape
+
+    def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `attnseg.runtime.engines.base.Engine.infer`."""
+        try:
+            if batch.shape != self._shape:
+                self._compile(batch.shape)
+            result = self._request.infer(batch, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO failed on a batch of shape {batch.shape} ({error})"
+            ) from error
+        return np.asarray(result[0])

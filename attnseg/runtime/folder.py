@@ -1,0 +1,141 @@
+"""A folder of cases: each is read, segmented and written; a bad one does not stop the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from attnseg.runtime.clock import StageClock
+from attnseg.runtime.errors import AttnsegError
+from attnseg.runtime.outputs import (
+    encode_report,
+    identity,
+    make_report,
+    output_names,
+    read_report,
+    write_files,
+)
+from attnseg.runtime.picture import render_picture
+from attnseg.runtime.scans import Case
+from attnseg.runtime.segmenter import Segmenter
+from attnseg.runtime.volume import Volume, encode_labels, read_volume
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of a case.
+
+    Attributes:
+        name: of the case.
+        status: `done`, `skipped` because it was finished before, or `failed`.
+        report: of a case that is done or was skipped.
+        note: why it failed, or what is odd about a skipped one.
+    """
+
+    name: str
+    status: Literal["done", "skipped", "failed"]
+    report: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+class Listener(Protocol):
+    """Told how a folder goes on."""
+
+    def case_started(self, name: str) -> None:
+        """A case is about to be segmented."""
+
+    def case_advanced(self, share: float) -> None:
+        """The share of the network's work on it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    volume: Volume
+    elapsed_ms: float
+
+
+def _load(case: Case, threads: int) -> _Loaded:
+    clock = StageClock()
+    with clock.stage("load"):
+        volume = read_volume(case.files, threads)
+    return _Loaded(volume, clock.elapsed_ms["load"])
+
+
+def _segment(
+    case: Case, loaded: _Loaded, segmenter: Segmenter, output: Path, listener: Listener
+) -> CaseResult:
+    clock = StageClock()
+    clock.elapsed_ms["load"] = loaded.elapsed_ms
+    volume, names = loaded.volume, output_names(case.name)
+    result = segmenter.segment(volume, listener.case_advanced)
+    clock.elapsed_ms.update(result.elapsed_ms)
+    with clock.stage("encode"):
+        labels = encode_labels(result.labels, volume)
+    with clock.stage("picture"):
+        manifest = segmenter.bundle.manifest
+        picture = render_picture(volume, result.labels, manifest, case.name)
+    report = make_report(case, volume, result, segmenter, clock.elapsed_ms)
+    contents = (labels, picture, encode_report(report))
+    write_files(output, dict(zip(names.values(), contents, strict=True)))
+    return CaseResult(case.name, "done", report)
+
+
+def _finished(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
+    """The earlier result of a case, with a note where this run would give another."""
+    report = read_report(output, case.name)
+    if report is None:
+        return None
+    same = all(report.get(key) == value for key, value in identity(segmenter).items())
+    note = "" if same else "made with another model, engine or options; --overwrite makes it anew"
+    return CaseResult(case.name, "skipped", report, note)
+
+
+def _loaded_ahead(cases: Sequence[Case], threads: int) -> Iterator[tuple[Case, Future[_Loaded]]]:
+    """Each case with its volume, which is read while the one before it is segmented."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(_load, cases[0], threads) if cases else None
+        for index, case in enumerate(cases):
+            assert ahead is not None
+            current, ahead = ahead, None
+            current.exception()  # wait, so that at most two volumes are in memory
+            if index + 1 < len(cases):
+                ahead = pool.submit(_load, cases[index + 1], threads)
+            yield case, current
+
+
+def segment_folder(
+    cases: Iterable[Case],
+    segmenter: Segmenter,
+    output: Path,
+    listener: Listener,
+    overwrite: bool = False,
+    threads: int = 2,
+) -> Iterator[CaseResult]:
+    """Segment cases one after the other, and give each result as it comes.
+
+    Args:
+        cases: in the order to take them.
+        segmenter: the model and options.
+        output: folder for the result files; must exist.
+        listener: told of progress.
+        overwrite: take finished cases again instead of skipping them.
+        threads: files of a case read at the same time.
+    """
+    pending = []
+    for case in cases:
+        earlier = None if overwrite else _finished(case, segmenter, output)
+        if earlier:
+            yield earlier
+        else:
+            pending.append(case)
+    for case, loaded in _loaded_ahead(pending, threads):
+        listener.case_started(case.name)
+        try:
+            yield _segment(case, loaded.result(), segmenter, output, listener)
+        except AttnsegError as error:
+            yield CaseResult(case.name, "failed", note=str(error))
+        except MemoryError:
+            yield CaseResult(case.name, "failed", note=f"{case.folder}: not enough memory")

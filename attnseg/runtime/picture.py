@@ -1,0 +1,127 @@
+"""A picture of a segmentation: three planes through the largest section, labels as outlines."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from attnseg.runtime.bundle import Manifest
+from attnseg.runtime.volume import Volume, reorient
+
+_DISPLAY_ORIENTATION = "LPS"  # rows grow downwards, so front and left of the picture are as usual
+_PLANES = ("sagittal", "coronal", "axial")
+_COLOURS = (
+    (230, 80, 70),
+    (70, 200, 110),
+    (255, 210, 60),
+    (90, 160, 255),
+    (220, 120, 230),
+)
+_SCALE = 2
+_MARGIN = 18
+
+
+def _largest_section(labels: NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Index along X, Y and Z of the slice with most labelled voxels; the middle if none."""
+    if not labels.any():
+        return (labels.shape[0] // 2, labels.shape[1] // 2, labels.shape[2] // 2)
+    marked = labels > 0
+    x, y, z = (int(np.argmax(marked.sum(axis=axes))) for axes in ((1, 2), (0, 2), (0, 1)))
+    return x, y, z
+
+
+def _plane(array: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
+    """One slice as rows downwards and columns to the right, head up where Z is a row."""
+    plane = np.take(array, index, axis=axis).T
+    return plane if axis == 2 else plane[::-1]
+
+
+def _grey(plane: NDArray[Any], top: float) -> NDArray[np.uint8]:
+    return np.asarray(np.clip(plane / max(top, 1e-6), 0, 1) * 255, np.uint8)
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of the mask that touch its outside."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.asarray(mask & ~inside)
+
+
+def _panel(
+    image: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    values: Sequence[int],
+    height: int,
+) -> Image.Image:
+    """Grey slice, enlarged, with the outline of each label in its colour."""
+    big = image.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
+    rgb = np.stack([big] * 3, axis=-1)
+    for order, value in enumerate(values):
+        mask = (labels == value).repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
+        rgb[_outline(mask)] = _COLOURS[order % len(_COLOURS)]
+    padded = np.zeros((height, rgb.shape[1], 3), np.uint8)
+    padded[: rgb.shape[0]] = rgb
+    return Image.fromarray(padded)
+
+
+def _legend(draw: ImageDraw.ImageDraw, manifest: Manifest, top: int) -> None:
+    x = 4
+    for order, label in enumerate(manifest.labels[1:]):
+        colour = _COLOURS[order % len(_COLOURS)]
+        draw.rectangle((x, top + 4, x + 9, top + 13), fill=colour)
+        draw.text((x + 14, top + 3), label.name, fill=(220, 220, 220))
+        x += 30 + int(draw.textlength(label.name))
+    draw.text((x, top + 3), manifest.intended_use, fill=(150, 150, 150))
+
+
+def render_picture(
+    volume: Volume, labels: NDArray[np.uint8], manifest: Manifest, title: str
+) -> bytes:
+    """A PNG file: one row per channel in the manifest's `display`, one column per plane.
+
+    Args:
+        volume: as segmented.
+        labels: `(X, Y, Z)` uint8 in the volume's grid.
+        manifest: names and values of the labels, channels to show.
+        title: printed above.
+    """
+    turned = volume.oriented(_DISPLAY_ORIENTATION)
+    labels = reorient(labels, volume.orientation, _DISPLAY_ORIENTATION)
+    section = _largest_section(labels)
+    names = [channel.name for channel in manifest.channels]
+    values = [label.value for label in manifest.labels[1:]]
+    rows = []
+    for name in manifest.display:
+        channel = turned.channels[names.index(name)]
+        planes = [_plane(channel, axis, section[axis]) for axis in (2, 1, 0)]
+        top = max(float(np.percentile(p[p != 0], 99.5)) if p.any() else 0.0 for p in planes)
+        height = max(p.shape[0] for p in planes) * _SCALE
+        rows.append(
+            [
+                _panel(_grey(p, top), _plane(labels, axis, section[axis]), values, height)
+                for p, axis in zip(planes, (2, 1, 0), strict=True)
+            ]
+        )
+    width = sum(panel.width for panel in rows[0])
+    height = sum(row[0].height + _MARGIN for row in rows) + 2 * _MARGIN
+    canvas = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 3), title, fill=(255, 255, 255))
+    y = _MARGIN
+    for name, row in zip(manifest.display, rows, strict=True):
+        x = 0
+        for panel, axis in zip(row, (2, 1, 0), strict=True):
+            text = f"{name}, {_PLANES[axis]} {section[axis]}"
+            draw.text((x + 4, y + 3), text, fill=(200, 200, 200))
+            canvas.paste(panel, (x, y + _MARGIN))
+            x += panel.width
+        y += row[0].height + _MARGIN
+    _legend(draw, manifest, y)
+    stream = io.BytesIO()
+    canvas.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()

@@ -1,0 +1,260 @@
+"""Segmenter: the whole flow, from a volume to its labels, on one page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.bundle import Bundle, Inference
+from attnseg.runtime.cleanup import remove_small_components
+from attnseg.runtime.clock import StageClock
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.choice import open_engine
+from attnseg.runtime.errors import ConfigError, ScanError
+from attnseg.runtime.executor import Progress as WindowProgress
+from attnseg.runtime.executor import WindowOptions, sliding_window
+from attnseg.runtime.normalise import brain_box, normalise
+from attnseg.runtime.tta import Fuse, Fusion, Transform, argmax_classes, passes
+from attnseg.runtime.volume import Volume, reorient
+from attnseg.runtime.windows import Shape
+
+_SPACING_TOLERANCE = 0.05  # relative; beyond it the report warns
+
+Progress = Callable[[float], None]
+"""Called with the share of the work done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How to segment. None stands for the bundle's own value.
+
+    Attributes:
+        engine: `auto` takes the fastest installed, or `openvino`, `onnxruntime`.
+        precision: `auto` takes bf16 where the processor has it, or `bf16`, `fp32`.
+        tta: passes: `none`, `paper` (identity, mirror, quarter turn) or `mirror8`.
+        fuse: how passes are joined, `vote` or `mean`.
+        window: edge of the cubic window in voxels, or `full` for one pass over the box.
+        overlap: share of a window in common with the next.
+        min_voxels: components of a class with fewer voxels are removed.
+        threads: of the processor; None for all that this process may use.
+    """
+
+    engine: str = "auto"
+    precision: str = "auto"
+    tta: str = "none"
+    fuse: Fuse = "vote"
+    window: int | Literal["full"] | None = None
+    overlap: float | None = None
+    min_voxels: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The options with every value known."""
+
+    window: WindowOptions
+    tta: str
+    fuse: Fuse
+    min_voxels: int
+    threads: int
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return passes(self.tta)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tta": self.tta,
+            "fuse": self.fuse,
+            "window": list(self.window.window) if self.window.window else "full",
+            "overlap": self.window.overlap,
+            "min_voxels": self.min_voxels,
+        }
+
+
+def _plan(options: SegmentOptions, defaults: Inference) -> _Plan:
+    """Check the options and put the bundle's values in place of None."""
+    overlap = defaults.overlap if options.overlap is None else options.overlap
+    min_voxels = defaults.min_voxels if options.min_voxels is None else options.min_voxels
+    threads = available_threads() if options.threads is None else options.threads
+    edge, multiple = options.window, defaults.window_multiple
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"overlap must be at least 0 and below 1, got {overlap}")
+    if min_voxels < 0:
+        raise ConfigError(f"min-voxels must be at least 0, got {min_voxels}")
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    if isinstance(edge, int) and (edge < 1 or edge % multiple):
+        raise ConfigError(f"window must be full or a multiple of {multiple} voxels, got {edge}")
+    passes(options.tta)
+    Fusion(options.fuse)
+    window: Shape | None = defaults.window if edge is None else None
+    if isinstance(edge, int):
+        window = (edge, edge, edge)
+    return _Plan(
+        WindowOptions(window, overlap, multiple),
+        options.tta,
+        options.fuse,
+        min_voxels,
+        threads,
+    )
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The result for one volume.
+
+    Attributes:
+        labels: `(X, Y, Z)` uint8 in the volume's own grid, values as the bundle's labels.
+        volumes_ml: millilitres per region.
+        elapsed_ms: per stage.
+        windows: run per pass, those without brain included.
+        components_removed: by the clean-up.
+        warnings: what a reader should know.
+    """
+
+    labels: NDArray[np.uint8]
+    volumes_ml: dict[str, float]
+    elapsed_ms: dict[str, float]
+    windows: int
+    components_removed: int
+    warnings: tuple[str, ...]
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Segmenter:
+    """Segments volumes with one bundle. Opening takes a moment, so keep it for many volumes.
+
+    Not safe for several threads at once; use one per thread.
+
+    Example:
+        >>> segmenter = Segmenter()
+        >>> labels = segmenter.segment(Volume(channels, affine)).labels
+    """
+
+    def __init__(self, bundle: Bundle | None = None, options: SegmentOptions | None = None) -> None:
+        """Open the engine.
+
+        Args:
+            bundle: the model; None for the shipped one.
+            options: how to run it.
+
+        Raises:
+            BundleError: the shipped bundle is damaged.
+            ConfigError: an option has a value that is not allowed.
+            EngineError: no engine is installed, or the one asked for cannot run the model.
+        """
+        options = options or SegmentOptions()
+        self.bundle = bundle = bundle or Bundle.default()
+        self._plan = plan = _plan(options, bundle.manifest.inference)
+        self._engine = open_engine(
+            options.engine, bundle.file("onnx"), options.precision, plan.threads
+        )
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """The engine that was chosen."""
+        return self._engine.info
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What shapes the result besides bundle and engine, as plain values for a report."""
+        return self._plan.to_dict()
+
+    def _logits(
+        self,
+        image: NDArray[np.float32],
+        transform: Transform,
+        clock: StageClock,
+        progress: WindowProgress | None,
+    ) -> NDArray[np.float32]:
+        """Logits of one pass, its transform undone."""
+        turned = transform.apply(image)
+        logits = sliding_window(turned, self._engine, self._plan.window, progress, clock)
+        return transform.invert(logits)
+
+    def _classes(
+        self, image: NDArray[np.float32], clock: StageClock, progress: Progress | None
+    ) -> NDArray[np.uint8]:
+        """Class per voxel of a normalised image `(C, X, Y, Z)`, over all passes."""
+        transforms = self._plan.transforms
+        fusion = Fusion(self._plan.fuse)
+        for index, transform in enumerate(transforms):
+
+            def advance(done: int, of: int, before: int = index) -> None:
+                if progress:
+                    progress((before + done / of) / len(transforms))
+
+            logits = self._logits(image, transform, clock, advance)
+            with clock.stage("fuse"):
+                if len(transforms) == 1:
+                    return argmax_classes(logits)
+                fusion.add(logits)
+        with clock.stage("fuse"):
+            return fusion.classes()
+
+    def _warnings(self, volume: Volume) -> tuple[str, ...]:
+        wanted = np.array(self.bundle.manifest.spacing_mm)
+        spacing = np.array(volume.oriented(self.bundle.manifest.orientation).spacing_mm)
+        if np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
+            return volume.warnings
+        got, want = (" x ".join(f"{v:g}" for v in s.round(3)) for s in (spacing, wanted))
+        return (
+            *volume.warnings,
+            f"spacing is {got} mm, the model was trained at {want} mm: results may be poor; "
+            "resample the scan first",
+        )
+
+    def segment(self, volume: Volume, progress: Progress | None = None) -> Segmentation:
+        """Segment one volume.
+
+        Args:
+            volume: channels in the bundle's order, any orientation.
+            progress: told the share of the work done.
+
+        Raises:
+            ScanError: the number of channels is wrong.
+            VolumeError: a channel is all zero or has one value only.
+            EngineError: the engine failed.
+        """
+        manifest, clock = self.bundle.manifest, StageClock()
+        if len(volume.channels) != len(manifest.channels):
+            names = ", ".join(c.name for c in manifest.channels)
+            raise ScanError(f"the model takes {names}, got {len(volume.channels)} channels")
+        with clock.stage("normalise"):
+            turned = volume.oriented(manifest.orientation)
+            box = brain_box(turned.channels, manifest.normalisation.foreground)
+            image = normalise([c[box] for c in turned.channels], manifest.normalisation)
+        classes = self._classes(image, clock, progress)
+        with clock.stage("clean-up"):
+            classes, removed = remove_small_components(classes, self._plan.min_voxels)
+        with clock.stage("paste"):
+            values = np.array([label.value for label in manifest.labels], np.uint8)
+            labels = np.zeros(turned.shape, np.uint8, order="F")
+            labels[box] = values[classes]
+            labels = reorient(labels, manifest.orientation, volume.orientation)
+        voxels = np.bincount(values[classes].ravel(), minlength=256)
+        voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
+        return Segmentation(
+            labels,
+            {
+                name: round(int(voxels[list(region)].sum()) * voxel_ml, 3)
+                for name, region in manifest.regions.items()
+            },
+            clock.elapsed_ms,
+            len(self._plan.window.plan(image.shape[1:]).windows),
+            removed,
+            self._warnings(volume),
+        )
