@@ -2,7 +2,7 @@
 
 from attnseg._version import __version__
 from attnseg.runtime.bundle import Bundle
-from attnseg.runtime.segmenter import Segmentation, SegmentOptions, Segmenter
+from attnseg.runtime.segmenter import Segmentation, Segmenter, SegmentOptions
 from attnseg.runtime.volume import Volume
 
 __all__ = [

@@ -153,7 +153,7 @@ def _segment_options(function: _Function) -> _Function:
 
 def _open_segmenter(model: Path | None, settings: dict[str, Any]) -> Any:
     from attnseg.runtime.bundle import Bundle
-    from attnseg.runtime.segmenter import SegmentOptions, Segmenter
+    from attnseg.runtime.segmenter import Segmenter, SegmentOptions
 
     bundle = Bundle.load(model) if model else Bundle.default()
     return Segmenter(bundle, SegmentOptions(**settings))
@@ -220,6 +220,7 @@ def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
 @click.pass_context
 def run(
     ctx: click.Context,
+    /,
     scan_dir: Path | None,
     output: Path,
     model: Path | None,
@@ -233,18 +234,13 @@ def run(
     CASE.json. Finished cases are skipped on a second run. The exit code is 1 if a case failed.
     """
     from attnseg.runtime.outputs import prepare_output
-    from attnseg.runtime.scans import Scans, explicit_case, find_cases
+    from attnseg.runtime.scans import find_scans
 
     named = {name: settings.pop(name) for name in ("t1", "t1ce", "t2", "flair")}
     files = {**{name: file for name, file in named.items() if file}, **channels}
-    if bool(files) == bool(scan_dir):
-        raise click.UsageError("give either SCAN_DIR or one file per channel (--t1 FILE ...)")
     segmenter = _open_segmenter(model, settings)
     inputs = segmenter.bundle.manifest.channels
-    if scan_dir:
-        scans = find_cases(scan_dir, inputs)
-    else:
-        scans = Scans((explicit_case(files, inputs),), {})
+    scans = find_scans(scan_dir, files, inputs)
     prepare_output(output)
     failed = _run_cases(scans.cases, segmenter, output, overwrite, scans.problems)
     ctx.exit(1 if failed else 0)
@@ -261,7 +257,7 @@ def run(
 )
 @_segment_options
 @click.pass_context
-def demo(ctx: click.Context, output: Path, model: Path | None, **settings: Any) -> None:
+def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: Any) -> None:
     """Make a synthetic brain with a tumour, segment it, and say how well that went."""
     from attnseg.demo import make_demo_scan, score_demo
     from attnseg.runtime.outputs import prepare_output

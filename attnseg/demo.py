@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from attnseg.runtime.bundle import Manifest
 from attnseg.runtime.outputs import output_names
 from attnseg.runtime.scans import LABEL_SUFFIXES, Case
+from attnseg.runtime.volume import read_volume
 from attnseg.synthetic import make_case, write_case
 
 DEMO_SEED = 7  # not among the seeds of the phantoms mixed into training, which start at 1000
@@ -35,8 +35,8 @@ def score_demo(case: Case, output: Path, manifest: Manifest) -> DemoScore:
     """Dice of the labels in `output` against those the case was made with."""
     truth_file = case.sibling(LABEL_SUFFIXES)
     assert truth_file is not None
-    truth = np.asarray(nib.load(truth_file).dataobj)
-    labels = np.asarray(nib.load(output / output_names(case.name)["labels"]).dataobj)
+    truth = read_volume([truth_file]).channels[0]
+    labels = read_volume([output / output_names(case.name)["labels"]]).channels[0]
     dice = {}
     for name, values in manifest.regions.items():
         a, b = np.isin(labels, values), np.isin(truth, values)

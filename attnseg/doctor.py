@@ -74,8 +74,14 @@ def _gpu() -> Finding:
 
 
 def examine(model: Path | None = None) -> list[Finding]:
-    """Look at machine, model, engines and optional parts. `--engine auto` takes the first
-    engine that is well."""
+    """Look at machine, model, engines and optional parts.
+
+    Args:
+        model: bundle to try; None for the shipped one.
+
+    Returns:
+        One finding per subject; `--engine auto` takes the first engine that is well.
+    """
     finding, bundle = _model(model)
     engines = [_engine(name, version, bundle) for name, version in installed_engines().items()]
     return [

@@ -56,7 +56,7 @@ def _smooth_field(
     field = rng.standard_normal(knots, np.float32)
     for size, n in zip(shape, knots, strict=True):  # each pass moves its axis to the end
         field = np.tensordot(field, _spline_basis(size, n), axes=(0, 1))
-    return field / field.std()
+    return np.asarray(field / field.std(), np.float32)
 
 
 def _ellipsoid(

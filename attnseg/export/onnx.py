@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import onnx
@@ -79,6 +80,7 @@ def export_onnx(network: AttentionResNetUNet) -> bytes:
     }
     # Sizes that differ from each other and from 1, or the tracer takes them for constants.
     example = torch.zeros(2, network.config.in_channels, *(multiple * n for n in (2, 3, 4)))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names packages nobody needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about torch's own internals
         program = torch.onnx.export(

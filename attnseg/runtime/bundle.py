@@ -210,6 +210,12 @@ def file_entry(role: Literal["onnx", "weights"], content: bytes) -> FileEntry:
     return FileEntry(role=role, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
+def check_free(folder: Path) -> None:
+    """Raise `BundleError` unless a bundle can be written as `folder`: it is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder}: exists and is not empty; choose another folder")
+
+
 def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
     """Write a bundle whole or not at all.
 
@@ -221,8 +227,7 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     Raises:
         BundleError: the folder is taken, or could not be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BundleError(f"{folder}: exists and is not empty; choose another folder")
+    check_free(folder)
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

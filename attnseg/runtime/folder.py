@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from attnseg.runtime.clock import StageClock
-from attnseg.runtime.errors import AttnsegError
+from attnseg.runtime.errors import AttnsegError, OutputError
 from attnseg.runtime.outputs import (
     encode_report,
     identity,
@@ -62,6 +62,15 @@ def _load(case: Case, threads: int) -> _Loaded:
     with clock.stage("load"):
         volume = read_volume(case.files, threads)
     return _Loaded(volume, clock.elapsed_ms["load"])
+
+
+def _check_output(case: Case, output: Path) -> None:
+    """Refuse to write beside the scan, where `CASE_seg.nii.gz` is the name of expert labels."""
+    if case.folder.resolve() == output.resolve():
+        raise OutputError(
+            f"{output}: is the folder of case {case.name}, whose label file could be overwritten; "
+            "choose another folder with -o"
+        )
 
 
 def _segment(
@@ -134,6 +143,7 @@ def segment_folder(
     for case, loaded in _loaded_ahead(pending, threads):
         listener.case_started(case.name)
         try:
+            _check_output(case, output)
             yield _segment(case, loaded.result(), segmenter, output, listener)
         except AttnsegError as error:
             yield CaseResult(case.name, "failed", note=str(error))

@@ -11,7 +11,8 @@ images voxel by voxel. Both give the same values to float32 rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -19,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import ConfigError, VolumeError
+from attnseg.runtime.volume import Channels
 
 Foreground = Literal["nonzero", "all"]
 Box = tuple[slice, slice, slice]
 
 DECILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
-_LUT_LIMIT = 1 << 17  # integer range up to which a table is smaller than the work it saves
+_TABLE_LIMIT = 1 << 17  # integer range up to which a table is smaller than the work it saves
+_SLAB = 16  # voxels; 16 float32 are one cache line
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Curve:
         mapped = np.interp(values, self.source, self.target)
         mapped += slopes[0] * np.minimum(values - self.source[0], 0)
         mapped += slopes[-1] * np.maximum(values - self.source[-1], 0)
-        return mapped.astype(np.float32)
+        return np.asarray(mapped, np.float32)
 
 
 class Histogram:
@@ -89,11 +92,9 @@ class Histogram:
 
     @classmethod
     def of(cls, channel: NDArray[Any], foreground: Foreground) -> Self:
-        """Histogram of an array of any shape. Raises `VolumeError` without foreground."""
+        """Histogram of `(X, Y, Z)`. Raises `VolumeError` without two values of foreground."""
         if _has_table(channel):
-            low = int(channel.min())
-            counts = np.bincount((channel.ravel(order="K").astype(np.intp)) - low)
-            values = np.arange(low, low + len(counts))
+            values, counts = _count_integers(channel)
         else:
             values, counts = np.unique(channel, return_counts=True)
         keep = counts > 0
@@ -102,7 +103,9 @@ class Histogram:
         if not keep.any():
             raise VolumeError("holds only zeros; check that the right file was given")
         if np.count_nonzero(keep) == 1:
-            raise VolumeError(f"holds the one value {values[keep][0]}, so it cannot be normalised")
+            raise VolumeError(
+                f"holds no value but {values[keep][0]}; check that the right file was given"
+            )
         return cls(values[keep], counts[keep])
 
     def percentiles(self, percent: Sequence[float]) -> NDArray[np.float64]:
@@ -117,9 +120,30 @@ class Histogram:
 
 
 def _has_table(channel: NDArray[Any]) -> bool:
-    if channel.dtype.kind not in "iu" or channel.size == 0:
+    if channel.dtype.kind not in "iu":
         return False
-    return channel.dtype.itemsize <= 2 or int(channel.max()) - int(channel.min()) < _LUT_LIMIT
+    return channel.dtype.itemsize <= 2 or int(channel.max()) - int(channel.min()) < _TABLE_LIMIT
+
+
+def _slabs(channel: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Slabs along Z: whole cache lines of a C-ordered result, small enough to stay in cache."""
+    for z in range(0, channel.shape[2], _SLAB):
+        where = slice(z, min(z + _SLAB, channel.shape[2]))
+        yield where, channel[:, :, where]
+
+
+def _offsets(slab: NDArray[Any], low: int) -> NDArray[Any]:
+    """Index of each voxel in a table that starts at `low`."""
+    return slab if low == 0 else slab.astype(np.int64) - low
+
+
+def _count_integers(channel: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    low, high = int(channel.min()), int(channel.max())
+    counts = np.zeros(high - low + 1, np.int64)
+    for _, slab in _slabs(channel):
+        offsets = _offsets(slab.ravel(order="K"), low)
+        counts += np.bincount(offsets, minlength=len(counts))
+    return np.arange(low, high + 1), counts
 
 
 def _curve(histogram: Histogram, landmarks: Landmarks | None, channel: int) -> _Curve:
@@ -143,45 +167,51 @@ def z_score_percentiles(
     return (histogram.percentiles(percent) - histogram.mean) / histogram.std
 
 
+def _look_up(
+    channel: NDArray[Any], curve: _Curve, foreground: Foreground, out: NDArray[np.float32]
+) -> None:
+    low, high = int(channel.min()), int(channel.max())
+    table = curve(np.arange(low, high + 1))
+    if foreground == "nonzero" and low <= 0 <= high:
+        table[-low] = 0
+    for where, slab in _slabs(channel):
+        out[:, :, where] = np.take(table, _offsets(slab.T, low)).T
+
+
 def normalise_channel(
-    channel: NDArray[Any], normalisation: Normalisation, index: int
-) -> NDArray[np.float32]:
+    channel: NDArray[Any], normalisation: Normalisation, index: int, out: NDArray[np.float32]
+) -> None:
     """Normalise one channel.
 
     Args:
         channel: `(X, Y, Z)`, any real dtype, finite.
         normalisation: what to do.
         index: position of the channel, which picks its landmarks.
-
-    Returns:
-        `(X, Y, Z)` float32, C-contiguous.
+        out: `(X, Y, Z)` float32, filled with the result.
 
     Raises:
         VolumeError: the channel has no foreground, or one value only.
     """
-    histogram = Histogram.of(channel, normalisation.foreground)
-    curve = _curve(histogram, normalisation.landmarks, index)
-    if not _has_table(channel):
-        out = curve(channel)
-        if normalisation.foreground == "nonzero":
-            out[channel == 0] = 0
-        return out
-    low, high = min(0, int(channel.min())), int(channel.max())
-    table = curve(np.arange(low, high + 1))
-    if normalisation.foreground == "nonzero":
-        table[-low] = 0
-    # Negative values index from the table's end, where they belong after the roll.
-    return np.asarray(np.take(np.roll(table, low), channel))
+    foreground = normalisation.foreground
+    curve = _curve(Histogram.of(channel, foreground), normalisation.landmarks, index)
+    if _has_table(channel):
+        _look_up(channel, curve, foreground, out)
+        return
+    for where, slab in _slabs(channel):
+        out[:, :, where] = curve(slab)
+        if foreground == "nonzero":
+            out[:, :, where][slab == 0] = 0
 
 
 def normalise(
-    channels: Sequence[NDArray[Any]], normalisation: Normalisation
+    channels: Channels, normalisation: Normalisation, threads: int = 1
 ) -> NDArray[np.float32]:
     """Normalise all channels of a volume or of its crop to the brain box.
 
     Args:
         channels: C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`.
         normalisation: what to do.
+        threads: channels normalised at the same time.
 
     Returns:
         `(C, X, Y, Z)` float32, C-contiguous, as engines take it.
@@ -195,15 +225,26 @@ def normalise(
         raise ConfigError(
             f"landmarks are for {len(landmarks.values)} channels, got {len(channels)}"
         )
-    return np.stack([normalise_channel(c, normalisation, i) for i, c in enumerate(channels)])
+    out = np.empty((len(channels), *channels[0].shape), np.float32)
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [
+            pool.submit(normalise_channel, channel, normalisation, index, out[index])
+            for index, channel in enumerate(channels)
+        ]
+        for task in tasks:
+            task.result()
+    return out
 
 
-def _extent(hits: NDArray[np.bool_]) -> tuple[int, int]:
-    where = np.flatnonzero(hits)
-    return (int(where[0]), int(where[-1]) + 1) if len(where) else (len(hits), 0)
+def _extents(channel: NDArray[Any]) -> list[tuple[int, int]]:
+    """First and one past the last index with a non-zero voxel, along X, Y and Z."""
+    plane = np.asarray(channel.any(axis=2))
+    hits = (plane.any(axis=1), plane.any(axis=0), channel.any(axis=1).any(axis=0))
+    where = [np.flatnonzero(h) for h in hits]
+    return [(int(w[0]), int(w[-1]) + 1) if len(w) else (np.iinfo(int).max, 0) for w in where]
 
 
-def brain_box(channels: Sequence[NDArray[Any]], foreground: Foreground = "nonzero") -> Box:
+def brain_box(channels: Channels, foreground: Foreground = "nonzero") -> Box:
     """Smallest box that holds the foreground of every channel.
 
     Args:
@@ -213,24 +254,15 @@ def brain_box(channels: Sequence[NDArray[Any]], foreground: Foreground = "nonzer
     Raises:
         VolumeError: every voxel of every channel is zero.
     """
-    shape = channels[0].shape
     if foreground == "all":
-        return (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    extents = []
-    for channel in channels:
-        plane = channel.any(axis=2)
-        extents.append(
-            (
-                _extent(plane.any(axis=1)),
-                _extent(plane.any(axis=0)),
-                _extent(channel.any(axis=1).any(axis=0)),
-            )
-        )
-    starts = [min(e[axis][0] for e in extents) for axis in range(3)]
-    stops = [max(e[axis][1] for e in extents) for axis in range(3)]
+        x, y, z = (slice(0, size) for size in channels[0].shape)
+        return (x, y, z)
+    extents = [_extents(channel) for channel in channels]
+    starts = [min(start for start, _ in along) for along in zip(*extents, strict=True)]
+    stops = [max(stop for _, stop in along) for along in zip(*extents, strict=True)]
     if min(stops) == 0:
         raise VolumeError(
             "all voxels of all channels are zero; check that the right files were given"
         )
-    x, y, z = (slice(a, b) for a, b in zip(starts, stops, strict=True))
+    x, y, z = (slice(start, stop) for start, stop in zip(starts, stops, strict=True))
     return (x, y, z)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from attnseg.runtime.bundle import Manifest
+from attnseg.runtime.normalise import brain_box
 from attnseg.runtime.volume import Volume, reorient
 
 _DISPLAY_ORIENTATION = "LPS"  # rows grow downwards, so front and left of the picture are as usual
@@ -37,7 +38,7 @@ def _largest_section(labels: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 def _plane(array: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
     """One slice as rows downwards and columns to the right, head up where Z is a row."""
-    plane = np.take(array, index, axis=axis).T
+    plane: NDArray[Any] = np.take(array, index, axis=axis).T
     return plane if axis == 2 else plane[::-1]
 
 
@@ -91,13 +92,14 @@ def render_picture(
         title: printed above.
     """
     turned = volume.oriented(_DISPLAY_ORIENTATION)
-    labels = reorient(labels, volume.orientation, _DISPLAY_ORIENTATION)
+    box = brain_box(turned.channels)
+    labels = reorient(labels, volume.orientation, _DISPLAY_ORIENTATION)[box]
     section = _largest_section(labels)
     names = [channel.name for channel in manifest.channels]
     values = [label.value for label in manifest.labels[1:]]
     rows = []
     for name in manifest.display:
-        channel = turned.channels[names.index(name)]
+        channel = turned.channels[names.index(name)][box]
         planes = [_plane(channel, axis, section[axis]) for axis in (2, 1, 0)]
         top = max(float(np.percentile(p[p != 0], 99.5)) if p.any() else 0.0 for p in planes)
         height = max(p.shape[0] for p in planes) * _SCALE
@@ -116,7 +118,7 @@ def render_picture(
     for name, row in zip(manifest.display, rows, strict=True):
         x = 0
         for panel, axis in zip(row, (2, 1, 0), strict=True):
-            text = f"{name}, {_PLANES[axis]} {section[axis]}"
+            text = f"{name}, {_PLANES[axis]} slice {section[axis] + box[axis].start}"
             draw.text((x + 4, y + 3), text, fill=(200, 200, 200))
             canvas.paste(panel, (x, y + _MARGIN))
             x += panel.width

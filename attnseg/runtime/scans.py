@@ -184,3 +184,16 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
     first = files[names[0]]
     name = _prefix(first, channels[0].suffixes) or _stem(first) or first.name
     return Case(name, first.parent, tuple(files[n] for n in names))
+
+
+def find_scans(root: Path | None, files: Mapping[str, Path], channels: Sequence[Channel]) -> Scans:
+    """The cases of a folder, or the one case of files given by channel.
+
+    Raises:
+        ScanError: both or neither were given, or see `find_cases` and `explicit_case`.
+    """
+    if (root is None) == (not files):
+        raise ScanError("give either a scan folder or one file per channel (--t1 FILE ...)")
+    if root is None:
+        return Scans((explicit_case(files, channels),), {})
+    return find_cases(root, channels)

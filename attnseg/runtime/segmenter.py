@@ -236,7 +236,8 @@ class Segmenter:
         with clock.stage("normalise"):
             turned = volume.oriented(manifest.orientation)
             box = brain_box(turned.channels, manifest.normalisation.foreground)
-            image = normalise([c[box] for c in turned.channels], manifest.normalisation)
+            channels = [c[box] for c in turned.channels]
+            image = normalise(channels, manifest.normalisation, self._plan.threads)
         classes = self._classes(image, clock, progress)
         with clock.stage("clean-up"):
             classes, removed = remove_small_components(classes, self._plan.min_voxels)

@@ -5,7 +5,7 @@ Source: the paper's section 3.4, a majority vote over identity, mirror and 90-de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -34,16 +34,19 @@ class Transform:
 
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """View of `(..., X, Y, Z)`, transformed."""
-        lead = array.ndim - 3
-        turned = array.transpose(*range(lead), *(lead + a for a in self.axes))
-        return np.flip(turned, [lead + f for f in self.flips])
+        return self._reversed(_permuted(array, self.axes))
 
     def invert(self, array: NDArray[Any]) -> NDArray[Any]:
         """View of `(..., X, Y, Z)` with `apply` undone."""
-        lead = array.ndim - 3
-        back = np.flip(array, [lead + f for f in self.flips])
-        order = np.argsort(self.axes).tolist()
-        return back.transpose(*range(lead), *(lead + a for a in order))
+        return _permuted(self._reversed(array), np.argsort(self.axes).tolist())
+
+    def _reversed(self, array: NDArray[Any]) -> NDArray[Any]:
+        return np.flip(array, tuple(array.ndim - 3 + f for f in self.flips))
+
+
+def _permuted(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
+    lead = array.ndim - 3
+    return array.transpose(*range(lead), *(lead + a for a in axes))
 
 
 # Share of the mean probability in a vote's score: over all passes it sums to less than a vote.

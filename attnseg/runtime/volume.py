@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from numpy.typing import NDArray
 from attnseg.runtime.errors import VolumeError
 
 Affine = NDArray[np.float64]
+Channels = Sequence[NDArray[Any]] | NDArray[Any]
+"""C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`."""
 _AFFINE_TOLERANCE_MM = 1e-3
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -40,8 +43,8 @@ class Volume:
     """All channels of one case, on one grid.
 
     Attributes:
-        channels: C arrays `(X, Y, Z)` of any real dtype, in the order that the model takes.
-            An array `(C, X, Y, Z)` is such a sequence.
+        channels: C arrays `(X, Y, Z)` of any real dtype, or one array `(C, X, Y, Z)`, in the
+            order that the model takes.
         affine: `(4, 4)` voxel to world, in mm, RAS+ as in NIfTI.
         header: header of the first channel's file, kept so that results carry the same
             orientation codes; None for arrays that came from no file.
@@ -49,7 +52,7 @@ class Volume:
         warnings: what a reader should know of the files.
     """
 
-    channels: Sequence[NDArray[Any]]
+    channels: Channels
     affine: Affine
     header: nib.Nifti1Header | None = None
     sha256: tuple[str, ...] = ()
@@ -104,26 +107,48 @@ def _inflate(path: Path, data: bytes) -> bytes:
             raise VolumeError(f"{path}: is not a gzip file; copy or download it again")
         return data
     try:
-        return igzip.decompress(data)
-    except (EOFError, OSError, isal_zlib.error) as error:
+        return bytes(igzip.decompress(data))  # type: ignore[no-untyped-call]
+    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
         raise VolumeError(
             f"{path}: the gzip stream is truncated or damaged ({error}); copy or download it again"
         ) from error
 
 
-def _parse_header(path: Path, data: bytes) -> nib.Nifti1Header:
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+@dataclass(frozen=True)
+class _Layout:
+    """What a header says of the voxels behind it."""
+
+    header: nib.Nifti1Header
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    affine: Affine
+
+
+def _parse_header(data: bytes) -> _Layout | None:
+    """The layout by the first NIfTI version that accepts the header, or None."""
+    for kind, magic in ((nib.Nifti1Header, b"n+1"), (nib.Nifti2Header, b"n+2")):
         try:
             header = kind.from_fileobj(io.BytesIO(data))
-        except (
-            nib.spatialimages.HeaderDataError,
-            nib.wrapstruct.WrapStructError,
-            ValueError,
-        ):
+            slope, intercept = header.get_slope_inter()
+            layout = _Layout(
+                header,
+                tuple(int(size) for size in header.get_data_shape()),
+                header.get_data_dtype(),
+                int(header.get_data_offset()),
+                1.0 if slope is None else float(slope),
+                0.0 if intercept is None else float(intercept),
+                np.asarray(header.get_best_affine(), np.float64),
+            )
+        except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError):
             continue
-        if header["magic"].item()[:3] in (b"n+1", b"n+2"):
-            return header
-    raise VolumeError(f"{path}: is not a single-file NIfTI image (.nii or .nii.gz)")
+        except (ValueError, TypeError, OverflowError, KeyError):
+            continue  # nibabel meets nonsense in a field before it checks it
+        if header["magic"].item()[:3] == magic:
+            return layout
+    return None
 
 
 def _check_affine(path: Path, affine: Affine) -> None:
@@ -132,7 +157,7 @@ def _check_affine(path: Path, affine: Affine) -> None:
 
 
 def _check_finite(path: Path, array: NDArray[Any]) -> None:
-    if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
+    if array.dtype.kind != "f":
         return
     bad = ~np.isfinite(array)
     if bad.any():
@@ -149,32 +174,39 @@ def _read_image(path: Path) -> _Image:
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
     data = _inflate(path, stored)
-    header = _parse_header(path, data)
-    shape = header.get_data_shape()
+    layout = _parse_header(data)
+    if layout is None:
+        raise VolumeError(f"{path}: is not a single-file NIfTI image (.nii or .nii.gz)")
+    array = _voxels(path, data, layout)
+    _check_finite(path, array)
+    _check_affine(path, layout.affine)
+    warnings: tuple[str, ...] = ()
+    if layout.header["qform_code"] == 0 and layout.header["sform_code"] == 0:
+        warnings = (f"{path.name} states no orientation (qform and sform codes are 0)",)
+    checksum = hashlib.sha256(stored).hexdigest()
+    return _Image(array, layout.affine, layout.header, checksum, warnings)
+
+
+def _voxels(path: Path, data: bytes, layout: _Layout) -> NDArray[Any]:
+    """The scaled voxels `(X, Y, Z)`, in the memory order of the file; a view where it can be."""
+    shape, dtype = layout.shape, layout.dtype
     if len(shape) != 3 or min(shape) < 2:
         raise VolumeError(f"{path}: shape {shape} is not a 3-D image; give one volume per file")
-    dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers")
-    offset, voxels = header.get_data_offset(), int(np.prod(shape))
-    if len(data) < offset + voxels * dtype.itemsize:
+        raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers; convert them")
+    size = math.prod(shape) * dtype.itemsize
+    if layout.offset < layout.header.sizeof_hdr or len(data) < layout.offset + size:
         raise VolumeError(
-            f"{path}: ends after {len(data)} bytes, its header promises "
-            f"{offset + voxels * dtype.itemsize}; copy or download it again"
+            f"{path}: has {len(data)} bytes, its header promises {layout.offset + size}; "
+            "copy or download it again"
         )
-    array = np.frombuffer(data, dtype, voxels, offset).reshape(shape, order="F")
+    array = np.frombuffer(data, dtype, math.prod(shape), layout.offset).reshape(shape, order="F")
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="), order="K")
-    slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept) != (1, 0):
-        array = array * np.float32(slope) + np.float32(intercept or 0)
-    _check_finite(path, array)
-    affine = np.asarray(header.get_best_affine(), np.float64)
-    _check_affine(path, affine)
-    warnings = ()
-    if header["qform_code"] == 0 and header["sform_code"] == 0:
-        warnings = (f"{path.name} states no orientation (qform and sform codes are 0)",)
-    return _Image(array, affine, header, hashlib.sha256(stored).hexdigest(), warnings)
+    if (layout.slope, layout.intercept) != (1.0, 0.0):
+        with np.errstate(over="ignore", invalid="ignore"):  # found as not finite afterwards
+            array = array * np.float32(layout.slope) + np.float32(layout.intercept)
+    return array
 
 
 def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
@@ -217,12 +249,28 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     )
 
 
+def _label_header(volume: Volume) -> nib.Nifti1Header:
+    """Header of `volume` with its geometry alone: texts and extensions may name a patient."""
+    if volume.header is None:
+        return nib.Nifti1Header()
+    header: nib.Nifti1Header = volume.header.copy()
+    header.extensions.clear()
+    for text in {"db_name", "intent_name", "aux_file"} & set(header.keys()):
+        header[text] = b""
+    header["cal_max"] = header["cal_min"] = 0
+    header.set_slope_inter(1, 0)
+    return header
+
+
 def encode_labels(labels: NDArray[np.uint8], volume: Volume) -> bytes:
-    """A gzipped NIfTI-1 file of `labels` `(X, Y, Z)`, with the affine and codes of `volume`."""
-    image = nib.Nifti1Image(labels, volume.affine)
-    header = image.header
-    if volume.header is not None:
-        header.set_xyzt_units(*volume.header.get_xyzt_units())
-        image.set_qform(volume.affine, int(volume.header["qform_code"]), update_affine=False)
-        image.set_sform(volume.affine, int(volume.header["sform_code"]), update_affine=False)
-    return igzip.compress(image.to_bytes(), compresslevel=1)
+    """A gzipped NIfTI file of `labels` `(X, Y, Z)` on the grid of `volume`.
+
+    Affines, orientation codes and units are those of the volume's file, to the bit.
+    """
+    header = _label_header(volume)
+    header.set_data_dtype(np.uint8)
+    header["descrip"] = b"attnseg labels"
+    kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    affine = None if volume.header is not None else volume.affine
+    stored: bytes = kind(labels, affine, header).to_bytes()
+    return bytes(igzip.compress(stored, compresslevel=1))

@@ -83,8 +83,8 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0
         _starts(p, w, max(1, int(w * (1 - overlap)))) for p, w in zip(padded, window, strict=True)
     ]
     windows = tuple(
-        Window(start, (start[0] + window[0], start[1] + window[1], start[2] + window[2]))
-        for start in product(*starts)
+        Window((x, y, z), (x + window[0], y + window[1], z + window[2]))
+        for x, y, z in product(*starts)
     )
     return WindowPlan(
         (padded[0], padded[1], padded[2]),

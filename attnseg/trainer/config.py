@@ -140,6 +140,8 @@ def _parse(name: str, text: str, current: object) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if isinstance(current, tuple):
             return tuple(float(part) for part in text.split(","))
-        return type(current)(text)
+        return (int if isinstance(current, int) else float if isinstance(current, float) else str)(
+            text
+        )
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{name}={text}: expected a value such as {current}") from error

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,8 @@ def split_cases(names: Iterable[str], validation_share: float, seed: int) -> dic
     Raises:
         TrainingError: fewer than two cases.
     """
-    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
+    ordered = sorted(names)
+    order = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
     if len(order) < 2:
         raise TrainingError(f"training needs at least 2 cases to split, found {len(order)}")
     held_out = min(len(order) - 1, max(1, round(len(order) * validation_share)))
@@ -191,8 +193,8 @@ def learn_landmarks(cases: Sequence[LabelledCase]) -> Landmarks:
     for labelled in cases:
         volume = read_volume(labelled.case.files)
         rows.append([z_score_percentiles(c, "nonzero") for c in volume.channels])
-    mean = np.round(np.mean(rows, axis=0), 6)
-    return Landmarks(DECILES, tuple(tuple(row) for row in mean.tolist()))
+    mean = np.mean(rows, axis=0)
+    return Landmarks(DECILES, tuple(tuple(round(float(v), 6) for v in row) for row in mean))
 
 
 def _prepare(labelled: LabelledCase, normalisation: Normalisation) -> TrainingCase:
@@ -234,14 +236,16 @@ def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledC
     return list(find_labelled_cases(folder).values()) if count else []
 
 
-def _cut(array: NDArray[np.generic], start: NDArray[np.int64], size: int) -> NDArray[np.generic]:
+def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[Any]:
     """Cube of `size` voxels at `start` of the last three axes; zeros beyond the array."""
-    space = array.shape[-3:]
-    inside = tuple(slice(max(a, 0), min(a + size, n)) for a, n in zip(start, space, strict=True))
-    before = [max(-a, 0) for a in start]
-    into = tuple(slice(b, b + s.stop - s.start) for b, s in zip(before, inside, strict=True))
     out = np.zeros((*array.shape[:-3], size, size, size), array.dtype)
-    out[(..., *into)] = array[(..., *inside)]
+    source: list[Any] = [...]
+    target: list[Any] = [...]
+    for first, length in zip(start.tolist(), array.shape[-3:], strict=True):
+        low, high = max(first, 0), min(first + size, length)
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    out[tuple(target)] = array[tuple(source)]
     return out
 
 

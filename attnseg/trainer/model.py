@@ -61,7 +61,7 @@ class NetworkConfig:
     @property
     def stride(self) -> int:
         """Factor that each spatial size must be a multiple of, in voxels."""
-        return 2 ** len(self.widths)
+        return 1 << len(self.widths)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and manifests."""
@@ -216,10 +216,10 @@ def _count_macs_into(model: nn.Module, total: list[int]) -> Iterator[None]:
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # A transposed convolution multiplies once per input voxel, a convolution per output voxel.
         voxels = inputs[0] if isinstance(layer, nn.ConvTranspose3d) else output
-        total[0] += layer.weight.numel() * voxels[0, 0].numel()  # type: ignore[operator,union-attr]
+        total[0] += layer.weight.numel() * voxels[0, 0].numel()  # type: ignore[operator]
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)]
-    handles = [layer.register_forward_hook(count) for layer in layers]  # type: ignore[arg-type]
+    handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ class OpenVinoEngine:
             raise EngineError(
                 "engine openvino is not installed; pip install 'attnseg[cpu]'"
             ) from error
+        self._ov = ov
         self._core = ov.Core()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:
@@ -48,11 +49,14 @@ class OpenVinoEngine:
             self._model = self._core.read_model(model)
         except RuntimeError as error:
             raise EngineError(f"{model}: OpenVINO refuses it ({error})") from error
+        self._takes = self._model.input(0).partial_shape
         self._shape: tuple[int, ...] | None = None
         self._request: Any = None
         self.info = EngineInfo("openvino", ov.__version__.split("-")[0], chosen, "cpu")
 
     def _compile(self, shape: tuple[int, ...]) -> None:
+        if not self._takes.compatible(self._ov.PartialShape(list(shape))):
+            raise RuntimeError(f"the model takes {self._takes}")
         self._model.reshape(list(shape))
         compiled = self._core.compile_model(self._model, "CPU", self._settings)
         self._request, self._shape = compiled.create_infer_request(), shape

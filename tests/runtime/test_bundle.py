@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnseg.runtime.bundle import Bundle, default_folder, file_entry, write_bundle
+from attnseg.runtime.errors import BundleError
+
+
+@pytest.fixture
+def bundle_folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(default_folder(), tmp_path / "bundle"))
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = manifest
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    file.write_text(json.dumps(manifest))
+
+
+def test_the_shipped_bundle_says_what_it_is() -> None:
+    manifest = Bundle.default().manifest
+    assert manifest.intended_use == "research demonstration, not for clinical use"
+    assert [c.name for c in manifest.channels] == ["t1", "t1ce", "t2", "flair"]
+    assert [label.value for label in manifest.labels] == [0, 1, 2, 4]
+    assert manifest.regions == {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    assert manifest.training is not None
+    assert len(manifest.training.train_cases) == 24
+    assert len(manifest.training.validation_cases) == 6
+    assert manifest.validation is not None
+    assert set(manifest.validation.dice) == {"WT", "TC", "ET"}
+
+
+def test_the_checksum_changes_with_any_file(bundle_folder: Path) -> None:
+    before = Bundle.load(bundle_folder).sha256
+    edit_manifest(bundle_folder, description="another")
+    assert Bundle.load(bundle_folder).sha256 != before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors"])
+def test_a_changed_file_is_refused(bundle_folder: Path, name: str) -> None:
+    content = bytearray((bundle_folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_folder / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name}: does not match its checksum"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_missing_file_is_named(bundle_folder: Path) -> None:
+    (bundle_folder / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx: cannot be read"):
+        Bundle.load(bundle_folder)
+
+
+def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BundleError, match="is not a bundle"):
+            Bundle.load(path)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"onnx")
+    with pytest.raises(BundleError, match="attnseg export"):
+        Bundle.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2 is not known"),
+        ({"format": "zip"}, "format: "),
+        ({"colour": "red"}, "colour: Extra inputs"),
+        ({"inference__colour": "red"}, r"inference\.colour"),
+        ({"normalisation__colour": "red"}, r"normalisation\.colour"),
+        ({"orientation": "XYZ"}, "orientation"),
+        ({"inference__window": [60, 64, 64]}, "not a multiple"),
+        ({"inference__overlap": 1.0}, r"inference\.overlap"),
+        ({"regions": {"WT": [9]}}, "region WT names a label"),
+        ({"display": ["ct"]}, "display names a channel"),
+        ({"labels": []}, "labels"),
+        ({"channels": []}, "channels"),
+        ({"normalisation__landmarks__percentiles": [1, 0]}, "one value per percentile"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_breaks_the_format_is_refused(
+    bundle_folder: Path, change: dict[str, Any], message: str
+) -> None:
+    edit_manifest(bundle_folder, **change)
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.load(bundle_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "a/b", "a\\b", "..", ""])
+def test_file_names_cannot_leave_the_folder(bundle_folder: Path, name: str) -> None:
+    entry = {"role": "onnx", "sha256": "0" * 64, "size_bytes": 1}
+    edit_manifest(bundle_folder, files={name: entry})
+    with pytest.raises(BundleError, match="is not a plain file name"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff"])
+def test_a_manifest_that_is_no_json_is_refused(bundle_folder: Path, text: str) -> None:
+    (bundle_folder / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"manifest\.json: "):
+        Bundle.load(bundle_folder)
+
+
+def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
+    manifest = Bundle.default().manifest
+    files = {"model.onnx": b"not really"}
+    manifest = manifest.model_copy(
+        update={"files": {"model.onnx": file_entry("onnx", b"not really")}}
+    )
+    bundle = write_bundle(tmp_path / "deep" / "bundle", manifest, files)
+    assert bundle.manifest == manifest
+    assert bundle.file("onnx").read_bytes() == b"not really"
+    with pytest.raises(BundleError, match="no file of role weights"):
+        bundle.file("weights")
+
+
+def test_a_taken_folder_is_left_as_it_was(bundle_folder: Path) -> None:
+    before = sorted(bundle_folder.iterdir())
+    with pytest.raises(BundleError, match="exists and is not empty"):
+        write_bundle(bundle_folder, Bundle.default().manifest, {})
+    assert sorted(bundle_folder.iterdir()) == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    manifest = Bundle.default().manifest
+    with pytest.raises(BundleError, match="could not be written"):
+        write_bundle(tmp_path / "bundle", manifest, {"no/such/folder": b"x"})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from attnseg.runtime.engines.choice import ENGINES, installed_engines, open_engine
+from attnseg.runtime.errors import EngineError
+
+
+@pytest.fixture
+def doubling(tmp_path: Path) -> Path:
+    """An ONNX file that doubles its input, of any size."""
+    dims = ["batch", 2, "x", "y", "z"]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["image", "image"], ["logits"])],
+        "doubling",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, dims)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, dims)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "doubling.onnx")
+    return tmp_path / "doubling.onnx"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_each_engine_runs_batches_of_any_shape(doubling: Path, name: str) -> None:
+    engine = open_engine(name, doubling, "fp32", 1)
+    for shape in ((1, 2, 4, 5, 6), (3, 2, 4, 5, 6), (1, 2, 7, 2, 2), (1, 2, 4, 5, 6)):
+        batch = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        result = engine.infer(batch)
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, 2 * batch, rtol=1e-6)
+    assert engine.info.name == name
+    assert engine.info.precision == "fp32"
+    assert engine.info.version == installed_engines()[name]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_batch_that_does_not_fit_is_one_clear_error(doubling: Path, name: str) -> None:
+    engine = open_engine(name, doubling, "fp32", 1)
+    with pytest.raises(EngineError, match=r"failed on a batch of shape \(1, 3, 4, 4, 4\)"):
+        engine.infer(np.zeros((1, 3, 4, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(b"this is no protobuf")
+    with pytest.raises(EngineError, match=r"broken\.onnx: .* refuses it"):
+        open_engine(name, file, "fp32", 1)
+
+
+def test_auto_takes_the_first_that_is_installed(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_engine("auto", doubling, "fp32", 1).info.name == "openvino"
+    monkeypatch.setattr(
+        "attnseg.runtime.engines.choice.installed_engines",
+        lambda: {"openvino": None, "onnxruntime": "1"},
+    )
+    assert open_engine("auto", doubling, "fp32", 1).info.name == "onnxruntime"
+
+
+def test_without_an_engine_the_extra_is_named(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "attnseg.runtime.engines.choice.installed_engines", lambda: dict.fromkeys(ENGINES)
+    )
+    with pytest.raises(EngineError, match=r"pip install 'attnseg\[cpu\]'"):
+        open_engine("auto", doubling, "auto", 1)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_named_engine_that_is_missing_names_the_extra(
+    doubling: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EngineError, match=rf"engine {name} is not installed; pip install"):
+        open_engine(name, doubling, "auto", 1)
+
+
+def test_unknown_engines_and_precisions_are_refused(doubling: Path) -> None:
+    with pytest.raises(EngineError, match="engine cudnn does not exist; choose auto, openvino"):
+        open_engine("cudnn", doubling, "auto", 1)
+    with pytest.raises(EngineError, match="precision int4 does not exist"):
+        open_engine("openvino", doubling, "int4", 1)
+    with pytest.raises(EngineError, match="use --precision fp32 or --engine openvino"):
+        open_engine("onnxruntime", doubling, "bf16", 1)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from attnseg import Segmenter, SegmentOptions
+from attnseg.runtime import folder, outputs
+from attnseg.runtime.errors import OutputError
+from attnseg.runtime.folder import CaseResult, segment_folder
+from attnseg.runtime.scans import find_cases
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.started: list[str] = []
+
+    def case_started(self, name: str) -> None:
+        self.started.append(name)
+
+    def case_advanced(self, share: float) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(options=SegmentOptions(precision="fp32"))
+
+
+def run(scan: Path, output: Path, segmenter: Segmenter, **options: bool) -> Sequence[CaseResult]:
+    outputs.prepare_output(output)
+    cases = find_cases(scan).cases
+    return list(segment_folder(cases, segmenter, output, Listener(), **options))
+
+
+def test_each_case_gets_labels_picture_and_report(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "done"
+    names = sorted(f.name for f in (tmp_path / "out").iterdir())
+    assert names == ["small.json", "small.png", "small_seg.nii.gz"]
+
+    labels = nib.load(tmp_path / "out" / "small_seg.nii.gz")
+    source = nib.load(small_scan / "small" / "small_t1.nii.gz")
+    assert labels.get_data_dtype() == np.uint8
+    assert labels.shape == source.shape
+    np.testing.assert_array_equal(labels.affine, source.affine)
+
+    report = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert report == result.report
+    voxels = np.asarray(labels.dataobj)
+    assert report["volumes_ml"]["ET"] == round(int((voxels == 4).sum()) / 1000, 3)
+    assert report["model"]["manifest_sha256"] == segmenter.bundle.sha256
+    assert report["engine"]["name"] == "openvino"
+    assert report["engine"]["precision"] == "fp32"
+    assert set(report["inputs"]) == {"t1", "t1ce", "t2", "flair"}
+    assert {"load", "normalise", "network", "blend", "encode"} <= set(report["elapsed_ms"])
+
+    picture = Image.open(tmp_path / "out" / "small.png")
+    assert picture.format == "PNG"
+    colours = {colour for _, colour in picture.getcolors(1 << 24) or []}
+    assert {(70, 200, 110), (255, 210, 60)} <= colours  # outlines of oedema, enhancing tumour
+
+
+def test_one_bad_case_does_not_stop_the_others(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    for name in ("another", "zzz"):
+        shutil.copytree(small_scan / "small", small_scan / name)
+        for file in (small_scan / name).iterdir():
+            file.rename(file.with_name(file.name.replace("small", name)))
+    broken = small_scan / "small" / "small_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    results = {r.name: r for r in run(small_scan, tmp_path / "out", segmenter)}
+    assert [results[n].status for n in ("another", "small", "zzz")] == ["done", "failed", "done"]
+    assert f"{broken}: the gzip stream is truncated" in results["small"].note
+    assert not list((tmp_path / "out").glob("*small*"))
+    np.testing.assert_array_equal(
+        *(nib.load(tmp_path / "out" / f"{n}_seg.nii.gz").get_fdata() for n in ("another", "zzz"))
+    )
+
+
+def test_finished_cases_are_skipped_until_asked_for(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    out = tmp_path / "out"
+    run(small_scan, out, segmenter)
+    written = (out / "small.json").stat().st_mtime_ns
+    (again,) = run(small_scan, out, segmenter)
+    assert (again.status, again.note) == ("skipped", "")
+    assert (out / "small.json").stat().st_mtime_ns == written
+    (anew,) = run(small_scan, out, segmenter, overwrite=True)
+    assert anew.status == "done"
+    assert (out / "small.json").stat().st_mtime_ns > written
+
+
+def test_a_skipped_case_of_other_options_is_said_to_be_so(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    run(small_scan, tmp_path / "out", segmenter)
+    other = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=7))
+    (result,) = run(small_scan, tmp_path / "out", other)
+    assert result.status == "skipped"
+    assert "made with another model, engine or options; --overwrite" in result.note
+
+
+@pytest.mark.parametrize("lost", ["small.json", "small.png", "small_seg.nii.gz"])
+def test_a_case_that_lacks_a_file_is_not_finished(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, lost: str
+) -> None:
+    run(small_scan, tmp_path / "out", segmenter)
+    (tmp_path / "out" / lost).unlink()
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "done"
+
+
+def test_expert_labels_beside_the_scan_are_never_overwritten(
+    small_scan: Path, segmenter: Segmenter
+) -> None:
+    truth = small_scan / "small" / "small_seg.nii.gz"
+    before = truth.read_bytes()
+    (result,) = run(small_scan, small_scan / "small", segmenter, overwrite=True)
+    assert result.status == "failed"
+    assert "could be overwritten" in result.note
+    assert truth.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        outputs.write_files(tmp_path, {"a": b"new", "b": b"new"})
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match=r"out: cannot be written to \(File exists\)"):
+        outputs.prepare_output(tmp_path / "out")
+
+
+def test_the_next_case_is_read_while_one_is_segmented(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        shutil.copytree(small_scan / "small", small_scan / f"c{index}")
+        for file in (small_scan / f"c{index}").iterdir():
+            file.rename(file.with_name(file.name.replace("small", f"c{index}")))
+    events: list[str] = []
+    load, segment = folder._load, folder._segment
+
+    def noted_load(case, threads):
+        events.append(f"load {case.name}")
+        return load(case, threads)
+
+    def noted_segment(case, *rest):
+        events.append(f"segment {case.name}")
+        result = segment(case, *rest)
+        events.append(f"done {case.name}")
+        return result
+
+    monkeypatch.setattr(folder, "_load", noted_load)
+    monkeypatch.setattr(folder, "_segment", noted_segment)
+    results = run(small_scan, tmp_path / "out", segmenter)
+    assert [r.status for r in results] == ["done"] * 4
+    for current, following in (("c0", "c1"), ("c1", "c2"), ("c2", "small")):
+        assert events.index(f"load {following}") < events.index(f"done {current}")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attnseg.runtime.errors import ScanError
+from attnseg.runtime.scans import BRATS_CHANNELS, Channel, find_cases, find_scans
+
+LAYOUTS = {
+    "2018": ("Brats18_A_1", ("_t1", "_t1ce", "_t2", "_flair"), ".nii.gz"),
+    "2020": ("BraTS20_Training_001", ("_t1", "_t1ce", "_t2", "_flair"), ".nii"),
+    "2021": ("BraTS2021_00000", ("_t1", "_t1ce", "_t2", "_flair"), ".nii.gz"),
+    "2023": ("BraTS-GLI-00000-000", ("-t1n", "-t1c", "-t2w", "-t2f"), ".nii.gz"),
+}
+
+
+def touch(folder: Path, name: str, suffixes: tuple[str, ...], extension: str = ".nii.gz") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in suffixes:
+        (folder / f"{name}{suffix}{extension}").touch()
+    return folder
+
+
+@pytest.mark.parametrize("year", LAYOUTS)
+def test_each_brats_layout_is_read_in_channel_order(tmp_path: Path, year: str) -> None:
+    name, suffixes, extension = LAYOUTS[year]
+    touch(tmp_path / name, name, (*suffixes, "_seg"), extension)
+    (case,) = find_cases(tmp_path).cases
+    assert case.name == name
+    assert [f.name for f in case.files] == [f"{name}{s}{extension}" for s in suffixes]
+
+
+def test_nested_grade_folders_and_flat_folders_are_walked(tmp_path: Path) -> None:
+    suffixes = LAYOUTS["2018"][1]
+    touch(tmp_path / "HGG" / "a", "a", suffixes)
+    touch(tmp_path / "LGG" / "b", "b", suffixes)
+    touch(tmp_path, "c", suffixes)
+    touch(tmp_path, "d", suffixes)
+    assert sorted(c.name for c in find_cases(tmp_path).cases) == ["a", "b", "c", "d"]
+
+
+def test_a_single_case_folder_is_a_folder_of_one_case(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
+    assert [c.name for c in find_cases(folder).cases] == ["a"]
+
+
+def test_files_named_by_modality_alone_take_the_folders_name(tmp_path: Path) -> None:
+    touch(tmp_path / "patient7", "", ("t1", "t1ce", "t2", "flair"))
+    assert [c.name for c in find_cases(tmp_path).cases] == ["patient7"]
+
+
+def test_hidden_files_and_results_are_not_taken_for_channels(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "a", "a", (*LAYOUTS["2018"][1], "_seg"))
+    touch(folder, "._a", LAYOUTS["2018"][1])
+    touch(folder / ".cache", "z", LAYOUTS["2018"][1])
+    assert [c.name for c in find_cases(tmp_path).cases] == ["a"]
+
+
+def test_missing_modalities_are_named_and_do_not_hide_other_cases(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "a", ("_t1", "_t2"))
+    touch(tmp_path / "b", "b", LAYOUTS["2018"][1])
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["b"]
+    assert "no file for t1ce" in str(scans.problems["a"])
+    assert "flair" in str(scans.problems["a"])
+
+
+def test_two_files_for_one_modality_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a", LAYOUTS["2018"][1])
+    touch(tmp_path, "a", ("_t1",), ".nii")
+    scans = find_cases(tmp_path)
+    assert not scans.cases
+    assert "several files for t1" in str(scans.problems["a"])
+
+
+def test_the_second_case_of_a_name_is_a_problem(tmp_path: Path) -> None:
+    touch(tmp_path / "HGG" / "a", "a", LAYOUTS["2018"][1])
+    touch(tmp_path / "LGG" / "a", "a", LAYOUTS["2018"][1])
+    scans = find_cases(tmp_path)
+    assert len(scans.cases) == 1
+    (problem,) = scans.problems.values()
+    assert "same name" in str(problem)
+
+
+def test_a_link_in_a_circle_ends(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert len(find_cases(tmp_path).cases) == 1
+
+
+def test_empty_and_absent_folders_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ScanError, match=r"holds no case; expected files such as \*_t1\.nii\.gz"):
+        find_cases(tmp_path)
+    with pytest.raises(ScanError, match="does not exist"):
+        find_cases(tmp_path / "nowhere")
+    file = tmp_path / "a_t1.nii.gz"
+    file.touch()
+    with pytest.raises(ScanError, match="is not a folder"):
+        find_cases(file)
+
+
+def test_files_given_by_channel_make_a_case(tmp_path: Path) -> None:
+    files = {c.name: tmp_path / f"x_{c.name}.nii.gz" for c in BRATS_CHANNELS}
+    (case,) = find_scans(None, files, BRATS_CHANNELS).cases
+    assert case.name == "x"
+    assert case.files == tuple(files.values())
+
+
+def test_files_given_by_channel_must_be_all_and_only_the_models(tmp_path: Path) -> None:
+    with pytest.raises(ScanError, match="no file given for t1ce, t2, flair; add --t1ce FILE"):
+        find_scans(None, {"t1": tmp_path}, BRATS_CHANNELS)
+    with pytest.raises(ScanError, match="no channel ct"):
+        find_scans(None, {"ct": tmp_path}, BRATS_CHANNELS)
+    with pytest.raises(ScanError, match="either"):
+        find_scans(None, {}, BRATS_CHANNELS)
+
+
+def test_another_model_brings_its_own_suffixes(tmp_path: Path) -> None:
+    touch(tmp_path, "liver_1", ("_0000",))
+    (case,) = find_cases(tmp_path, [Channel("ct", ("_0000",))]).cases
+    assert case.name == "liver_1"
+
+
+def test_a_sibling_is_found_by_its_suffix(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "a", "a", (*LAYOUTS["2018"][1], "_seg"))
+    (case,) = find_cases(tmp_path).cases
+    assert case.sibling(("_seg",)) == folder / "a_seg.nii.gz"
+    assert case.sibling(("_mask",)) is None

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.runtime.errors import ConfigError, ScanError, VolumeError
+from attnseg.synthetic import SyntheticCase
+
+FP32 = SegmentOptions(precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(options=FP32)
+
+
+@pytest.fixture(scope="module")
+def volume(small_synthetic: SyntheticCase) -> Volume:
+    return Volume(small_synthetic.images, small_synthetic.affine)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_labels_lie_on_the_input_grid_with_the_bundles_values(
+    segmenter: Segmenter, volume: Volume
+) -> None:
+    result = segmenter.segment(volume)
+    assert result.labels.shape == volume.shape
+    assert result.labels.dtype == np.uint8
+    assert set(np.unique(result.labels)) <= {0, 1, 2, 4}
+
+
+def test_volumes_are_voxel_counts_in_millilitres(segmenter: Segmenter, volume: Volume) -> None:
+    result = segmenter.segment(volume)
+    assert result.volumes_ml["ET"] == round(int((result.labels == 4).sum()) / 1000, 3)
+    assert result.volumes_ml["WT"] == round(int((result.labels > 0).sum()) / 1000, 3)
+    doubled = Volume(volume.channels, volume.affine @ np.diag([2.0, 1, 1, 1]))
+    twice = segmenter.segment(doubled)
+    assert twice.volumes_ml["WT"] == pytest.approx(2 * result.volumes_ml["WT"])
+    assert "spacing is 2 x 1 x 1 mm" in twice.warnings[0]
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "SAL", "IPR"])
+def test_the_scans_orientation_does_not_change_the_result(
+    segmenter: Segmenter, volume: Volume, orientation: str
+) -> None:
+    expected = segmenter.segment(volume)
+    turned = volume.oriented(orientation)
+    result = segmenter.segment(turned)
+    back = Volume([result.labels], turned.affine).oriented("LPS")
+    np.testing.assert_array_equal(back.channels[0], expected.labels)
+    np.testing.assert_allclose(back.affine, volume.affine)
+
+
+def test_float_voxels_give_the_labels_of_integer_voxels(
+    segmenter: Segmenter, volume: Volume
+) -> None:
+    floats = Volume([c.astype(np.float32) for c in volume.channels], volume.affine)
+    expected = segmenter.segment(volume).labels
+    assert np.mean(segmenter.segment(floats).labels != expected) < 1e-5
+
+
+def test_empty_space_around_the_brain_does_not_change_the_result(
+    segmenter: Segmenter, volume: Volume
+) -> None:
+    padded = [np.pad(c, ((5, 0), (0, 9), (3, 3))) for c in volume.channels]
+    result = segmenter.segment(Volume(padded, volume.affine)).labels
+    np.testing.assert_array_equal(result[5:, :-9, 3:-3], segmenter.segment(volume).labels)
+
+
+def test_the_same_volume_gives_the_same_bytes(segmenter: Segmenter, volume: Volume) -> None:
+    first, second = (segmenter.segment(volume).labels.tobytes() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SegmentOptions(engine="onnxruntime"),
+        SegmentOptions(precision="fp32", tta="paper"),
+        SegmentOptions(precision="fp32", tta="paper", fuse="mean"),
+        SegmentOptions(precision="fp32", tta="mirror8"),
+        SegmentOptions(precision="fp32", window="full"),
+        SegmentOptions(precision="fp32", window=48, overlap=0.5),
+    ],
+    ids=["onnxruntime", "paper vote", "paper mean", "mirror8", "full", "window 48"],
+)
+def test_every_option_finds_the_same_tumour(
+    segmenter: Segmenter, volume: Volume, options: SegmentOptions
+) -> None:
+    expected = segmenter.segment(volume).labels > 0
+    result = Segmenter(options=options).segment(volume).labels > 0
+    assert dice(result, expected) > 0.85
+
+
+def test_engines_agree_on_nearly_every_voxel(segmenter: Segmenter, volume: Volume) -> None:
+    other = Segmenter(options=SegmentOptions(engine="onnxruntime")).segment(volume).labels
+    assert np.mean(other != segmenter.segment(volume).labels) < 1e-4
+
+
+def test_small_components_go_unless_asked_for(volume: Volume) -> None:
+    every = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=0)).segment(volume)
+    none = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=10**9)).segment(volume)
+    assert every.components_removed == 0
+    assert every.labels.any()
+    assert not none.labels.any()
+
+
+def test_progress_ends_at_one(segmenter: Segmenter, volume: Volume) -> None:
+    shares: list[float] = []
+    Segmenter(options=SegmentOptions(precision="fp32", tta="paper")).segment(volume, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_stages_are_timed(segmenter: Segmenter, volume: Volume) -> None:
+    stages = set(segmenter.segment(volume).elapsed_ms)
+    assert stages == {"normalise", "blend", "network", "fuse", "clean-up", "paste"}
+
+
+def test_unusable_volumes_are_refused(segmenter: Segmenter, volume: Volume) -> None:
+    with pytest.raises(ScanError, match="takes t1, t1ce, t2, flair, got 3 channels"):
+        segmenter.segment(Volume(volume.channels[:3], volume.affine))
+    with pytest.raises(VolumeError, match="all voxels of all channels are zero"):
+        segmenter.segment(Volume(np.zeros((4, 8, 8, 8), np.int16), np.eye(4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (SegmentOptions(window=60), "window must be full or a multiple of 16 voxels, got 60"),
+        (SegmentOptions(window=0), "window must be full or a multiple of 16"),
+        (SegmentOptions(overlap=1.0), "overlap must be at least 0 and below 1"),
+        (SegmentOptions(min_voxels=-1), "min-voxels must be at least 0"),
+        (SegmentOptions(threads=0), "threads must be at least 1"),
+        (SegmentOptions(tta="twice"), "tta twice does not exist"),
+        (SegmentOptions(fuse="sum"), "fuse sum does not exist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_out_of_range_are_refused(options: SegmentOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Segmenter(Bundle.default(), options)
+
+
+def test_a_brain_smaller_than_the_window_is_segmented(segmenter: Segmenter) -> None:
+    rng = np.random.default_rng(0)
+    channels = rng.integers(1, 900, (4, 20, 30, 9)).astype(np.int16)
+    result = segmenter.segment(Volume(channels, nib.affines.from_matvec(np.eye(3))))
+    assert result.labels.shape == (20, 30, 9)

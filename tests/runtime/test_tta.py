@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.tta import PASSES, Fusion, argmax_classes, passes
+
+TRANSFORMS = [t for scheme in PASSES.values() for t in scheme]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
+def test_every_transform_is_undone_exactly(transform) -> None:
+    array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    np.testing.assert_array_equal(transform.invert(transform.apply(array)), array)
+    np.testing.assert_array_equal(transform.invert(transform.apply(array[0])), array[0])
+
+
+def test_the_paper_takes_identity_mirror_and_quarter_turn() -> None:
+    array = np.arange(24).reshape(2, 3, 4)
+    identity, mirror, turn = passes("paper")
+    np.testing.assert_array_equal(identity.apply(array), array)
+    np.testing.assert_array_equal(mirror.apply(array), array[::-1])
+    np.testing.assert_array_equal(turn.apply(array), np.rot90(array, axes=(0, 1)))
+
+
+def test_mirror8_is_every_combination_of_flips_once() -> None:
+    array = np.arange(24).reshape(2, 3, 4)
+    results = {t.apply(array).tobytes() for t in passes("mirror8")}
+    assert len(results) == len(passes("mirror8")) == 8
+
+
+def test_unknown_schemes_and_modes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tta many does not exist; choose none, paper, mirror8"):
+        passes("many")
+    with pytest.raises(ConfigError, match="fuse max does not exist"):
+        Fusion("max")
+    with pytest.raises(ConfigError, match="no pass"):
+        Fusion("vote").classes()
+
+
+@settings(max_examples=50)
+@given(hnp.arrays(np.float32, (4, 3, 4, 5), elements=st.integers(-3, 3).map(float)))
+def test_argmax_is_numpys_with_ties(logits: np.ndarray) -> None:
+    np.testing.assert_array_equal(argmax_classes(logits), logits.argmax(axis=0))
+
+
+def one_voxel(*probabilities: tuple[float, ...]) -> list[np.ndarray]:
+    return [np.log(np.array(p, np.float32)).reshape(-1, 1, 1, 1) for p in probabilities]
+
+
+def fuse(mode: str, logits: list[np.ndarray]) -> int:
+    fusion = Fusion(mode)
+    for each in logits:
+        fusion.add(each)
+    return int(fusion.classes()[0, 0, 0])
+
+
+def test_two_votes_beat_one_however_sure_it_is() -> None:
+    voxel = one_voxel((0.51, 0.49), (0.51, 0.49), (0.01, 0.99))
+    assert fuse("vote", voxel) == 0
+    assert fuse("mean", voxel) == 1
+
+
+def test_a_tie_goes_to_the_higher_mean_probability() -> None:
+    # One vote each; mean probabilities 0.4, 0.2667, 0.3333.
+    voxel = one_voxel((0.6, 0.2, 0.2), (0.3, 0.5, 0.2), (0.3, 0.1, 0.6))
+    assert fuse("vote", voxel) == 0
+    # The last class has the highest mean of the three.
+    voxel = one_voxel((0.4, 0.3, 0.3), (0.3, 0.4, 0.3), (0.1, 0.1, 0.8))
+    assert fuse("vote", voxel) == 2
+
+
+def test_a_tie_in_probability_too_goes_to_the_lowest_index() -> None:
+    assert fuse("vote", one_voxel((0.25, 0.75), (0.75, 0.25))) == 0
+
+
+@settings(max_examples=40)
+@given(hnp.arrays(np.float32, (5, 3, 2, 2, 2), elements=st.floats(-4, 4, width=32)))
+def test_the_vote_is_a_plain_count_with_tie_break(passes_: np.ndarray) -> None:
+    fusion = Fusion("vote")
+    for logits in passes_:
+        fusion.add(logits)
+    exponential = np.exp(passes_.astype(np.float64))
+    mean = (exponential / exponential.sum(axis=1, keepdims=True)).mean(axis=0)
+    votes = np.stack([(passes_.argmax(axis=1) == k).sum(axis=0) for k in range(3)])
+    chosen = fusion.classes()
+    for index in np.ndindex(chosen.shape):
+        best = votes[(slice(None), *index)] == votes[(slice(None), *index)].max()
+        assert best[chosen[index]]
+        others = mean[(slice(None), *index)][best]
+        assert mean[(chosen[index], *index)] >= others.max() - 1e-5

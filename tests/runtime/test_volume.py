@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.volume import Volume, encode_labels, read_volume, reorient
+from tests.conftest import SaveImage
+
+ORIENTATIONS = [
+    "".join(letters)
+    for axes in itertools.permutations(("LR", "PA", "SI"))
+    for letters in itertools.product(*axes)
+]
+
+
+def ramp(shape: tuple[int, ...] = (4, 5, 6)) -> np.ndarray:
+    return np.arange(1, np.prod(shape) + 1, dtype=np.int16).reshape(shape)
+
+
+def decode(stored: bytes) -> nib.Nifti1Image:
+    return nib.Nifti1Image.from_bytes(gzip.decompress(stored))
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">i2", "u2", "i4", "f4", "f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_voxels_are_those_that_nibabel_reads(save_image: SaveImage, dtype: str, name: str) -> None:
+    array = (ramp() % 120).astype(dtype)
+    path = save_image(array, name)
+    volume = read_volume([path])
+    np.testing.assert_array_equal(volume.channels[0], array)
+    np.testing.assert_array_equal(volume.affine, np.eye(4))
+
+
+def test_header_scaling_is_applied(save_image: SaveImage) -> None:
+    path = save_image(ramp(), scl_slope=0.5, scl_inter=10)
+    stored = nib.load(path)
+    np.testing.assert_allclose(read_volume([path]).channels[0], stored.get_fdata())
+
+
+def test_nifti_2_is_read_and_written(tmp_path: Path) -> None:
+    nib.save(nib.Nifti2Image(ramp(), np.diag([2.0, 3, 4, 1])), tmp_path / "a.nii.gz")
+    volume = read_volume([tmp_path / "a.nii.gz"])
+    assert volume.spacing_mm == (2, 3, 4)
+    stored = gzip.decompress(encode_labels(np.ones((4, 5, 6), np.uint8), volume))
+    image = nib.Nifti2Image.from_bytes(stored)
+    np.testing.assert_array_equal(image.affine, volume.affine)
+
+
+def test_labels_carry_the_files_affines_codes_and_units(save_image: SaveImage) -> None:
+    affine = nib.affines.from_matvec(
+        nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([1.0, 1.2, 3.0]), [7.25, -3.5, 11]
+    )
+    image = nib.Nifti1Image(ramp(), affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(np.diag([2.0, 2, 2, 1]) @ affine, code=4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = b"Jane Doe"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    path = save_image(ramp())
+    nib.save(image, path)
+    volume = read_volume([path])
+    stored = encode_labels(np.ones((4, 5, 6), np.uint8), volume)
+    result = decode(stored).header
+    for field in ("qform_code", "sform_code", "pixdim", "xyzt_units", "qoffset_x", "quatern_b"):
+        np.testing.assert_array_equal(result[field], volume.header[field])
+    np.testing.assert_array_equal(result.get_best_affine(), volume.affine)
+    assert b"Jane Doe" not in gzip.decompress(stored)
+
+
+def test_arrays_without_a_file_get_their_affine_back() -> None:
+    affine = np.diag([-1.0, 2, 3, 1])
+    stored = encode_labels(np.ones((4, 5, 6), np.uint8), Volume([ramp()], affine))
+    np.testing.assert_array_equal(decode(stored).affine, affine)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_any_orientation_turns_and_turns_back_voxel_exact(orientation: str) -> None:
+    codes = nib.orientations.axcodes2ornt(tuple(orientation))
+    image = nib.Nifti1Image(ramp(), np.diag([1.0, 2, 3, 1])).as_reoriented(codes)
+    volume = Volume([np.asarray(image.dataobj)], image.affine)
+    turned = volume.oriented("LPS")
+    assert turned.orientation == "LPS"
+    back = reorient(turned.channels[0], "LPS", volume.orientation)
+    np.testing.assert_array_equal(back, volume.channels[0])
+    # The same voxel keeps its place in the world.
+    index = np.argwhere(turned.channels[0] == 17)[0]
+    original = np.argwhere(volume.channels[0] == 17)[0]
+    world = nib.affines.apply_affine(turned.affine, index)
+    np.testing.assert_allclose(world, nib.affines.apply_affine(volume.affine, original))
+
+
+def damaged(stored: bytes, kind: str) -> bytes:
+    if kind == "half":
+        return stored[: len(stored) // 2]
+    if kind == "no trailer":
+        return stored[:-8]
+    if kind == "crc":
+        return stored[:-8] + bytes([stored[-8] ^ 1]) + stored[-7:]
+    if kind == "body":
+        return stored[:60] + bytes([stored[60] ^ 0xFF]) + stored[61:]
+    if kind == "empty":
+        return b""
+    if kind == "junk after":
+        return stored + b"junk"
+    return b"not gzip at all"
+
+
+@pytest.mark.parametrize(
+    "kind", ["half", "no trailer", "crc", "body", "empty", "junk after", "text"]
+)
+def test_a_damaged_gzip_stream_is_refused(save_image: SaveImage, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 2000, (20, 20, 20)).astype(np.int16)
+    path = save_image(noise)
+    path.write_bytes(damaged(path.read_bytes(), kind))
+    with pytest.raises(VolumeError, match=rf"^{path}: .*(copy|download)"):
+        read_volume([path])
+
+
+def test_a_stream_of_several_gzip_members_is_read_whole(save_image: SaveImage) -> None:
+    path = save_image(ramp((20, 20, 20)))
+    plain = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
+    np.testing.assert_array_equal(read_volume([path]).channels[0], ramp((20, 20, 20)))
+
+
+def test_a_truncated_plain_file_is_refused(save_image: SaveImage) -> None:
+    path = save_image(ramp(), "a.nii")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VolumeError, match="its header promises 592"):
+        read_volume([path])
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 6, 2), (4, 5, 6, 1)])
+def test_only_3d_images_are_taken(save_image: SaveImage, shape: tuple[int, ...]) -> None:
+    with pytest.raises(VolumeError, match="is not a 3-D image"):
+        read_volume([save_image(ramp(shape))])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_counted_and_placed(
+    save_image: SaveImage, value: float
+) -> None:
+    array = ramp().astype(np.float32)
+    array[1, 2, 3] = array[3, 4, 5] = value
+    with pytest.raises(VolumeError, match=r"2 voxels are NaN or infinite, the first at \(1, 2, 3"):
+        read_volume([save_image(array)])
+
+
+def test_complex_and_rgb_voxels_are_refused(save_image: SaveImage) -> None:
+    with pytest.raises(VolumeError, match="not real numbers"):
+        read_volume([save_image(ramp().astype(np.complex64))])
+
+
+def test_a_channel_of_zeros_is_refused_by_name(save_image: SaveImage) -> None:
+    paths = [save_image(ramp(), "a.nii"), save_image(np.zeros((4, 5, 6), np.int16), "b.nii")]
+    with pytest.raises(VolumeError, match=r"b\.nii: holds only zeros"):
+        read_volume(paths)
+
+
+def test_channels_on_different_grids_are_refused(save_image: SaveImage) -> None:
+    first = save_image(ramp(), "a.nii")
+    with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 5, 7\) differs from \(4, 5, 6\)"):
+        read_volume([first, save_image(ramp((4, 5, 7)), "b.nii")])
+    shifted = nib.affines.from_matvec(np.eye(3), [0, 0, 1])
+    with pytest.raises(VolumeError, match=r"c\.nii: its affine differs"):
+        read_volume([first, save_image(ramp(), "c.nii", shifted)])
+
+
+def test_a_header_rounded_in_float32_is_the_same_grid(save_image: SaveImage) -> None:
+    near = nib.affines.from_matvec(np.eye(3), [0, 0, 1e-5])
+    read_volume([save_image(ramp(), "a.nii"), save_image(ramp(), "b.nii", near)])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match=r"gone\.nii: cannot be read \(No such file"):
+        read_volume([tmp_path / "gone.nii"])
+
+
+def test_a_header_without_orientation_is_warned_of(save_image: SaveImage) -> None:
+    path = save_image(ramp(), "a.nii")
+    stored = bytearray(path.read_bytes())
+    stored[252:256] = bytes(4)  # qform_code and sform_code
+    path.write_bytes(stored)
+    assert "states no orientation" in read_volume([path]).warnings[0]
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    position=st.integers(0, 351),
+    value=st.integers(0, 255),
+    length=st.integers(0, 600),
+)
+def test_any_header_gives_an_image_or_one_clear_error(
+    tmp_path: Path, position: int, value: int, length: int
+) -> None:
+    stream = io.BytesIO(nib.Nifti1Image(ramp(), np.eye(4)).to_bytes())
+    stored = bytearray(stream.getvalue())
+    stored[position] = value
+    path = tmp_path / "fuzzed.nii"
+    path.write_bytes(bytes(stored[:length]) if length < 350 else bytes(stored))
+    message = ""
+    try:
+        volume = read_volume([path])
+    except VolumeError as error:
+        message = str(error)
+    if message:
+        assert "fuzzed.nii" in message
+        assert "\n" not in message
+    else:
+        assert len(volume.shape) == 3
+        assert np.isfinite(volume.channels[0]).all()

@@ -1,0 +1,229 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from attnseg import __version__
+from attnseg.cli import main
+from attnseg.runtime.bundle import default_folder
+
+FAST = ("--precision", "fp32")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "attnseg", *(str(a) for a in arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_run_prints_a_summary_and_succeeds(small_scan: Path, tmp_path: Path) -> None:
+    result = call("run", small_scan, "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "small" in result.stdout
+    assert "WT ml" in result.stdout
+    assert "not for clinical use" in result.stdout
+    assert (tmp_path / "out" / "small_seg.nii.gz").exists()
+
+
+def test_run_takes_files_by_channel(small_scan: Path, tmp_path: Path) -> None:
+    folder = small_scan / "small"
+    names = ("t1", "t1ce", "t2", "flair")
+    files = [part for n in names for part in (f"--{n}", folder / f"small_{n}.nii.gz")]
+    result = call("run", *files, "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 0, result.output
+    channels = [p for n in names for p in ("--channel", f"{n}={folder / f'small_{n}.nii.gz'}")]
+    result = call("run", *channels, "-o", tmp_path / "out2", *FAST)
+    assert result.exit_code == 0, result.output
+    first, second = ((tmp_path / o / "small_seg.nii.gz").read_bytes() for o in ("out", "out2"))
+    assert first == second
+
+
+def test_the_report_holds_what_was_asked_for(small_scan: Path, tmp_path: Path) -> None:
+    options = ("--tta", "paper", "--fuse", "mean", "--window", "48", "--overlap", "0.5")
+    more = ("--min-voxels", "20", "--engine", "onnxruntime", "--threads", "1")
+    result = call("run", small_scan, "-o", tmp_path, *options, *more)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "small.json").read_text())
+    assert report["options"] == {
+        "tta": "paper",
+        "fuse": "mean",
+        "window": [48, 48, 48],
+        "overlap": 0.5,
+        "min_voxels": 20,
+    }
+    assert report["engine"]["name"] == "onnxruntime"
+
+
+def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_scan / "small", small_scan / "lost")
+    (small_scan / "lost" / "small_t1.nii.gz").unlink()
+    for file in (small_scan / "lost").iterdir():
+        file.rename(file.with_name(file.name.replace("small", "lost")))
+    result = call("run", small_scan, "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 1
+    assert "lost: " in result.stderr
+    assert "no file for t1" in result.stderr
+    assert (tmp_path / "out" / "small.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
+        (("run", ".", "-o", "out"), "error: .: holds no case"),
+        (("run", "-o", "out"), "error: give either a scan folder or one file per channel"),
+        (("run", ".", "-o", "out", "--model", "."), "error: .: is not a bundle"),
+        (("run", ".", "-o", "out", "--engine", "x"), "error: engine x does not exist"),
+        (("run", ".", "-o", "out", "--window", "33"), "error: window must be full or a multiple"),
+        (("train", "--data", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
+        (("train", "--data", ".", "-o", "o", "--preset", "x"), "error: preset x does not exist"),
+        (("train", "--data", ".", "-o", "o", "--set", "a=b"), "error: unknown training field a"),
+        (("export", "x.pt", "-o", "out"), "error: x.pt: does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_user_errors_are_one_line_without_a_traceback(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(message), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = call("run", tmp_path / "nowhere", "-o", tmp_path, "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_a_tampered_bundle_is_refused(small_scan: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(default_folder(), tmp_path / "model")
+    with (model / "model.onnx").open("ab") as stream:
+        stream.write(b"x")
+    result = call("run", small_scan, "-o", tmp_path / "out", "--model", model)
+    assert result.exit_code == 1
+    assert "does not match its checksum" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    small_scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> None:  # chmod would not stop root, as which containers run
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = call("run", small_scan, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"error: {small_scan}: cannot be read (Permission denied)" in result.stderr
+
+
+def test_an_output_that_cannot_be_made_is_refused(small_scan: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call("run", small_scan, "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "cannot be written to" in result.stderr
+    assert "choose another with -o" in result.stderr
+
+
+def test_a_disk_that_fills_up_fails_the_case_and_leaves_nothing(
+    small_scan: Path, tmp_path: Path
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    process = start("run", small_scan, "-o", tmp_path / "out", *FAST, preexec_fn=limit)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "results could not be written (File too large)" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_ctrl_c_keeps_finished_cases_and_leaves_no_half_ones(
+    small_scan: Path, tmp_path: Path
+) -> None:
+    for index in range(30):
+        target = shutil.copytree(small_scan / "small", small_scan / f"c{index:02}")
+        for file in target.iterdir():
+            file.rename(file.with_name(file.name.replace("small", target.name)))
+    out = tmp_path / "out"
+    process = start("run", small_scan, "-o", out, "--tta", "mirror8", *FAST)
+    deadline = time.monotonic() + 240
+    while not list(out.glob("*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped; what was finished is kept" in errors
+    assert "Traceback" not in errors
+    finished = {f.stem for f in out.glob("*.json")}
+    assert 1 <= len(finished) < 31
+    for name in finished:
+        assert (out / f"{name}_seg.nii.gz").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_the_demo_finds_its_tumour(tmp_path: Path) -> None:
+    result = call("demo", "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    line = next(x for x in result.stdout.splitlines() if x.startswith("Dice"))
+    dice = float(line.split("WT ")[1].split(",")[0])
+    assert dice >= 0.8
+    assert (tmp_path / "synthetic-glioma.png").exists()
+
+
+def test_doctor_tells_what_runs() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for text in ("engine openvino", "engine onnxruntime", "checksums match", "attnseg train"):
+        assert text in result.stdout
+
+
+def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) -> None:
+    for name in ("b", "c"):
+        target = shutil.copytree(small_scan / "small", small_scan / name)
+        for file in target.iterdir():
+            file.rename(file.with_name(file.name.replace("small", name)))
+    settings = ("epochs=1", "steps_per_epoch=1", "patch=32", "precision=fp32")
+    flags = [part for s in settings for part in ("--set", s)]
+    result = call("train", "--data", small_scan, "-o", tmp_path / "run", *flags)
+    assert result.exit_code == 0, result.output
+    assert f"attnseg export {tmp_path / 'run' / 'best.pt'}" in result.stdout
+    result = call("export", tmp_path / "run" / "best.pt", "-o", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "against torch" in result.stdout
+    result = call("run", small_scan, "-o", tmp_path / "out", "--model", tmp_path / "model", *FAST)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "b.json").read_text())
+    assert report["options"]["window"] == [32, 32, 32]
+
+
+def test_the_version_is_told() -> None:
+    assert __version__ in call("--version").output

@@ -1,0 +1,121 @@
+"""Promises about the shape of the project, kept by reading it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attnseg
+
+ROOT = Path(attnseg.__file__).parent
+FORBIDDEN = {
+    "runtime": ("attnseg.trainer", "attnseg.export", "attnseg.cli", "attnseg.synthetic", "torch"),
+    "trainer": ("attnseg.export", "attnseg.cli"),
+    "export": ("attnseg.cli",),
+}
+OPTIONAL = (
+    "torch",
+    "tensorrt",
+    "tensorrt_rtx",
+    "monai",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "cupy",
+    "cuda",
+    "medpy",
+    "SimpleITK",
+    "hypothesis",
+    "pytest",
+)
+
+
+def imported_names(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imported_names(file):
+            for forbidden in FORBIDDEN[package]:
+                assert not f"{name}.".startswith(f"{forbidden}."), f"{file} imports {name}"
+
+
+def test_only_folder_and_outputs_know_the_segmenter() -> None:
+    users = {
+        file.name
+        for file in (ROOT / "runtime").rglob("*.py")
+        if "attnseg.runtime.segmenter" in imported_names(file)
+    }
+    assert users == {"folder.py", "outputs.py"}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+BLOCK = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_the_runtime_imports_with_every_optional_package_blocked() -> None:
+    modules = [
+        "attnseg." + ".".join(f.relative_to(ROOT).with_suffix("").parts)
+        for f in sorted((ROOT / "runtime").rglob("*.py"))
+        if f.name != "__init__.py"
+    ]
+    assert "attnseg.runtime.segmenter" in modules
+    imports = "\n".join(f"import {m}" for m in ["attnseg", "attnseg.cli", "attnseg.demo", *modules])
+    result = run_python(BLOCK + imports)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_optional_packages_the_command_line_says_what_to_install(tmp_path: Path) -> None:
+    call = BLOCK + "from attnseg.cli import main\nmain(ARGUMENTS)"
+    for arguments, advice in (
+        (["demo", "-o", str(tmp_path)], "pip install 'attnseg[cpu]'"),
+        (["train", "--data", ".", "-o", str(tmp_path)], "pip install 'attnseg[train]'"),
+        (["export", "x.pt", "-o", str(tmp_path)], "pip install 'attnseg[export]'"),
+    ):
+        result = run_python(call.replace("ARGUMENTS", repr(arguments)))
+        assert result.returncode == 1
+        assert advice in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
+    result = run_python(call.replace("ARGUMENTS", "['doctor']"))
+    assert result.returncode == 1
+    assert "not installed" in result.stdout
+
+
+def test_running_a_case_never_loads_torch() -> None:
+    code = """
+import sys
+import attnseg
+from attnseg.synthetic import make_case
+case = make_case(0, (64, 64, 64))
+attnseg.Segmenter().segment(attnseg.Volume(case.images, case.affine))
+assert not {"torch", "monai", "onnx"} & set(sys.modules)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr

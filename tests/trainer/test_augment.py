@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnseg.trainer.augment import augment, margin_voxels
+from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.model import NetworkConfig
+
+STILL = TrainConfig(
+    network=NetworkConfig(widths=(4, 8), bottleneck=8),
+    patch=16,
+    rotation_degrees=0,
+    elastic_voxels=0,
+    intensity_scale=0,
+    gamma=(1.0, 1.0),
+)
+
+
+def batch(edge: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 4, edge, edge, edge, generator=generator)
+    return images, torch.randint(0, 4, (2, edge, edge, edge), generator=generator)
+
+
+def run(config: TrainConfig, images: torch.Tensor, labels: torch.Tensor, seed: int = 0):
+    return augment(images, labels, config, torch.Generator().manual_seed(seed))
+
+
+def test_with_every_range_at_zero_nothing_changes() -> None:
+    images, labels = batch(16)
+    assert margin_voxels(STILL) == 0
+    changed, moved = run(STILL, images, labels)
+    torch.testing.assert_close(changed, images, atol=1e-4, rtol=0)
+    assert torch.equal(moved, labels)
+
+
+def test_image_and_labels_move_together() -> None:
+    config = replace(STILL, rotation_degrees=10, elastic_voxels=2.0, elastic_spacing_voxels=8)
+    margin = margin_voxels(config)
+    edge = 16 + 2 * margin
+    labels = torch.zeros(2, edge, edge, edge, dtype=torch.long)
+    labels[:, : edge // 2 + 2] = 1
+    images = labels[:, None].float().expand(-1, 4, -1, -1, -1)
+    changed, moved = run(config, images, labels)
+    assert changed.shape == (2, 4, 16, 16, 16)
+    # Where the image is not blurred at the border, it says the same as the labels.
+    clear = (changed - 0.5).abs() > 0.45
+    assert clear.float().mean() > 0.6
+    assert torch.equal((changed > 0.5)[clear], (moved == 1)[:, None].expand_as(clear)[clear])
+    assert not torch.equal(moved[:, :, 0, 0], moved[:, :, 15, 15])
+
+
+def test_intensities_stay_within_the_ranges_and_background_stays_zero() -> None:
+    config = replace(STILL, intensity_scale=0.1, gamma=(1.0, 1.0))
+    images, labels = batch(16)
+    images[:, :, :4] = 0
+    changed, _ = run(config, images, labels)
+    assert (changed[:, :, :4] == 0).all()
+    factor = (changed / images)[:, :, 4:].flatten(2)
+    assert (factor.std(dim=2) < 1e-2).all()
+    assert ((factor.median(dim=2).values - 1).abs() <= 0.101).all()
+
+
+def test_gamma_keeps_the_ends_of_the_range() -> None:
+    config = replace(STILL, gamma=(0.8, 0.8))
+    images, labels = batch(16)
+    changed, _ = run(config, images, labels)
+    for reduce in (torch.amin, torch.amax):
+        before, after = reduce(images, (2, 3, 4)), reduce(changed, (2, 3, 4))
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+    assert (changed.mean() - images.mean()) > 0.05  # an exponent below 1 lifts what lies between
+
+
+def test_mirrors_reorder_voxels_and_labels_alike() -> None:
+    config = replace(STILL, mirror=True)
+    labels = torch.arange(16**3).reshape(1, 16, 16, 16)
+    images = labels[:, None].float().expand(-1, 4, -1, -1, -1)
+    changed, moved = run(config, images, labels, seed=1)
+    assert not torch.equal(moved, labels)
+    assert torch.equal(moved.flatten().sort().values, labels.flatten())
+    torch.testing.assert_close(changed[:, 0], moved.float(), atol=0.6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_seed_gives_the_same_batch(seed: int) -> None:
+    config = replace(STILL, rotation_degrees=10, elastic_voxels=2.0, mirror=True)
+    images, labels = batch(16 + 2 * margin_voxels(config))
+    first, second = (run(config, images, labels, seed)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, run(config, images, labels, seed + 1)[0])
+
+
+def test_the_margin_keeps_the_patch_away_from_the_edge() -> None:
+    config = TrainConfig()
+    edge = config.patch + 2 * margin_voxels(config)
+    images = torch.ones(1, 4, edge, edge, edge)
+    labels = torch.ones(1, edge, edge, edge, dtype=torch.long)
+    still = replace(config, intensity_scale=0, gamma=(1.0, 1.0))
+    changed, _ = run(still, images, labels)
+    assert (changed > 0.99).float().mean() > 0.995

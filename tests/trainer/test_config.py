@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from attnseg.runtime.errors import ConfigError
+from attnseg.trainer.config import TrainConfig
+
+
+def test_the_defaults_are_the_papers_protocol() -> None:
+    config = TrainConfig()
+    assert (config.learning_rate, config.weight_decay) == (3e-4, 5e-5)
+    assert (config.schedule, config.patience, config.factor) == ("plateau", 4, 0.5)
+    assert (config.batch_size, config.epochs, config.patch) == (2, 200, 64)
+    assert (config.cross_entropy_weight, config.dice_epsilon) == (0.5, 1e-6)
+    assert (config.rotation_degrees, config.elastic_spacing_voxels) == (10, 20)
+    assert (config.intensity_scale, config.gamma) == (0.1, (0.8, 1.2))
+    assert config.histogram_matching
+
+
+def test_fields_are_set_from_text() -> None:
+    text = {"learning_rate": "1e-3", "epochs": "7", "mirror": "true", "gamma": "0.7,1.5"}
+    config = TrainConfig().with_settings({**text, "schedule": "cosine"})
+    assert (config.learning_rate, config.epochs, config.mirror) == (1e-3, 7, True)
+    assert (config.gamma, config.schedule) == ((0.7, 1.5), "cosine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"speed": "3"}, "unknown training field speed"),
+        ({"network": "x"}, "unknown training field network"),
+        ({"epochs": "many"}, "epochs=many: expected a value such as 200"),
+        ({"mirror": "yes"}, "mirror=yes: expected"),
+        ({"epochs": "0"}, "must be at least 1"),
+        ({"patch": "60"}, "patch must be a multiple of 16, got patch = 60"),
+        ({"tumour_share": "2"}, "tumour_share must be within"),
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"gamma": "2,1"}, "gamma must be an ascending"),
+        ({"precision": "fp8"}, "precision must be bf16 or fp32"),
+    ],
+    ids=str,
+)
+def test_values_that_are_not_allowed_are_refused(text: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig().with_settings(text)
+
+
+def test_a_config_survives_its_dictionary() -> None:
+    config = TrainConfig(gamma=(0.9, 1.1), mirror=True)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="unknown training field colour"):
+        TrainConfig.from_dict({"colour": "red"})

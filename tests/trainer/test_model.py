@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnseg.runtime.errors import ConfigError
+from attnseg.trainer.model import (
+    PRESETS,
+    AttentionResNetUNet,
+    GlobalAverageAttention,
+    MultiScale,
+    NetworkConfig,
+    ResidualBlock,
+    SqueezeExcitation,
+    count_macs,
+    count_parameters,
+)
+
+
+def test_the_paper_preset_has_the_designs_parameters_and_work() -> None:
+    network = AttentionResNetUNet(PRESETS["paper"])
+    assert round(count_parameters(network) / 1e6, 2) == 3.47
+    assert round(count_macs(network, 64) / 1e9, 2) == 12.61
+
+
+def test_wide16_has_widths_that_are_multiples_of_16() -> None:
+    config = PRESETS["wide16"]
+    assert all(width % 16 == 0 for width in (*config.widths, config.bottleneck))
+
+
+def test_parameters_of_a_residual_block_by_hand() -> None:
+    # Two 3x3x3 convolutions with bias, a batch norm, and a 1x1x1 projection.
+    expected = (2 * 27 * 3 + 3) + 2 * 3 + (3 * 27 * 3 + 3) + (2 * 3 + 3)
+    assert count_parameters(ResidualBlock(2, 3)) == expected
+
+
+def test_macs_of_one_level_by_hand() -> None:
+    config = NetworkConfig(1, 2, widths=(2,), bottleneck=2, attention="none", multi_scale=False)
+    full, half = 8**3, 4**3
+    encoder = full * (27 * 1 * 2 + 27 * 2 * 2 + 1 * 2) + full * 2 * (27 * 2 * 2)
+    bottleneck = half * 2 * (27 * 2 * 2)
+    decoder = half * (8 * 2 * 2) + full * (27 * 4 * 2 + 27 * 2 * 2 + 4 * 2)
+    head = full * 2 * 2
+    assert count_macs(AttentionResNetUNet(config), 8) == encoder + bottleneck + decoder + head
+
+
+def test_a_residual_block_is_the_papers_formula() -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(3, 3).eval()
+    h = torch.randn(1, 3, 5, 6, 7)
+    inner = torch.relu(block.norm(block.conv1(h)))
+    torch.testing.assert_close(block(h), h + torch.relu(block.conv2(inner)))
+
+
+def test_gap_attention_is_the_papers_formula_by_hand() -> None:
+    # Means 0 and 2: weights sigmoid(0) = 0.5 and sigmoid(2) = 0.8808.
+    features = torch.stack([torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 3.0])])
+    result = GlobalAverageAttention()(features.view(1, 2, 2, 1, 1)).view(2, 2)
+    expected = torch.tensor([[-0.5, 0.5], [0.880797, 2.642391]])
+    torch.testing.assert_close(result, expected)
+    assert count_parameters(GlobalAverageAttention()) == 0
+
+
+def test_squeeze_excitation_weighs_each_channel_within_0_and_1() -> None:
+    features = torch.ones(2, 8, 3, 3, 3)
+    result = SqueezeExcitation(8)(features)
+    assert result.shape == features.shape
+    assert ((result > 0) & (result < 1)).all()
+    assert (result.flatten(2).std(dim=2) < 1e-6).all()
+
+
+def test_multi_scale_sees_four_voxels_far() -> None:
+    module = MultiScale(1, 2).eval()
+    for parameter in module.parameters():
+        parameter.data.fill_(0.1)
+    image = torch.zeros(1, 1, 11, 11, 11)
+    touched = image.clone()
+    touched[0, 0, 5, 5, 9] = 1
+    changed = (module(touched) - module(image)).abs().sum(dim=1)[0] > 0
+    assert changed[5, 5, 5]
+    assert not changed[5, 5, 4]
+
+
+@pytest.mark.parametrize("attention", ["gap", "se", "none"])
+@pytest.mark.parametrize("multi_scale", [True, False])
+def test_each_variant_gives_logits_of_the_inputs_size(attention: str, multi_scale: bool) -> None:
+    config = NetworkConfig(3, 5, (4, 8), 8, attention, multi_scale)
+    result = AttentionResNetUNet(config)(torch.zeros(2, 3, 8, 12, 16))
+    assert result.shape == (2, 5, 8, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": (3, 6)}, "widths must be even"),
+        ({"widths": ()}, "widths must be even"),
+        ({"classes": 1}, "classes >= 2"),
+        ({"attention": "cbam"}, "attention must be one of gap, se, none, got 'cbam'"),
+        ({"depth": 3}, "unknown network field depth"),
+    ],
+)
+def test_configurations_that_make_no_network_are_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NetworkConfig.from_dict(fields)
+
+
+def test_a_config_survives_its_dictionary() -> None:
+    config = NetworkConfig(attention="se", widths=(4, 8))
+    assert NetworkConfig.from_dict(config.to_dict()) == config
