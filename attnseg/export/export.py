@@ -15,6 +15,7 @@ from attnseg.runtime.bundle import (
     Inference,
     Label,
     Manifest,
+    check_free,
     file_entry,
     write_bundle,
 )
@@ -89,6 +90,7 @@ def export_bundle(
         EngineError: the exported graph does not give torch's logits; nothing is written.
         BundleError: the folder is taken or cannot be written.
     """
+    check_free(folder)
     model = load_trained(checkpoint)
     files = {ONNX_FILE: export_onnx(model.network), WEIGHTS_FILE: encode_weights(model)}
     with tempfile.TemporaryDirectory() as scratch:
