@@ -84,8 +84,15 @@ class _ProgressListener:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(
+        name, BarColumn(), TimeElapsedColumn(), console=_console(stderr=True), transient=True
+    )
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console that prints brackets as they are: they stand in names and in extras."""
+    return Console(stderr=stderr, markup=False, highlight=False)
 
 
 def _parse_window(_: click.Context, __: click.Parameter, value: str | None) -> Any:
@@ -180,7 +187,9 @@ def _run_cases(cases: Any, segmenter: Any, output: Path, overwrite: bool, proble
 
 def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
     manifest, engine = segmenter.bundle.manifest, segmenter.engine_info
-    table = Table("case", "result")
+    table = Table()
+    table.add_column("case", overflow="fold")
+    table.add_column("result")
     for region in manifest.regions:
         table.add_column(f"{region} ml", justify="right")
     table.add_column("s", justify="right")
@@ -190,13 +199,12 @@ def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
         elapsed_ms = sum(result.report.get("elapsed_ms", {}).values())
         time_s = f"{elapsed_ms / 1000:.1f}" if result.status == "done" else ""
         table.add_row(result.name, result.status, *cells, time_s)
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(
         f"{manifest.name} ({manifest.intended_use}), {engine.name} {engine.version} "
         f"{engine.precision}. Results in {output}",
         soft_wrap=True,
-        highlight=False,
     )
 
 
@@ -355,12 +363,10 @@ def doctor(ctx: click.Context, model: Path | None) -> None:
     from attnseg.doctor import examine
 
     findings = examine(model)
-    table = Table("", "", "state", "to mend it")
     for finding in findings:
-        table.add_row(
-            "ok" if finding.well else "--", finding.subject, finding.state, finding.advice
-        )
-    Console().print(table)
+        advice = f": {finding.advice}" if finding.advice else ""
+        mark = "ok" if finding.well else "--"
+        click.echo(f"{mark}  {finding.subject:<20}{finding.state}{advice}")
     engines = [f for f in findings if f.subject.startswith("engine")]
     ctx.exit(0 if any(f.well for f in engines) else 1)
 
