@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,13 @@ class Finding:
 
 
 def _machine() -> Finding:
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     state = (
-        f"attnseg {__version__}, Python {sys.version.split()[0]}, {platform.system()} "
-        f"{platform.machine()}, {available_threads()} threads, {memory_gib:.0f} GiB memory"
+        f"attnseg {__version__}, Python {platform.python_version()}, {platform.system()} "
+        f"{platform.machine()}, {available_threads()} threads"
     )
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        state += f", {memory / 2**30:.0f} GiB memory"
     return Finding("machine", True, state)
 
 
