@@ -47,14 +47,22 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except AttnsegError as error:
+        except (AttnsegError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # the reader of our output went away
+                raise
             if ctx.ensure_object(dict).get("debug"):
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_in_one_line(error)}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; what was finished is kept", err=True)
             ctx.exit(_INTERRUPTED)
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -227,3 +227,13 @@ def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) 
 
 def test_the_version_is_told() -> None:
     assert __version__ in call("--version").output
+
+
+def test_an_error_of_the_system_is_one_line_too(tmp_path: Path, small_scan: Path) -> None:
+    (tmp_path / "run").touch()
+    shutil.copytree(small_scan / "small", small_scan / "other")
+    for file in (small_scan / "other").iterdir():
+        file.rename(file.with_name(file.name.replace("small", "other")))
+    result = call("train", "--data", small_scan, "-o", tmp_path / "run")
+    assert result.exit_code == 1
+    assert result.stderr.endswith(f"error: {tmp_path / 'run'}: File exists\n")

@@ -193,7 +193,11 @@ def normalise_channel(
         VolumeError: the channel has no foreground, or one value only.
     """
     foreground = normalisation.foreground
-    curve = _curve(Histogram.of(channel, foreground), normalisation.landmarks, index)
+    try:
+        histogram = Histogram.of(channel, foreground)
+    except VolumeError as error:
+        raise VolumeError(f"channel {index + 1} {error}") from error
+    curve = _curve(histogram, normalisation.landmarks, index)
     if _has_table(channel):
         _look_up(channel, curve, foreground, out)
         return

@@ -126,9 +126,9 @@ def test_coarsely_quantised_images_keep_their_order() -> None:
 
 
 def test_channels_without_contrast_are_refused() -> None:
-    with pytest.raises(VolumeError, match="only zeros"):
+    with pytest.raises(VolumeError, match="channel 1 holds only zeros"):
         normalise([np.zeros((2, 2, 2), np.int16)], Normalisation())
-    with pytest.raises(VolumeError, match="no value but 7"):
+    with pytest.raises(VolumeError, match="channel 1 holds no value but 7"):
         normalise([np.full((2, 2, 2), 7, np.int16)], Normalisation())
 
 
