@@ -59,7 +59,7 @@ class _Group(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: Exception | str) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -75,15 +75,16 @@ class _ProgressListener:
     """Shows the current case's progress on the terminal."""
 
     def __init__(self, progress: Progress, cases: int) -> None:
-        self._progress, self._cases, self._started = progress, cases, 0
+        self._progress, self._cases = progress, cases
         self._task: TaskID | None = None
+        self.finished = 0
 
     def case_started(self, name: str) -> None:
         """See `attnseg.runtime.folder.Listener`."""
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._started += 1
-        self._task = self._progress.add_task(f"{self._started}/{self._cases} {name}", total=1.0)
+        place = f"{self.finished + 1}/{self._cases}"
+        self._task = self._progress.add_task(f"{place} {name}", total=1.0)
 
     def case_advanced(self, share: float) -> None:
         """See `attnseg.runtime.folder.Listener`."""
@@ -92,10 +93,11 @@ class _ProgressListener:
 
 
 def _progress() -> Progress:
+    console = _console(stderr=True)
     name = TextColumn("{task.description}", markup=False)
-    return Progress(
-        name, BarColumn(), TimeElapsedColumn(), console=_console(stderr=True), transient=True
-    )
+    columns = (name, BarColumn(), TimeElapsedColumn())
+    # Elsewhere than on a terminal it would leave empty lines.
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -178,19 +180,26 @@ def _run_cases(cases: Any, segmenter: Any, output: Path, overwrite: bool, proble
     """Segment, print the summary, and return the number of cases that failed."""
     from attnseg.runtime.folder import CaseResult, segment_folder
 
-    results = [CaseResult(n, "failed", note=str(e)) for n, e in problems.items()]
+    results = [CaseResult(n, "failed", note=str(e), error=e) for n, e in problems.items()]
     for result in results:
-        click.echo(f"{result.name}: {result.note}", err=True)
+        _print_notes(result)
     with _progress() as progress:
         listener = _ProgressListener(progress, len(cases))
         for result in segment_folder(cases, segmenter, output, listener, overwrite):
             results.append(result)
-            if result.note:
-                click.echo(f"{result.name}: {result.note}", err=True)
-            for warning in result.report.get("warnings", []):
-                click.echo(f"{result.name}: warning: {warning}", err=True)
+            listener.finished += 1
+            _print_notes(result)
     _print_summary(sorted(results, key=lambda r: r.name), segmenter, output)
     return sum(result.status == "failed" for result in results)
+
+
+def _print_notes(result: Any) -> None:
+    if result.error and click.get_current_context().find_root().ensure_object(dict).get("debug"):
+        traceback.print_exception(result.error)
+    if result.note:
+        click.echo(f"{result.name}: {_in_one_line(result.note)}", err=True)
+    for warning in result.report.get("warnings", []):
+        click.echo(f"{result.name}: warning: {warning}", err=True)
 
 
 def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
@@ -218,7 +227,14 @@ def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
 
 @main.command()
 @click.argument("scan_dir", type=_PATH, required=False)
-@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the results.")
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    default=Path("attnseg-out"),
+    show_default=True,
+    help="Folder for the results.",
+)
 @_segment_options
 @click.option("--overwrite", is_flag=True, help="Take finished cases again.")
 @click.option("--t1", type=_PATH, help="File of this channel, instead of SCAN_DIR.")
@@ -286,7 +302,7 @@ def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: An
     failed = _run_cases(scans.cases, segmenter, output, True, scans.problems)
     if not failed:
         score = score_demo(scans.cases[0], output, segmenter.bundle.manifest)
-        dice = ", ".join(f"{region} {value:.3f}" for region, value in score.dice.items())
+        dice = ", ".join(f"{region} {value:.3f}" for region, value in score.items())
         click.echo(f"Dice against the synthetic truth: {dice}")
         click.echo(f"Look at {output / (scans.cases[0].name + '.png')}")
     ctx.exit(1 if failed else 0)
@@ -311,7 +327,7 @@ def _training_config(preset: str, settings: dict[str, str]) -> Any:
 @main.command()
 @click.option("--data", type=_PATH, required=True, help="Folder of labelled cases.")
 @click.option("-o", "--output", type=_PATH, required=True, help="Folder for the run.")
-@click.option("--preset", default="paper", show_default=True, help="Network: paper or wide16.")
+@click.option("--preset", help="Network: paper or wide16.  [default: paper]")
 @click.option("--split", type=_PATH, help="JSON with lists train and validation of case names.")
 @click.option("--resume", is_flag=True, help="Go on from OUTPUT/last.pt.")
 @click.option(
@@ -325,18 +341,23 @@ def _training_config(preset: str, settings: dict[str, str]) -> Any:
 def train(
     data: Path,
     output: Path,
-    preset: str,
+    preset: str | None,
     split: Path | None,
     resume: bool,
     settings: dict[str, str],
 ) -> None:
     """Train a network on labelled cases; the defaults are the paper's protocol."""
-    _need("train", "torch", "safetensors")
+    _need("train", "torch")
     from attnseg.trainer.data import open_data_set
     from attnseg.trainer.loop import train as train_network
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = _training_config(preset, settings)
+    if resume and (preset or split or settings):
+        raise ConfigError(
+            "--resume goes on with the run's own configuration and split; leave --preset, --split "
+            "and --set out, or start a new run in another folder"
+        )
+    config = _training_config(preset or "paper", settings)
     best = train_network(open_data_set(data, split, config), config, output, resume)
     click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
 

@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from attnseg._version import __version__
 from attnseg.runtime.bundle import Bundle
 from attnseg.runtime.engines.choice import installed_engines, open_engine
@@ -50,9 +52,12 @@ def _engine(name: str, version: str | None, bundle: Bundle | None) -> Finding:
     if version is None:
         return Finding(subject, False, "not installed", "pip install 'attnseg[cpu]'")
     if bundle is None:
-        return Finding(subject, True, f"{version}, not tried: no model")
+        return Finding(subject, False, f"{version}, not tried without a model")
+    edge = bundle.manifest.inference.window_multiple
+    window = np.zeros((1, len(bundle.manifest.channels), edge, edge, edge), np.float32)
     try:
         engine = open_engine(name, bundle.file("onnx"), "auto", available_threads())
+        engine.infer(window)
     except AttnsegError as error:
         return Finding(subject, False, str(error))
     return Finding(subject, True, f"{version}, runs the model in {engine.info.precision}")
@@ -89,7 +94,7 @@ def examine(model: Path | None = None) -> list[Finding]:
         _machine(),
         finding,
         *engines,
-        _part("attnseg train", ("torch", "safetensors"), "train"),
+        _part("attnseg train", ("torch",), "train"),
         _part("attnseg export", ("torch", "safetensors", "onnx", "onnxscript"), "export"),
         _gpu(),
     ]

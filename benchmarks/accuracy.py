@@ -2,8 +2,8 @@
 
     attnseg run DATA -o out/ && python -m benchmarks.accuracy DATA out/
 
-Prints one row per case and the means over the cases that the model of the results was and was
-not trained on, as the shipped bundle's manifest lists them.
+Prints one row per case and the means over the cases that the shipped model was and was not
+trained on. Results of another model are refused. Needs `attnseg[train]`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from attnseg import Bundle
 from attnseg.runtime.outputs import output_names, read_report
 from attnseg.runtime.scans import LABEL_SUFFIXES, find_cases
-from attnseg.runtime.volume import read_volume
+from attnseg.trainer.data import read_classes
 from attnseg.trainer.metrics import region_dice
+from attnseg.trainer.task import BRATS
 
 
 def _print_row(name: str, dice: Mapping[str, float], seconds: float) -> None:
@@ -39,17 +40,21 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder of results")
     options = parser.parse_args()
 
-    manifest = Bundle.default().manifest
-    trained_on = set(manifest.training.train_cases if manifest.training else ())
+    bundle = Bundle.default()
+    training = bundle.manifest.training
+    trained_on = set(training.train_cases if training else ())
     rows: dict[bool, list[tuple[Mapping[str, float], float]]] = {True: [], False: []}
-    print(f"{'case':<32}" + "".join(f"{region:>8}" for region in manifest.regions) + "       s")
+    print(f"{'case':<32}" + "".join(f"{region:>8}" for region in BRATS.regions) + "       s")
     for case in find_cases(options.data).cases:
         truth, report = case.sibling(LABEL_SUFFIXES), read_report(options.output, case.name)
         if truth is None or report is None:
             print(f"{case.name:<32} left out: no expert labels or no result")
             continue
-        labels = read_volume([options.output / output_names(case.name)["labels"]]).channels[0]
-        dice = region_dice(labels, read_volume([truth]).channels[0], manifest.regions)
+        if report["model"]["manifest_sha256"] != bundle.sha256:
+            raise SystemExit(f"{case.name}: made with another model than the one shipped")
+        result = options.output / output_names(case.name)["labels"]
+        found, expected = (read_classes(f, case.files[0]).channels[0] for f in (result, truth))
+        dice = region_dice(found, expected, BRATS.class_regions)
         seconds = sum(report["elapsed_ms"].values()) / 1000
         rows[case.name in trained_on].append((dice, seconds))
         _print_row(case.name, dice, seconds)

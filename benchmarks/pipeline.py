@@ -75,7 +75,7 @@ def measure_stages(case: Case, segmenter: Segmenter, repeats: int) -> dict[str, 
 def case_windows(case: Case, bundle: Bundle) -> list[NDArray[np.float32]]:
     """The batches of one that the network sees for this case."""
     volume = read_volume(case.files).oriented(bundle.manifest.orientation)
-    box = brain_box(volume.channels)
+    box = brain_box(volume.channels, bundle.manifest.normalisation.foreground)
     image = normalise([c[box] for c in volume.channels], bundle.manifest.normalisation)
     defaults = bundle.manifest.inference
     plan = plan_windows(image.shape[1:], defaults.window, defaults.overlap)

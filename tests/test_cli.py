@@ -115,6 +115,20 @@ def test_user_errors_are_one_line_without_a_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_debug_shows_the_traceback_of_a_failed_case(small_scan: Path, tmp_path: Path) -> None:
+    (small_scan / "small" / "small_t2.nii.gz").write_bytes(b"")
+    plain = call("run", small_scan, "-o", tmp_path, *FAST)
+    assert "Traceback" not in plain.stderr
+    assert plain.stderr.count("\n") == 1
+    assert "Traceback" in call("run", small_scan, "-o", tmp_path, *FAST, "--debug").stderr
+
+
+def test_resume_takes_no_other_settings(tmp_path: Path) -> None:
+    result = call("train", "--data", ".", "-o", tmp_path, "--resume", "--set", "epochs=9")
+    assert result.exit_code == 1
+    assert "--resume goes on with the run's own configuration" in result.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = call("run", tmp_path / "nowhere", "-o", tmp_path, "--debug")
     assert result.exit_code == 1

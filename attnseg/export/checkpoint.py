@@ -22,11 +22,13 @@ from attnseg.trainer.checkpoint import (
     checkpoint_weights,
     load_checkpoint,
 )
-from attnseg.trainer.loop import CLASS_REGIONS
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
+from attnseg.trainer.task import BRATS
 
 _METADATA_KEY = "attnseg"
 _SAFETENSORS_FORMAT = "attnseg-weights-1"
+# What files of the right format with the wrong content run into.
+_NONSENSE = (KeyError, TypeError, AttributeError, ValidationError, ConfigError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         config=config.to_dict(),
     )
     validation = Validation(
-        dice={region: round(scores[region], 4) for region in CLASS_REGIONS},
+        dice={region: round(scores[region], 4) for region in BRATS.regions},
         method=(
             f"mean over {len(training.validation_cases)} whole cases, windows of "
             f"{config.patch} with overlap {config.overlap:g}, torch {config.precision}, no "
@@ -102,7 +104,7 @@ def _from_safetensors(path: Path) -> TrainedModel:
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise TrainingError(f"{path}: is damaged or not a safetensors file ({error})") from error
-    if metadata.get("format") != _SAFETENSORS_FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != _SAFETENSORS_FORMAT:
         raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
     try:
         return TrainedModel(
@@ -113,7 +115,7 @@ def _from_safetensors(path: Path) -> TrainedModel:
             Training.model_validate(metadata["training"]),
             Validation.model_validate(metadata["validation"]),
         )
-    except (KeyError, ValidationError, ConfigError, RuntimeError) as error:
+    except _NONSENSE as error:
         raise TrainingError(f"{path}: its metadata and weights do not agree ({error})") from error
 
 
@@ -125,7 +127,14 @@ def load_trained(path: Path) -> TrainedModel:
     """
     if not path.is_file():
         raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
-    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    try:
+        return _from_checkpoint(path)
+    except _NONSENSE as error:
+        raise TrainingError(
+            f"{path}: its configuration and weights do not agree ({error})"
+        ) from error
 
 
 def encode_weights(model: TrainedModel) -> bytes:

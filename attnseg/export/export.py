@@ -11,6 +11,7 @@ from attnseg.export.checkpoint import TrainedModel, encode_weights, load_trained
 from attnseg.export.onnx import export_onnx
 from attnseg.export.verify import Parity, compare_with_torch
 from attnseg.runtime.bundle import (
+    FORMAT_VERSION,
     Bundle,
     Inference,
     Label,
@@ -19,18 +20,9 @@ from attnseg.runtime.bundle import (
     file_entry,
     write_bundle,
 )
-from attnseg.runtime.scans import BRATS_CHANNELS
-from attnseg.trainer.data import ORIENTATION
+from attnseg.trainer.task import BRATS
 
 ONNX_FILE, WEIGHTS_FILE = "model.onnx", "weights.safetensors"
-MIN_VOXELS = 150  # the paper, section 3.4
-_LABELS = (
-    ("background", 0),
-    ("necrotic core", 1),
-    ("oedema", 2),
-    ("enhancing tumour", 4),
-)
-_REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 
 
 @dataclass(frozen=True)
@@ -45,22 +37,24 @@ class Description:
 def _manifest(model: TrainedModel, description: Description, files: dict[str, bytes]) -> Manifest:
     edge = model.patch
     return Manifest(
+        format="attnseg-bundle",
+        format_version=FORMAT_VERSION,
         name=description.name,
         created_with=f"attnseg {__version__}",
         description=description.description,
         intended_use=description.intended_use,
-        channels=BRATS_CHANNELS,
-        labels=tuple(Label(name=name, value=value) for name, value in _LABELS),
-        regions=_REGIONS,
-        display=("flair", "t1ce"),
-        orientation=ORIENTATION,
-        spacing_mm=(1.0, 1.0, 1.0),
+        channels=BRATS.channels,
+        labels=tuple(Label(name=name, value=value) for name, value in BRATS.labels),
+        regions=dict(BRATS.regions),
+        display=BRATS.display,
+        orientation=BRATS.orientation,
+        spacing_mm=BRATS.spacing_mm,
         normalisation=model.normalisation,
         inference=Inference(
             window=(edge, edge, edge),
             overlap=model.overlap,
             window_multiple=model.network.config.stride,
-            min_voxels=MIN_VOXELS,
+            min_voxels=BRATS.min_voxels,
         ),
         network=model.network.config.to_dict(),
         training=model.training,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,10 +23,13 @@ from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.scans import Channel
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
+
+_AXIS = {"L": "L", "R": "L", "A": "A", "P": "A", "S": "S", "I": "S"}
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(gt=0)]
+Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -84,8 +86,8 @@ class FileEntry(_Record):
 class Manifest(_Record):
     """Content of `manifest.json`; the fields are specified in `docs/bundle.md`."""
 
-    format: Literal["attnseg-bundle"] = "attnseg-bundle"
-    format_version: Literal[1] = 1
+    format: Literal["attnseg-bundle"]
+    format_version: Literal[1]
     name: str
     created_with: str
     description: str
@@ -93,9 +95,9 @@ class Manifest(_Record):
     channels: Annotated[tuple[Channel, ...], Field(min_length=1)]
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
     regions: dict[str, tuple[int, ...]]
-    display: tuple[str, ...]
-    orientation: Annotated[str, Field(pattern="^[LRAPSI]{3}$")]
-    spacing_mm: tuple[float, float, float]
+    display: Annotated[tuple[str, ...], Field(min_length=1)]
+    orientation: str
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
     normalisation: Normalisation
     inference: Inference
     network: dict[str, Any]
@@ -105,12 +107,21 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        values = {label.value for label in self.labels}
+        values = [label.value for label in self.labels]
+        names = [channel.name for channel in self.channels]
+        if values[0] != 0 or len(set(values)) < len(values):
+            raise ValueError("labels must start with background, 0, and differ in their values")
+        if len(set(names)) < len(names):
+            raise ValueError("two channels have one name")
         for name, region in self.regions.items():
-            if not set(region) <= values:
+            if not set(region) <= set(values):
                 raise ValueError(f"region {name} names a label that does not exist")
-        if not set(self.display) <= {channel.name for channel in self.channels}:
+        if not set(self.display) <= set(names):
             raise ValueError("display names a channel that does not exist")
+        if sorted("LAS".find(_AXIS.get(c, "?")) for c in self.orientation) != [0, 1, 2]:
+            raise ValueError(f"orientation {self.orientation} does not name each axis once")
+        if sum(entry.role == "onnx" for entry in self.files.values()) != 1:
+            raise ValueError("files must hold one file of role onnx")
         for path in self.files:
             if PurePosixPath(path).name != path or "\\" in path or path in ("", "..", MANIFEST):
                 raise ValueError(f"file {path!r} is not a plain file name")
@@ -198,7 +209,7 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         raise BundleError(
             f"{path}: cannot be read ({error.strerror}); copy the bundle again"
         ) from error
-    if digest != entry.sha256:
+    if digest != entry.sha256 or path.stat().st_size != entry.size_bytes:
         raise BundleError(
             f"{path}: does not match its checksum in {MANIFEST}; it was changed or damaged, "
             "copy the bundle again"
@@ -228,11 +239,10 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
         BundleError: the folder is taken, or could not be written.
     """
     check_free(folder)
-    partial: Path | None = None
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        partial.chmod(0o755)
+        partial.mkdir(parents=True)
         for name, content in files.items():
             (partial / name).write_bytes(content)
         text = manifest.model_dump_json(indent=2) + "\n"
@@ -243,6 +253,5 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
     except OSError as error:
         raise BundleError(f"{folder}: could not be written ({error.strerror})") from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return Bundle.load(folder)

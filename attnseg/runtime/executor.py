@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.engines.base import Engine
+from attnseg.runtime.errors import EngineError
 from attnseg.runtime.windows import Shape, WindowPlan, importance_map, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -70,6 +71,9 @@ def sliding_window(
     Returns:
         `(K, X, Y, Z)` float32. Voxels that no window covers are 0 in all classes, which
         argmax reads as background. The empty case: an all-zero image gives `(1, X, Y, Z)` zeros.
+
+    Raises:
+        EngineError: the engine failed, or gave logits that are not finite.
     """
     clock = clock or StageClock()
     plan = options.plan(image.shape[1:])
@@ -87,6 +91,11 @@ def sliding_window(
                 batch[0] = content
             with clock.stage("network"):
                 logits = engine.infer(batch)[0]
+            if not np.isfinite(logits).all():
+                raise EngineError(
+                    f"engine {engine.info.name} gave logits that are not finite in "
+                    f"{engine.info.precision}; try --precision fp32 or another engine"
+                )
             with clock.stage("blend"):
                 if blended is None:
                     blended = np.zeros((logits.shape[0], *plan.padded_shape), np.float32)

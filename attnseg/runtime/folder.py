@@ -11,11 +11,10 @@ from typing import Any, Literal, Protocol
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.errors import AttnsegError, OutputError
 from attnseg.runtime.outputs import (
+    earlier_report,
     encode_report,
-    identity,
     make_report,
     output_names,
-    read_report,
     write_files,
 )
 from attnseg.runtime.picture import render_picture
@@ -32,13 +31,15 @@ class CaseResult:
         name: of the case.
         status: `done`, `skipped` because it was finished before, or `failed`.
         report: of a case that is done or was skipped.
-        note: why it failed, or what is odd about a skipped one.
+        note: why it failed, in one line.
+        error: the same with its traceback.
     """
 
     name: str
     status: Literal["done", "skipped", "failed"]
     report: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    error: Exception | None = None
 
 
 class Listener(Protocol):
@@ -92,14 +93,23 @@ def _segment(
     return CaseResult(case.name, "done", report)
 
 
-def _finished(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
-    """The earlier result of a case, with a note where this run would give another."""
-    report = read_report(output, case.name)
-    if report is None:
-        return None
-    same = all(report.get(key) == value for key, value in identity(segmenter).items())
-    note = "" if same else "made with another model, engine or options; --overwrite makes it anew"
-    return CaseResult(case.name, "skipped", report, note)
+def _failed(case: Case, error: Exception) -> CaseResult:
+    if isinstance(error, AttnsegError):
+        note = str(error)
+    elif isinstance(error, MemoryError):
+        note = f"{case.folder}: not enough memory; close other programs or use a smaller window"
+    else:
+        note = f"{case.folder}: unexpected {type(error).__name__} ({error}); see --debug"
+    return CaseResult(case.name, "failed", note=note, error=error)
+
+
+def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
+    """What an earlier run left of a case: finished, in the way, or nothing."""
+    try:
+        report = earlier_report(output, case, segmenter)
+    except AttnsegError as error:
+        return _failed(case, error)
+    return CaseResult(case.name, "skipped", report) if report else None
 
 
 def _loaded_ahead(cases: Sequence[Case], threads: int) -> Iterator[tuple[Case, Future[_Loaded]]]:
@@ -121,7 +131,6 @@ def segment_folder(
     output: Path,
     listener: Listener,
     overwrite: bool = False,
-    threads: int = 2,
 ) -> Iterator[CaseResult]:
     """Segment cases one after the other, and give each result as it comes.
 
@@ -131,21 +140,18 @@ def segment_folder(
         output: folder for the result files; must exist.
         listener: told of progress.
         overwrite: take finished cases again instead of skipping them.
-        threads: files of a case read at the same time.
     """
     pending = []
     for case in cases:
-        earlier = None if overwrite else _finished(case, segmenter, output)
+        earlier = None if overwrite else _earlier(case, segmenter, output)
         if earlier:
             yield earlier
         else:
             pending.append(case)
-    for case, loaded in _loaded_ahead(pending, threads):
+    for case, loaded in _loaded_ahead(pending, segmenter.threads):
         listener.case_started(case.name)
         try:
             _check_output(case, output)
             yield _segment(case, loaded.result(), segmenter, output, listener)
-        except AttnsegError as error:
-            yield CaseResult(case.name, "failed", note=str(error))
-        except MemoryError:
-            yield CaseResult(case.name, "failed", note=f"{case.folder}: not enough memory")
+        except Exception as error:  # whatever it is, the other cases go on
+            yield _failed(case, error)

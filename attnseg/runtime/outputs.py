@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +44,114 @@ def prepare_output(folder: Path) -> None:
         ) from error
 
 
+def _advice(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space and run again" if full else "check the folder and run again"
+
+
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names, then rename them, the last one last.
+    """Write all files under temporary names, then rename them.
+
+    The last file marks the set as finished: an old one is removed before the first rename and
+    the new one comes last, so that a set which was interrupted never counts as finished.
 
     Raises:
-        OutputError: a file could not be written; none of the new ones stays.
+        OutputError: a file could not be written. Up to the first rename nothing has changed.
     """
-    partial: list[tuple[Path, Path]] = []
+    partial = {folder / f".{name}.{os.getpid()}.part": folder / name for name in files}
     try:
-        for name, content in files.items():
-            temporary = folder / f".{name}.{os.getpid()}.part"
-            partial.append((temporary, folder / name))
+        for temporary, content in zip(partial, files.values(), strict=True):
             with temporary.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-        for temporary, final in partial:
+        list(partial.values())[-1].unlink(missing_ok=True)
+        for temporary, final in partial.items():
             os.replace(temporary, final)
     except OSError as error:
         raise OutputError(
-            f"{folder}: results could not be written ({error.strerror}); "
-            "free some space and run again"
+            f"{folder}: results could not be written ({error.strerror}); {_advice(error)}"
         ) from error
     finally:
-        for temporary, _ in partial:
-            temporary.unlink(missing_ok=True)
+        for temporary in partial:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
-def identity(segmenter: Segmenter) -> dict[str, Any]:
-    """What a result depends on besides the scan; equal for runs that give equal labels."""
+def _identity(segmenter: Segmenter) -> dict[str, Any]:
+    """What a result depends on besides the scan."""
     manifest = segmenter.bundle.manifest
     return {
         "model": {"name": manifest.name, "manifest_sha256": segmenter.bundle.sha256},
         "engine": segmenter.engine_info.to_dict(),
         "options": segmenter.settings,
     }
+
+
+def _inputs(case: Case, sha256: Sequence[str], segmenter: Segmenter) -> dict[str, Any]:
+    names = [channel.name for channel in segmenter.bundle.manifest.channels]
+    files = zip(names, case.files, sha256, strict=True)
+    return {name: {"file": file.name, "sha256": sha} for name, file, sha in files}
+
+
+def earlier_report(folder: Path, case: Case, segmenter: Segmenter) -> dict[str, Any] | None:
+    """The report of a finished case that this run would only repeat; None if it is not finished.
+
+    Raises:
+        OutputError: the folder holds a result of this name which another scan, model, engine or
+            other options made, or labels that attnseg did not write.
+    """
+    names = output_names(case.name)
+    report = _read_json(folder / names["report"])
+    if report is None:
+        if (folder / names["labels"]).exists():
+            raise OutputError(
+                f"{folder / names['labels']}: is there without a report of attnseg; choose another "
+                "folder with -o, or --overwrite"
+            )
+        return None
+    if not all((folder / name).is_file() for name in names.values()):
+        return None
+    differs = _difference(report, case, segmenter)
+    if differs:
+        raise OutputError(
+            f"{folder}: holds a result of {case.name} from {differs}; choose another folder with "
+            "-o, or --overwrite"
+        )
+    return report
+
+
+def _difference(report: Mapping[str, Any], case: Case, segmenter: Segmenter) -> str:
+    """In words, what a report was made from that this run is not; empty if nothing."""
+    expected = _identity(segmenter)
+    if report.get("inputs") != _inputs(case, [_sha256(f) for f in case.files], segmenter):
+        return "another scan"
+    if report.get("model") != expected["model"]:
+        return "another model"
+    if report.get("options") != expected["options"]:
+        return "other options"
+    if any(
+        report.get("engine", {}).get(key) != expected["engine"][key]
+        for key in ("name", "precision")
+    ):
+        return "another engine or precision"
+    return ""
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""  # reading it as a volume will say why
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def make_report(
@@ -86,14 +162,12 @@ def make_report(
     elapsed_ms: Mapping[str, float],
 ) -> dict[str, Any]:
     """The report of one case, as plain values for JSON."""
-    names = [channel.name for channel in segmenter.bundle.manifest.channels]
-    files = zip(names, case.files, volume.sha256, strict=True)
     return {
         "case": case.name,
         "attnseg": __version__,
         "intended_use": segmenter.bundle.manifest.intended_use,
-        **identity(segmenter),
-        "inputs": {name: {"file": file.name, "sha256": sha} for name, file, sha in files},
+        **_identity(segmenter),
+        "inputs": _inputs(case, volume.sha256, segmenter),
         "shape": list(volume.shape),
         "spacing_mm": [round(s, 6) for s in volume.spacing_mm],
         "orientation": volume.orientation,
@@ -115,8 +189,4 @@ def read_report(folder: Path, case: str) -> dict[str, Any] | None:
     names = output_names(case)
     if not all((folder / name).is_file() for name in names.values()):
         return None
-    try:
-        report = json.loads((folder / names["report"]).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) else None
+    return _read_json(folder / names["report"])

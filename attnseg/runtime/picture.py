@@ -92,7 +92,7 @@ def render_picture(
         title: printed above.
     """
     turned = volume.oriented(_DISPLAY_ORIENTATION)
-    box = brain_box(turned.channels)
+    box = brain_box(turned.channels, manifest.normalisation.foreground)
     labels = reorient(labels, volume.orientation, _DISPLAY_ORIENTATION)[box]
     section = _largest_section(labels)
     names = [channel.name for channel in manifest.channels]

@@ -48,7 +48,7 @@ class Case:
         """The file of this case with one of `suffixes`, such as its label file, or None."""
         for file in _nifti_files(self.folder):
             prefix = _prefix(file, suffixes)
-            if prefix is not None and (prefix or self.folder.name) == self.name:
+            if prefix is not None and (prefix or self.folder.resolve().name) == self.name:
                 return file
         return None
 
@@ -82,19 +82,23 @@ def _prefix(file: Path, suffixes: Sequence[str]) -> str | None:
 
 
 def _nifti_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and _stem(f))
+    files = (f for f in folder.iterdir() if not f.name.startswith(".") and _stem(f))
+    return sorted(f for f in files if f.is_file())
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
     """Folders below `root`, itself first, in name order; each real folder once."""
     seen: set[str] = set()
 
-    def fail(error: OSError) -> None:
-        raise ScanError(
+    def note(error: OSError) -> None:
+        problem = ScanError(
             f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        )
+        if Path(error.filename) == root:
+            raise problem from error
+        problems[str(error.filename)] = problem
 
-    for folder, below, _ in os.walk(root, followlinks=True, onerror=fail):
+    for folder, below, _ in os.walk(root, followlinks=True, onerror=note):
         below[:] = sorted(b for b in below if not b.startswith("."))
         real = os.path.realpath(folder)
         if real in seen:
@@ -111,7 +115,7 @@ def _collect(folder: Path, channels: Sequence[Channel]) -> Iterator[tuple[str, l
         for index, channel in enumerate(channels):
             prefix = _prefix(file, channel.suffixes)
             if prefix is not None:
-                name = prefix or folder.name
+                name = prefix or folder.resolve().name
                 found.setdefault(name, [[] for _ in channels])[index].append(file)
                 break
     yield from sorted(found.items())
@@ -147,7 +151,7 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
         raise ScanError(f"{root}: is not a folder; give the folder that holds the case's files")
     cases: dict[str, Case] = {}
     problems: dict[str, ScanError] = {}
-    for folder in _walk(root):
+    for folder in _walk(root, problems):
         for name, files in _collect(folder, channels):
             error = _case_error(name, folder, files, channels)
             if name in cases or name in problems:
@@ -180,9 +184,10 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
         raise ScanError(f"the model has no channel {unknown[0]}; it takes {', '.join(names)}")
     missing = [n for n in names if n not in files]
     if missing:
-        raise ScanError(f"no file given for {', '.join(missing)}; add --{missing[0]} FILE")
+        raise ScanError(f"no file given for {', '.join(missing)}; add --channel {missing[0]}=FILE")
     first = files[names[0]]
-    name = _prefix(first, channels[0].suffixes) or _stem(first) or first.name
+    prefix = _prefix(first, channels[0].suffixes)
+    name = first.parent.resolve().name if prefix == "" else prefix or _stem(first) or first.name
     return Case(name, first.parent, tuple(files[n] for n in names))
 
 

@@ -15,12 +15,12 @@ from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.choice import open_engine
-from attnseg.runtime.errors import ConfigError, ScanError
+from attnseg.runtime.errors import BundleError, ConfigError, ScanError
 from attnseg.runtime.executor import Progress as WindowProgress
 from attnseg.runtime.executor import WindowOptions, sliding_window
 from attnseg.runtime.normalise import brain_box, normalise
 from attnseg.runtime.tta import Fuse, Fusion, Transform, argmax_classes, passes
-from attnseg.runtime.volume import Volume, reorient
+from attnseg.runtime.volume import Volume, check_volume, reorient
 from attnseg.runtime.windows import Shape
 
 _SPACING_TOLERANCE = 0.05  # relative; beyond it the report warns
@@ -169,6 +169,11 @@ class Segmenter:
         return self._engine.info
 
     @property
+    def threads(self) -> int:
+        """Processor threads that it uses."""
+        return self._plan.threads
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What shapes the result besides bundle and engine, as plain values for a report."""
         return self._plan.to_dict()
@@ -183,6 +188,12 @@ class Segmenter:
         """Logits of one pass, its transform undone."""
         turned = transform.apply(image)
         logits = sliding_window(turned, self._engine, self._plan.window, progress, clock)
+        labels = self.bundle.manifest.labels
+        if logits.shape[0] != len(labels):
+            raise BundleError(
+                f"{self.bundle.folder}: its network gives {logits.shape[0]} classes, its manifest "
+                f"names {len(labels)} labels; export it again"
+            )
         return transform.invert(logits)
 
     def _classes(
@@ -226,13 +237,16 @@ class Segmenter:
 
         Raises:
             ScanError: the number of channels is wrong.
-            VolumeError: a channel is all zero or has one value only.
+            VolumeError: the channels are not arrays of one 3-D shape with finite numbers, or one
+                is all zero or has one value only.
+            BundleError: the network's classes are not those of the manifest.
             EngineError: the engine failed.
         """
         manifest, clock = self.bundle.manifest, StageClock()
         if len(volume.channels) != len(manifest.channels):
             names = ", ".join(c.name for c in manifest.channels)
             raise ScanError(f"the model takes {names}, got {len(volume.channels)} channels")
+        check_volume(volume)
         with clock.stage("normalise"):
             turned = volume.oriented(manifest.orientation)
             box = brain_box(turned.channels, manifest.normalisation.foreground)

@@ -19,6 +19,7 @@ from typing import Any, Self
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -127,10 +128,17 @@ class _Layout:
     affine: Affine
 
 
-def _parse_header(data: bytes) -> _Layout | None:
-    """The layout by the first NIfTI version that accepts the header, or None."""
-    for kind, magic in ((nib.Nifti1Header, b"n+1"), (nib.Nifti2Header, b"n+2")):
-        try:
+def _parse_header(path: Path, data: bytes) -> _Layout:
+    """The layout by the NIfTI version that the header's size names."""
+    versions = {348: (nib.Nifti1Header, b"n+1"), 540: (nib.Nifti2Header, b"n+2")}
+    size = data[:4]
+    kind, magic = versions.get(
+        int.from_bytes(size, "little"), versions.get(int.from_bytes(size, "big"), (None, b""))
+    )
+    if kind is None:
+        raise VolumeError(f"{path}: is not a NIfTI image (.nii or .nii.gz)")
+    try:
+        with LoggingOutputSuppressor():
             header = kind.from_fileobj(io.BytesIO(data))
             slope, intercept = header.get_slope_inter()
             layout = _Layout(
@@ -142,21 +150,39 @@ def _parse_header(data: bytes) -> _Layout | None:
                 0.0 if intercept is None else float(intercept),
                 np.asarray(header.get_best_affine(), np.float64),
             )
-        except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError):
-            continue
-        except (ValueError, TypeError, OverflowError, KeyError):
-            continue  # nibabel meets nonsense in a field before it checks it
-        if header["magic"].item()[:3] == magic:
-            return layout
-    return None
+    except (
+        nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+    ) as error:  # nibabel meets nonsense in a field before it checks it
+        reason = " ".join(str(error).split())
+        raise VolumeError(
+            f"{path}: its NIfTI header is damaged ({reason}); copy or download it again"
+        ) from error
+    if header["magic"].item()[:3] != magic:
+        raise VolumeError(f"{path}: header and image are two files; convert it to one .nii.gz")
+    return layout
 
 
-def _check_affine(path: Path, affine: Affine) -> None:
+def _header_warnings(path: Path, header: nib.Nifti1Header) -> tuple[str, ...]:
+    warnings = []
+    if header["qform_code"] == 0 and header["sform_code"] == 0:
+        warnings.append(f"{path.name} states no orientation (qform and sform codes are 0)")
+    unit = header.get_xyzt_units()[0]
+    if unit not in ("mm", "unknown"):
+        warnings.append(f"{path.name} states its unit as {unit}; it was taken for mm")
+    return tuple(warnings)
+
+
+def _check_affine(path: Path | str, affine: Affine) -> None:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise VolumeError(f"{path}: its affine is singular or not finite; repair the header")
 
 
-def _check_finite(path: Path, array: NDArray[Any]) -> None:
+def _check_finite(path: Path | str, array: NDArray[Any]) -> None:
     if array.dtype.kind != "f":
         return
     bad = ~np.isfinite(array)
@@ -174,16 +200,12 @@ def _read_image(path: Path) -> _Image:
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
     data = _inflate(path, stored)
-    layout = _parse_header(data)
-    if layout is None:
-        raise VolumeError(f"{path}: is not a single-file NIfTI image (.nii or .nii.gz)")
+    layout = _parse_header(path, data)
     array = _voxels(path, data, layout)
     _check_finite(path, array)
     _check_affine(path, layout.affine)
-    warnings: tuple[str, ...] = ()
-    if layout.header["qform_code"] == 0 and layout.header["sform_code"] == 0:
-        warnings = (f"{path.name} states no orientation (qform and sform codes are 0)",)
     checksum = hashlib.sha256(stored).hexdigest()
+    warnings = _header_warnings(path, layout.header)
     return _Image(array, layout.affine, layout.header, checksum, warnings)
 
 
@@ -209,6 +231,18 @@ def _voxels(path: Path, data: bytes, layout: _Layout) -> NDArray[Any]:
     return array
 
 
+def _check_same_grid(first: Path, image: _Image, path: Path, other: _Image) -> None:
+    if other.array.shape != image.array.shape:
+        raise VolumeError(
+            f"{path}: shape {other.array.shape} differs from {image.array.shape} of "
+            f"{first.name}; resample both to one grid"
+        )
+    if not np.allclose(other.affine, image.affine, atol=_AFFINE_TOLERANCE_MM):
+        raise VolumeError(
+            f"{path}: its affine differs from that of {first.name}; register both to one grid"
+        )
+
+
 def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     """Read one file per channel.
 
@@ -226,27 +260,51 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     """
     with ThreadPoolExecutor(threads) as pool:
         images = list(pool.map(_read_image, paths))
-    first = images[0]
     for path, image in zip(paths, images, strict=True):
-        if image.array.shape != first.array.shape:
-            raise VolumeError(
-                f"{path}: shape {image.array.shape} differs from {first.array.shape} of "
-                f"{paths[0].name}; resample all channels to one grid"
-            )
-        if not np.allclose(image.affine, first.affine, atol=_AFFINE_TOLERANCE_MM):
-            raise VolumeError(
-                f"{path}: its affine differs from that of {paths[0].name}; register all "
-                "channels to one grid"
-            )
+        _check_same_grid(paths[0], images[0], path, image)
         if not image.array.any():
             raise VolumeError(f"{path}: holds only zeros; check that the right file was given")
     return Volume(
         [i.array for i in images],
-        first.affine,
-        first.header,
+        images[0].affine,
+        images[0].header,
         tuple(i.sha256 for i in images),
         tuple(dict.fromkeys(w for i in images for w in i.warnings)),
     )
+
+
+def read_labels(path: Path, scan: Path | None = None) -> Volume:
+    """Read a label file, which may be empty, as a volume of one channel.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        scan: a file that the labels must share the grid of.
+
+    Raises:
+        VolumeError: as for `read_volume`.
+    """
+    labels = _read_image(path)
+    if scan is not None:
+        _check_same_grid(scan, _read_image(scan), path, labels)
+    return Volume([labels.array], labels.affine, labels.header, (labels.sha256,), labels.warnings)
+
+
+def check_volume(volume: Volume) -> None:
+    """Check arrays that came from no file as strictly as files are checked.
+
+    Raises:
+        VolumeError: channels are not 3-D or of one shape, hold NaN or infinite voxels, or the
+            affine is singular or not finite.
+    """
+    shape = volume.channels[0].shape
+    for index, channel in enumerate(volume.channels):
+        name = f"channel {index + 1}"
+        if channel.ndim != 3 or min(channel.shape) < 1 or channel.dtype.kind not in "iuf":
+            raise VolumeError(f"{name}: expected a 3-D array of real numbers, got {channel.shape}")
+        if channel.shape != shape:
+            raise VolumeError(f"{name}: shape {channel.shape} differs from {shape} of channel 1")
+        _check_finite(name, channel)
+    _check_affine("volume", volume.affine)
 
 
 def _label_header(volume: Volume) -> nib.Nifti1Header:
@@ -273,4 +331,5 @@ def encode_labels(labels: NDArray[np.uint8], volume: Volume) -> bytes:
     kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     affine = None if volume.header is not None else volume.affine
     stored: bytes = kind(labels, affine, header).to_bytes()
-    return bytes(igzip.compress(stored, compresslevel=1))
+    # No time stamp: the same labels give the same bytes.
+    return bytes(igzip.compress(stored, compresslevel=1, mtime=0))

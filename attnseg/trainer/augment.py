@@ -42,10 +42,13 @@ def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
 
 def _displacement(config: TrainConfig, generator: torch.Generator) -> Tensor:
     """Smooth displacement in voxels, `(3, P, P, P)` for patch P."""
-    knots = config.patch // config.elastic_spacing_voxels + 2
-    coarse = torch.randn((1, 3, knots, knots, knots), generator=generator) * config.elastic_voxels
-    size = (config.patch,) * 3
-    return F.interpolate(coarse, size, mode="trilinear", align_corners=True)[0]
+    patch, spacing = config.patch, config.elastic_spacing_voxels
+    pieces = math.ceil((patch - 1) / spacing)
+    shape = (1, 3, pieces + 1, pieces + 1, pieces + 1)
+    coarse = torch.randn(shape, generator=generator) * config.elastic_voxels
+    size = (pieces * spacing + 1,) * 3
+    whole = F.interpolate(coarse, size, mode="trilinear", align_corners=True)[0]
+    return whole[:, :patch, :patch, :patch]
 
 
 def _sampling_grid(shape: torch.Size, config: TrainConfig, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -79,24 +80,45 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = {
-            f"patch must be a multiple of {self.network.stride}": self.patch > 0
-            and self.patch % self.network.stride == 0,
-            "batch_size, epochs must be at least 1": min(self.batch_size, self.epochs) >= 1,
-            "tumour_share must be within 0..1": 0 <= self.tumour_share <= 1,
-            "overlap must be at least 0 and below 1": 0 <= self.overlap < 1,
-            "cross_entropy_weight must be within 0..1": 0 <= self.cross_entropy_weight <= 1,
-            "ema_decay must be at least 0 and below 1": 0 <= self.ema_decay < 1,
-            "learning_rate must be positive": self.learning_rate > 0,
-            "gamma must be an ascending positive pair": 0 < self.gamma[0] <= self.gamma[1],
-            "validation_share must be above 0 and below 1": 0 < self.validation_share < 1,
-            f"schedule must be one of {get_args(Schedule)}": self.schedule in get_args(Schedule),
-            "precision must be bf16 or fp32": self.precision in ("bf16", "fp32"),
-        }
-        for rule, holds in rules.items():
+        for name, (rule, holds) in self._rules().items():
             if not holds:
-                name = rule.split()[0].rstrip(",")
-                raise ConfigError(f"{rule}, got {name} = {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def _rules(self) -> dict[str, tuple[str, bool]]:
+        """What each field must be, and whether it is."""
+        stride, lowest = self.network.stride, 2 * self.network.stride
+        gamma = self.gamma
+        return {
+            "patch": (
+                f"a multiple of {stride} from {lowest} on",
+                self.patch >= lowest and self.patch % stride == 0,
+            ),
+            "overlap": ("at least 0 and below 1", 0 <= self.overlap < 1),
+            "batch_size": ("at least 1", self.batch_size >= 1),
+            "epochs": ("at least 1", self.epochs >= 1),
+            "steps_per_epoch": ("at least 0", self.steps_per_epoch >= 0),
+            "tumour_share": ("within 0 and 1", 0 <= self.tumour_share <= 1),
+            "learning_rate": ("positive and finite", 0 < self.learning_rate < math.inf),
+            "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            "schedule": (" or ".join(get_args(Schedule)), self.schedule in get_args(Schedule)),
+            "patience": ("at least 0", self.patience >= 0),
+            "factor": ("above 0 and below 1", 0 < self.factor < 1),
+            "cross_entropy_weight": ("within 0 and 1", 0 <= self.cross_entropy_weight <= 1),
+            "dice_epsilon": ("positive and finite", 0 < self.dice_epsilon < math.inf),
+            "rotation_degrees": ("within 0 and 180", 0 <= self.rotation_degrees <= 180),
+            "elastic_spacing_voxels": ("at least 1", self.elastic_spacing_voxels >= 1),
+            "elastic_voxels": ("at least 0 and finite", 0 <= self.elastic_voxels < math.inf),
+            "intensity_scale": ("at least 0 and below 1", 0 <= self.intensity_scale < 1),
+            "gamma": (
+                "two ascending positive numbers",
+                len(gamma) == 2 and 0 < gamma[0] <= gamma[1] < math.inf,
+            ),
+            "ema_decay": ("at least 0 and below 1", 0 <= self.ema_decay < 1),
+            "validation_share": ("above 0 and below 1", 0 < self.validation_share < 1),
+            "synthetic_cases": ("at least 0", self.synthetic_cases >= 0),
+            "precision": ("bf16 or fp32", self.precision in ("bf16", "fp32")),
+            "seed": ("at least 0", self.seed >= 0),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and logs."""
@@ -129,7 +151,9 @@ class TrainConfig:
         for name, text in settings.items():
             current = getattr(self, name, None)
             if name not in {f.name for f in fields(self)} or isinstance(current, NetworkConfig):
-                raise ConfigError(f"unknown training field {name}; see attnseg train --help")
+                raise ConfigError(
+                    f"unknown training field {name}; the fields are in docs/training.md"
+                )
             changes[name] = _parse(name, text, current)
         return replace(self, **changes)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.errors import ConfigError, ScanError, TrainingError
 from attnseg.runtime.normalise import (
     DECILES,
     Landmarks,
@@ -28,14 +30,11 @@ from attnseg.runtime.normalise import (
     normalise,
     z_score_percentiles,
 )
-from attnseg.runtime.scans import BRATS_CHANNELS, LABEL_SUFFIXES, Case, find_cases
-from attnseg.runtime.volume import Volume, read_volume
+from attnseg.runtime.scans import LABEL_SUFFIXES, Case, find_cases
+from attnseg.runtime.volume import Volume, read_labels, read_volume
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer.config import TrainConfig
-
-ORIENTATION = "LPS"
-# BraTS wrote enhancing tumour as 4 until 2022 and as 3 since.
-CLASS_OF_LABEL = {0: 0, 1: 1, 2: 2, 3: 3, 4: 3}
+from attnseg.trainer.task import BRATS, Task
 
 
 @dataclass(frozen=True)
@@ -90,27 +89,46 @@ class DataSet:
         return replace(self, split=split)
 
 
-def find_labelled_cases(root: Path) -> dict[str, LabelledCase]:
-    """All cases below `root` by name, each with its labels.
+@dataclass(frozen=True)
+class LabelledScans:
+    """What a folder of labelled cases holds.
+
+    Attributes:
+        cases: usable ones by name.
+        faults: what is wrong with each of the others.
+    """
+
+    cases: Mapping[str, LabelledCase]
+    faults: Mapping[str, str]
+
+    def refuse_faults(self, names: Iterable[str] | None = None) -> None:
+        """Raise `TrainingError` for unusable cases, of all or of `names`."""
+        wanted = self.faults if names is None else set(names)
+        found = [fault for name, fault in self.faults.items() if name in wanted]
+        if found:
+            more = f" (and {len(found) - 1} more cases)" if len(found) > 1 else ""
+            raise TrainingError(f"{found[0]}{more}")
+
+
+def find_labelled_cases(root: Path) -> LabelledScans:
+    """All cases below `root`, each with its label file.
 
     Raises:
         ScanError: no case was found.
-        TrainingError: a case is incomplete or has no label file; all are named.
     """
-    scans = find_cases(root, BRATS_CHANNELS)
-    faults = [str(p) for p in scans.problems.values()]
+    scans = find_cases(root, BRATS.channels)
+    faults = {name: str(problem) for name, problem in scans.problems.items()}
     labelled = {}
     for case in scans.cases:
         label = case.sibling(LABEL_SUFFIXES)
         if label is None:
-            faults.append(
-                f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz); add it"
+            faults[case.name] = (
+                f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz); add it or "
+                "leave the case out with --split"
             )
         else:
             labelled[case.name] = LabelledCase(case, label)
-    if faults:
-        raise TrainingError("; ".join(faults))
-    return labelled
+    return LabelledScans(labelled, faults)
 
 
 def split_cases(names: Iterable[str], validation_share: float, seed: int) -> dict[str, list[str]]:
@@ -158,82 +176,133 @@ def open_data_set(root: Path, split_file: Path | None, config: TrainConfig) -> D
         ScanError: no case was found.
         TrainingError: a case is not usable, or the split is not.
     """
-    cases = find_labelled_cases(root)
+    scans = find_labelled_cases(root)
     if split_file:
         split = read_split(split_file)
+        scans.refuse_faults(name for names in split.values() for name in names)
     else:
-        split = split_cases(cases, config.validation_share, config.seed)
-    data = DataSet(root.resolve().name, cases, split)
+        scans.refuse_faults()
+        split = split_cases(scans.cases, config.validation_share, config.seed)
+    data = DataSet(root.resolve().name, scans.cases, split)
     for part in split:
         data.part(part)
     return data
 
 
-def read_classes(path: Path, like: Volume) -> NDArray[np.uint8]:
-    """Read expert labels as class indices `(X, Y, Z)`, in the orientation of the file.
+def read_classes(path: Path, scan: Path, task: Task = BRATS) -> Volume:
+    """Read expert labels as a volume of class indices, uint8.
+
+    Args:
+        path: the label file.
+        scan: a file of the case, whose grid the labels must share.
+        task: which values are labels.
 
     Raises:
-        TrainingError: the labels' shape differs from the image's, or a value is not a label.
+        VolumeError: the file cannot be read or lies on another grid.
+        TrainingError: a value is not a label.
     """
-    labels = read_volume([path]).channels[0]
-    if labels.shape != like.shape:
-        raise TrainingError(f"{path}: shape {labels.shape} differs from the image's {like.shape}")
+    volume = read_labels(path, scan)
+    labels = volume.channels[0]
     values = set(np.unique(labels).tolist())
-    if not values <= set(CLASS_OF_LABEL) or {3, 4} <= values:
+    classes = task.class_of_label
+    doubled = [a for a, value in task.aliases.items() if {a, value} <= values]
+    if not values <= set(classes) or doubled:
+        either = "".join(f" ({a} in place of {v}, not both)" for a, v in task.aliases.items())
         raise TrainingError(
-            f"{path}: holds labels {sorted(values)}; expected 0, 1, 2 and either 4 or 3"
+            f"{path}: holds labels {sorted(values)}; expected {sorted(classes)}{either}"
         )
-    table = np.array([CLASS_OF_LABEL[v] for v in range(5)], np.uint8)
-    return np.asarray(table[labels.astype(np.intp)])
+    table = np.zeros(max(classes) + 1, np.uint8)
+    table[list(classes)] = list(classes.values())
+    return replace(volume, channels=[table[labels.astype(np.intp)]])
 
 
 def learn_landmarks(cases: Sequence[LabelledCase]) -> Landmarks:
-    """Mean percentiles of the z-scores over `cases`, per channel."""
+    """Mean percentiles of the z-scores over `cases`, per channel.
+
+    Raises:
+        TrainingError: a case cannot be read, or the images have too few grey values.
+    """
     rows = []
     for labelled in cases:
-        volume = read_volume(labelled.case.files)
-        rows.append([z_score_percentiles(c, "nonzero") for c in volume.channels])
+        with _naming(labelled):
+            volume = read_volume(labelled.case.files)
+            rows.append([z_score_percentiles(c, "nonzero") for c in volume.channels])
     mean = np.mean(rows, axis=0)
-    return Landmarks(DECILES, tuple(tuple(round(float(v), 6) for v in row) for row in mean))
+    values = tuple(tuple(round(float(v), 6) for v in row) for row in mean)
+    try:
+        return Landmarks(DECILES, values)
+    except ConfigError as error:
+        raise TrainingError(
+            "the images have too few grey values for histogram matching; train with "
+            "--set histogram_matching=false"
+        ) from error
+
+
+@contextmanager
+def _naming(labelled: LabelledCase) -> Iterator[None]:
+    """Turn what goes wrong with a case into an error that names it."""
+    try:
+        yield
+    except ScanError as error:
+        raise TrainingError(f"case {labelled.name}: {error}") from error
 
 
 def _prepare(labelled: LabelledCase, normalisation: Normalisation) -> TrainingCase:
-    volume = read_volume(labelled.case.files)
-    classes = Volume([read_classes(labelled.label, volume)], volume.affine).oriented(ORIENTATION)
-    volume = volume.oriented(ORIENTATION)
-    box = brain_box(volume.channels, normalisation.foreground)
-    image = normalise([c[box] for c in volume.channels], normalisation)
-    crop = np.ascontiguousarray(classes.channels[0][box])
+    with _naming(labelled):
+        classes = read_classes(labelled.label, labelled.case.files[0])
+        volume = read_volume(labelled.case.files).oriented(BRATS.orientation)
+        box = brain_box(volume.channels, normalisation.foreground)
+        image = normalise([c[box] for c in volume.channels], normalisation)
+    crop = np.ascontiguousarray(classes.oriented(BRATS.orientation).channels[0][box])
     return TrainingCase(labelled.name, image.astype(np.float16), crop)
 
 
+def _cache_key(labelled: LabelledCase, normalisation: Normalisation) -> str:
+    """Changes with the normalisation and with every file of the case."""
+    files = (*labelled.case.files, labelled.label)
+    stamps = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files]
+    return hashlib.sha256(f"{stamps}{normalisation}".encode()).hexdigest()[:12]
+
+
+def _save_array(file: Path, array: NDArray[Any]) -> None:
+    partial = file.with_suffix(".part")
+    with partial.open("wb") as stream:
+        np.save(stream, array)
+    os.replace(partial, file)
+
+
 def cached_case(labelled: LabelledCase, normalisation: Normalisation, cache: Path) -> TrainingCase:
-    """The prepared case, from `cache` where it is there for the same normalisation."""
-    key = hashlib.sha256(f"{labelled.case.files}{normalisation}".encode()).hexdigest()[:12]
-    image_file = cache / f"{labelled.name}-{key}-image.npy"
-    class_file = cache / f"{labelled.name}-{key}-classes.npy"
-    if not (image_file.exists() and class_file.exists()):
+    """The prepared case, from `cache` where it is there for the same files and normalisation.
+
+    Raises:
+        TrainingError: the case cannot be used, or the cache cannot be written.
+    """
+    stem = f"{labelled.name}-{_cache_key(labelled, normalisation)}"
+    files = (cache / f"{stem}-image.npy", cache / f"{stem}-classes.npy")
+    if not all(file.exists() for file in files):
         prepared = _prepare(labelled, normalisation)
-        cache.mkdir(parents=True, exist_ok=True)
-        for file, array in (
-            (image_file, prepared.image),
-            (class_file, prepared.classes),
-        ):
-            partial = file.with_suffix(".part")
-            with partial.open("wb") as stream:
-                np.save(stream, array)
-            os.replace(partial, file)
-    image = np.load(image_file, mmap_mode="r")
-    return TrainingCase(labelled.name, image, np.load(class_file, mmap_mode="r"))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            _save_array(files[0], prepared.image)
+            _save_array(files[1], prepared.classes)
+        except OSError as error:
+            raise TrainingError(
+                f"{cache}: cannot be written to ({error.strerror or error}); free some space"
+            ) from error
+    image, classes = (np.load(file, mmap_mode="r") for file in files)
+    return TrainingCase(labelled.name, image, classes)
 
 
 def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledCase]:
     """Write `count` phantoms below `folder`, those that are not there yet, and list them."""
-    for seed in range(first_seed, first_seed + count):
-        name = f"synthetic-{seed}"
-        if not (folder / name / f"{name}_seg.nii.gz").exists():
-            write_case(make_case(seed), folder, name)
-    return list(find_labelled_cases(folder).values()) if count else []
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {f"synthetic-{seed}": seed for seed in range(first_seed, first_seed + count)}
+    for name, seed in names.items():
+        if not (folder / name).exists():
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+                os.replace(write_case(make_case(seed), Path(scratch), name), folder / name)
+    found = find_labelled_cases(folder).cases if count else {}
+    return [found[name] for name in names]
 
 
 def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[Any]:
@@ -252,12 +321,17 @@ def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[An
 class PatchSampler:
     """Draws patches from the training cases; the same seed draws the same patches."""
 
-    def __init__(self, cases: Sequence[TrainingCase], size: int, tumour_share: float) -> None:
+    def __init__(
+        self, cases: Sequence[TrainingCase], size: int, tumour_share: float, classes: int = 4
+    ) -> None:
         self._cases = cases
         self._size = size
         self._tumour_share = tumour_share
         self._voxels = [
-            [np.flatnonzero(np.asarray(case.classes) == k).astype(np.int32) for k in (1, 2, 3)]
+            [
+                np.flatnonzero(np.asarray(case.classes) == k).astype(np.int32)
+                for k in range(1, classes)
+            ]
             for case in cases
         ]
 

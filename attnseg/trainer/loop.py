@@ -47,10 +47,10 @@ from attnseg.trainer.data import (
 from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.metrics import region_dice
 from attnseg.trainer.model import AttentionResNetUNet
+from attnseg.trainer.task import BRATS
 
 log = logging.getLogger(__name__)
 
-CLASS_REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
 
 
@@ -92,7 +92,7 @@ class _Run:
     generator: torch.Generator
     epoch: int = 0
     best: float = -1.0
-    best_validation: dict[str, float] | None = None
+    validation: dict[str, float] | None = None
     seconds: float = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -110,11 +110,18 @@ class _Run:
             "generator": self.generator.get_state(),
             "epoch": self.epoch,
             "best": self.best,
-            "validation": self.best_validation,
+            "validation": self.validation,
             "seconds": self.seconds,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Raise `TrainingError` for a state that is not of such a run."""
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TrainingError(f"last.pt: does not fit its own configuration ({error})") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -123,7 +130,7 @@ class _Run:
         self.rng.bit_generator.state = state["rng"]
         self.generator.set_state(state["generator"])
         self.epoch, self.best = state["epoch"], state["best"]
-        self.best_validation, self.seconds = state["validation"], state["seconds"]
+        self.validation, self.seconds = state["validation"], state["seconds"]
 
     @property
     def deployed(self) -> AttentionResNetUNet:
@@ -242,7 +249,7 @@ def validate(
             config.cross_entropy_weight,
             config.dice_epsilon,
         )
-        dice = region_dice(logits.argmax(axis=0), classes, CLASS_REGIONS)
+        dice = region_dice(logits.argmax(axis=0), classes, BRATS.class_regions)
         rows.append({"loss": float(loss), **dice})
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -254,6 +261,13 @@ def _append_log(path: Path, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _cut_log(path: Path, epochs: int) -> None:
+    """Drop the rows after `epochs`: of an epoch whose checkpoint was never finished."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[: epochs + 1]), encoding="utf-8")
 
 
 def _progress_bar() -> Progress:
@@ -282,15 +296,15 @@ def _finish_epoch(
     validation: dict[str, float],
     seconds: float,
 ) -> None:
-    """Step the schedule, log the epoch, write `last.pt` and, when it is the best, `best.pt`."""
+    """Step the schedule, log the epoch, write `best.pt` if it is the best, and `last.pt`."""
     if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         run.scheduler.step(validation["loss"])
     run.epoch += 1
     run.seconds += seconds
-    score = float(np.mean([validation[r] for r in CLASS_REGIONS]))
+    run.validation = validation
+    score = float(np.mean([validation[region] for region in BRATS.class_regions]))
     improved = score > run.best
-    if improved:
-        run.best, run.best_validation = score, validation
+    run.best = max(run.best, score)
     row = {
         "epoch": run.epoch,
         "train_loss": round(train_loss, 5),
@@ -298,11 +312,12 @@ def _finish_epoch(
         "learning_rate": run.optimiser.param_groups[0]["lr"],
         "seconds": round(seconds, 1),
     }
+    # last.pt comes last: a run that stops before it takes the whole epoch again.
     _append_log(output / "log.csv", row)
     log.info("%s", "  ".join(f"{k} {v}" for k, v in row.items()))
-    save_checkpoint(output / "last.pt", run.state())
     if improved:
         save_checkpoint(output / "best.pt", run.state())
+    save_checkpoint(output / "last.pt", run.state())
 
 
 def _training_cases(
@@ -334,9 +349,13 @@ def train(data: DataSet, config: TrainConfig, output: Path, resume: bool = False
             finite, or a checkpoint cannot be written.
     """
     last = output / "last.pt"
-    stored = load_checkpoint(last) if resume else None
+    if resume and not last.exists():
+        raise TrainingError(
+            f"{last}: does not exist, so there is no run to resume; leave --resume out"
+        )
     if last.exists() and not resume:
         raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
+    stored = load_checkpoint(last) if resume else None
     output.mkdir(parents=True, exist_ok=True)
     if stored:
         config, data = checkpoint_config(stored), data.with_split(stored["split"])
@@ -347,11 +366,12 @@ def train(data: DataSet, config: TrainConfig, output: Path, resume: bool = False
 
     training, validation = _training_cases(data, normalisation, config, output / "cache")
     patch = config.patch + 2 * margin_voxels(config)
-    sampler = PatchSampler(training, patch, config.tumour_share)
+    sampler = PatchSampler(training, patch, config.tumour_share, config.network.classes)
     steps = _steps_per_epoch(config, len(training))
     run = _start(config, data, normalisation, steps)
     if stored:
         run.restore(stored)
+        _cut_log(output / "log.csv", run.epoch)
     while run.epoch < config.epochs:
         began = time.perf_counter()
         train_loss = _train_epoch(run, sampler, steps)

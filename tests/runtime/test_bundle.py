@@ -80,7 +80,13 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
         ({"colour": "red"}, "colour: Extra inputs"),
         ({"inference__colour": "red"}, r"inference\.colour"),
         ({"normalisation__colour": "red"}, r"normalisation\.colour"),
-        ({"orientation": "XYZ"}, "orientation"),
+        ({"orientation": "XYZ"}, "orientation XYZ does not name each axis once"),
+        ({"orientation": "LRS"}, "orientation LRS does not name each axis once"),
+        ({"display": []}, "display"),
+        ({"spacing_mm": [0, 1, 1]}, "spacing_mm"),
+        ({"files": {}}, "one file of role onnx"),
+        ({"labels": [{"name": "a", "value": 0}, {"name": "b", "value": 0}]}, "labels must start"),
+        ({"labels": [{"name": "a", "value": 3}, {"name": "b", "value": 0}]}, "labels must start"),
         ({"inference__window": [60, 64, 64]}, "not a multiple"),
         ({"inference__overlap": 1.0}, r"inference\.overlap"),
         ({"regions": {"WT": [9]}}, "region WT names a label"),
@@ -140,3 +146,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="could not be written"):
         write_bundle(tmp_path / "bundle", manifest, {"no/such/folder": b"x"})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["format", "format_version", "labels"])
+def test_every_field_must_be_there(bundle_folder: Path, field: str) -> None:
+    file = bundle_folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest[field]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=field):
+        Bundle.load(bundle_folder)

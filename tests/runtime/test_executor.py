@@ -6,6 +6,7 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from attnseg.runtime.clock import StageClock
+from attnseg.runtime.errors import EngineError
 from attnseg.runtime.executor import WindowOptions, sliding_window
 from attnseg.trainer.loop import TorchEngine
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
@@ -77,3 +78,10 @@ def test_progress_and_clock_are_told() -> None:
     sliding_window(image, engine, options, lambda done, of: steps.append((done, of)), clock)
     assert steps == [(1, 2), (2, 2)]
     assert set(clock.elapsed_ms) == {"network", "blend"}
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    engine = LinearEngine(np.array([[np.inf, 0], [0, 1]], np.float32))
+    image = np.ones((2, 16, 16, 16), np.float32)
+    with pytest.raises(EngineError, match="gave logits that are not finite in fp32"):
+        sliding_window(image, engine, WindowOptions((16, 16, 16)))

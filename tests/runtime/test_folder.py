@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,17 +102,35 @@ def test_finished_cases_are_skipped_until_asked_for(
     assert (out / "small.json").stat().st_mtime_ns > written
 
 
-def test_a_skipped_case_of_other_options_is_said_to_be_so(
+def test_a_result_of_other_options_is_neither_taken_nor_lost(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter
 ) -> None:
     run(small_scan, tmp_path / "out", segmenter)
+    before = (tmp_path / "out" / "small_seg.nii.gz").read_bytes()
     other = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=7))
     (result,) = run(small_scan, tmp_path / "out", other)
-    assert result.status == "skipped"
-    assert "made with another model, engine or options; --overwrite" in result.note
+    assert result.status == "failed"
+    assert "holds a result of small from other options; choose another folder" in result.note
+    (result,) = run(small_scan, tmp_path / "out", Segmenter(options=SegmentOptions("onnxruntime")))
+    assert "from another engine or precision" in result.note
+    assert (tmp_path / "out" / "small_seg.nii.gz").read_bytes() == before
+    (result,) = run(small_scan, tmp_path / "out", other, overwrite=True)
+    assert result.status == "done"
 
 
-@pytest.mark.parametrize("lost", ["small.json", "small.png", "small_seg.nii.gz"])
+def test_the_result_of_another_patient_of_the_same_name_is_not_taken(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    run(small_scan, tmp_path / "out", segmenter)
+    file = small_scan / "small" / "small_t1.nii.gz"
+    image = nib.load(file)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), file)
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "failed"
+    assert "holds a result of small from another scan" in result.note
+
+
+@pytest.mark.parametrize("lost", ["small.png", "small_seg.nii.gz"])
 def test_a_case_that_lacks_a_file_is_not_finished(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter, lost: str
 ) -> None:
@@ -119,6 +138,31 @@ def test_a_case_that_lacks_a_file_is_not_finished(
     (tmp_path / "out" / lost).unlink()
     (result,) = run(small_scan, tmp_path / "out", segmenter)
     assert result.status == "done"
+
+
+def test_labels_of_unknown_origin_are_not_overwritten(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "small_seg.nii.gz").write_bytes(b"corrected by hand")
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "failed"
+    assert "is there without a report of attnseg" in result.note
+    assert (tmp_path / "out" / "small_seg.nii.gz").read_bytes() == b"corrected by hand"
+
+
+def test_an_error_that_nobody_foresaw_fails_one_case(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(folder, "render_picture", fail)
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "failed"
+    assert "unexpected ZeroDivisionError (surprise); see --debug" in result.note
+    assert isinstance(result.error, ZeroDivisionError)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_expert_labels_beside_the_scan_are_never_overwritten(
@@ -145,6 +189,24 @@ def test_a_write_that_fails_leaves_nothing_new(
         outputs.write_files(tmp_path, {"a": b"new", "b": b"new"})
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_set_that_was_half_replaced_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("labels", "picture", "report"):
+        (tmp_path / name).write_bytes(b"old")
+    replace = os.replace
+
+    def fail_at_picture(source: Path, target: Path) -> None:
+        if target.name == "picture":
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_picture)
+    with pytest.raises(OutputError, match="Permission denied"):
+        outputs.write_files(tmp_path, dict.fromkeys(("labels", "picture", "report"), b"new"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["labels", "picture"]
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,9 @@ def test_files_given_by_channel_make_a_case(tmp_path: Path) -> None:
 
 
 def test_files_given_by_channel_must_be_all_and_only_the_models(tmp_path: Path) -> None:
-    with pytest.raises(ScanError, match="no file given for t1ce, t2, flair; add --t1ce FILE"):
+    with pytest.raises(
+        ScanError, match="no file given for t1ce, t2, flair; add --channel t1ce=FILE"
+    ):
         find_scans(None, {"t1": tmp_path}, BRATS_CHANNELS)
     with pytest.raises(ScanError, match="no channel ct"):
         find_scans(None, {"ct": tmp_path}, BRATS_CHANNELS)
@@ -127,3 +130,38 @@ def test_a_sibling_is_found_by_its_suffix(tmp_path: Path) -> None:
     (case,) = find_cases(tmp_path).cases
     assert case.sibling(("_seg",)) == folder / "a_seg.nii.gz"
     assert case.sibling(("_mask",)) is None
+
+
+def test_a_case_named_by_its_folder_keeps_the_name_from_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = touch(tmp_path / "patient7", "", ("t1", "t1ce", "t2", "flair"))
+    monkeypatch.chdir(folder)
+    assert [c.name for c in find_cases(Path()).cases] == ["patient7"]
+    files = {c.name: Path(f"{c.name}.nii.gz") for c in BRATS_CHANNELS}
+    assert [c.name for c in find_scans(None, files, BRATS_CHANNELS).cases] == ["patient7"]
+
+
+def test_folders_with_the_name_of_an_image_are_no_files(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
+    (folder / "b_t1.nii").mkdir()
+    assert [c.name for c in find_cases(tmp_path).cases] == ["a"]
+
+
+def test_a_subfolder_that_cannot_be_read_hides_no_other_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
+    (tmp_path / "lost+found").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["a"]
+    (problem,) = scans.problems.values()
+    assert "lost+found: cannot be read (Permission denied)" in str(problem)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.errors import ConfigError, ScanError, VolumeError
+from attnseg.runtime.bundle import default_folder
+from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.synthetic import SyntheticCase
 
 FP32 = SegmentOptions(precision="fp32")
@@ -152,3 +157,15 @@ def test_a_brain_smaller_than_the_window_is_segmented(segmenter: Segmenter) -> N
     channels = rng.integers(1, 900, (4, 20, 30, 9)).astype(np.int16)
     result = segmenter.segment(Volume(channels, nib.affines.from_matvec(np.eye(3))))
     assert result.labels.shape == (20, 30, 9)
+
+
+def test_a_manifest_with_other_labels_than_the_network_is_refused(
+    tmp_path: Path, volume: Volume
+) -> None:
+    folder = Path(shutil.copytree(default_folder(), tmp_path / "bundle"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["labels"] = manifest["labels"][:3]
+    manifest["regions"] = {"WT": [1, 2]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="gives 4 classes, its manifest names 3 labels"):
+        Segmenter(Bundle.load(folder), FP32).segment(volume)

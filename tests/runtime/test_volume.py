@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnseg.runtime.errors import VolumeError
-from attnseg.runtime.volume import Volume, encode_labels, read_volume, reorient
+from attnseg.runtime.volume import (
+    Volume,
+    check_volume,
+    encode_labels,
+    read_labels,
+    read_volume,
+    reorient,
+)
 from tests.conftest import SaveImage
 
 ORIENTATIONS = [
@@ -164,6 +171,47 @@ def test_a_channel_of_zeros_is_refused_by_name(save_image: SaveImage) -> None:
     paths = [save_image(ramp(), "a.nii"), save_image(np.zeros((4, 5, 6), np.int16), "b.nii")]
     with pytest.raises(VolumeError, match=r"b\.nii: holds only zeros"):
         read_volume(paths)
+
+
+def test_an_empty_label_file_is_read(save_image: SaveImage) -> None:
+    path = save_image(np.zeros((4, 5, 6), np.uint8))
+    assert not read_labels(path).channels[0].any()
+    scan = save_image(ramp(), "scan.nii", np.diag([-1.0, 1, 1, 1]))
+    with pytest.raises(VolumeError, match=r"image\.nii\.gz: its affine differs from that of scan"):
+        read_labels(path, scan)
+
+
+def test_another_unit_is_warned_of(save_image: SaveImage) -> None:
+    path = save_image(ramp(), xyzt_units=1)
+    assert "states its unit as meter" in read_volume([path]).warnings[0]
+
+
+def test_a_header_is_refused_with_its_reason_and_without_noise(
+    save_image: SaveImage, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_image(ramp(), "a.nii")
+    stored = bytearray(path.read_bytes())
+    stored[70:72] = (999).to_bytes(2, "little")  # datatype
+    path.write_bytes(stored)
+    with pytest.raises(VolumeError, match=r"its NIfTI header is damaged .*data code 999"):
+        read_volume([path])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_arrays_are_checked_as_strictly_as_files() -> None:
+    good = np.ones((4, 5, 6), np.float32)
+    bad = good.copy()
+    bad[1, 2, 3] = np.nan
+    for channels, message in (
+        ([good, bad], r"channel 2: 1 voxels are NaN or infinite, the first at \(1, 2, 3\)"),
+        ([good, good[1:]], "channel 2: shape .* differs from .* of channel 1"),
+        ([good[0]], "channel 1: expected a 3-D array of real numbers"),
+        ([good.astype(complex)], "channel 1: expected a 3-D array of real numbers"),
+    ):
+        with pytest.raises(VolumeError, match=message):
+            check_volume(Volume(channels, np.eye(4)))
+    with pytest.raises(VolumeError, match="volume: its affine is singular"):
+        check_volume(Volume([good], np.zeros((4, 4))))
 
 
 def test_channels_on_different_grids_are_refused(save_image: SaveImage) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnseg.trainer.augment import augment, margin_voxels
+from attnseg.trainer.augment import _displacement, augment, margin_voxels
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.model import NetworkConfig
 
@@ -101,3 +101,13 @@ def test_the_margin_keeps_the_patch_away_from_the_edge() -> None:
     still = replace(config, intensity_scale=0, gamma=(1.0, 1.0))
     changed, _ = run(still, images, labels)
     assert (changed > 0.99).float().mean() > 0.995
+
+
+def test_the_elastic_grid_has_the_spacing_asked_for() -> None:
+    config = TrainConfig()  # 20 voxels
+    field = _displacement(config, torch.Generator().manual_seed(0))
+    assert field.shape == (3, 64, 64, 64)
+    slope = field.diff(dim=1)[:, :, 0, 0]
+    # Between knots the displacement is linear: the slope changes at 20, 40 and 60 only.
+    changes = (slope.diff(dim=1).abs() > 1e-4).any(dim=0).nonzero().flatten() + 1
+    assert changes.tolist() == [20, 40, 60]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -20,18 +21,19 @@ from attnseg.trainer.data import (
     open_data_set,
     read_split,
     split_cases,
+    synthetic_cases,
 )
 
 
 def test_a_case_without_labels_is_named(small_scan: Path) -> None:
     (small_scan / "small" / "small_seg.nii.gz").unlink()
     with pytest.raises(TrainingError, match="case small has no label file"):
-        find_labelled_cases(small_scan)
+        open_data_set(small_scan, None, TrainConfig())
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([0, 1, 2, 7], r"holds labels \[0, 1, 2, 7\]"), ([0, 1, 3, 4], "either 4 or 3")],
+    [([0, 1, 2, 7], r"holds labels \[0, 1, 2, 7\]"), ([0, 1, 3, 4], r"3 in place of 4, not both")],
 )
 def test_labels_that_are_none_are_refused(
     small_scan: Path, tmp_path: Path, values: list[int], message: str
@@ -41,13 +43,13 @@ def test_labels_that_are_none_are_refused(
     labels = np.zeros(image.shape, np.uint8)
     labels[0, 0, : len(values)] = values
     nib.save(nib.Nifti1Image(labels, image.affine), file)
-    (case,) = find_labelled_cases(small_scan).values()
+    (case,) = find_labelled_cases(small_scan).cases.values()
     with pytest.raises(TrainingError, match=message):
         cached_case(case, Normalisation(), tmp_path / "cache")
 
 
 def test_enhancing_tumour_may_be_4_or_3(small_scan: Path, tmp_path: Path) -> None:
-    (case,) = find_labelled_cases(small_scan).values()
+    (case,) = find_labelled_cases(small_scan).cases.values()
     older = np.array(cached_case(case, Normalisation(), tmp_path / "a").classes)
     image = nib.load(case.label)
     labels = np.asarray(image.dataobj).copy()
@@ -59,7 +61,7 @@ def test_enhancing_tumour_may_be_4_or_3(small_scan: Path, tmp_path: Path) -> Non
 
 
 def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_path: Path) -> None:
-    (case,) = find_labelled_cases(small_scan).values()
+    (case,) = find_labelled_cases(small_scan).cases.values()
     prepared = cached_case(case, Normalisation(), tmp_path)
     channels = [np.asarray(nib.load(f).dataobj) for f in case.case.files]
     box = brain_box(channels)
@@ -70,7 +72,7 @@ def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_pat
 def test_the_cache_is_used_for_the_same_normalisation_only(
     small_scan: Path, tmp_path: Path
 ) -> None:
-    (case,) = find_labelled_cases(small_scan).values()
+    (case,) = find_labelled_cases(small_scan).cases.values()
     cache = tmp_path / "cache"
     cached_case(case, Normalisation(), cache)
     files = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
@@ -78,6 +80,63 @@ def test_the_cache_is_used_for_the_same_normalisation_only(
     assert {f: f.stat().st_mtime_ns for f in cache.iterdir()} == files
     cached_case(case, Normalisation("nonzero", learn_landmarks([case])), cache)
     assert len(list(cache.iterdir())) == 2 * len(files)
+
+
+def test_a_changed_label_file_is_read_again(small_scan: Path, tmp_path: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    assert cached_case(case, Normalisation(), tmp_path / "cache").classes.any()
+    image = nib.load(case.label)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), case.label)
+    assert not cached_case(case, Normalisation(), tmp_path / "cache").classes.any()
+
+
+def test_labels_on_another_grid_are_refused(small_scan: Path, tmp_path: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    image = nib.load(case.label)
+    flipped = image.affine @ np.diag([-1, 1, 1, 1])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), flipped), case.label)
+    with pytest.raises(TrainingError, match=r"case small: .*small_seg.nii.gz: its affine differs"):
+        cached_case(case, Normalisation(), tmp_path / "cache")
+
+
+def test_a_case_that_cannot_be_used_is_named(small_scan: Path, tmp_path: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    image = nib.load(case.case.files[1])
+    nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), case.case.files[1])
+    with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
+        cached_case(case, Normalisation(), tmp_path / "cache")
+    with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
+        learn_landmarks([case])
+
+
+def test_only_cases_of_the_split_need_labels(small_scan: Path, tmp_path: Path) -> None:
+    for name in ("other", "unlabelled"):
+        shutil.copytree(small_scan / "small", small_scan / name)
+        for file in (small_scan / name).iterdir():
+            file.rename(file.with_name(file.name.replace("small", name)))
+    (small_scan / "unlabelled" / "unlabelled_seg.nii.gz").unlink()
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"train": ["small"], "validation": ["other"]}))
+    data = open_data_set(small_scan, file, TrainConfig())
+    assert [c.name for c in data.part("validation")] == ["other"]
+    file.write_text(json.dumps({"train": ["small"], "validation": ["unlabelled"]}))
+    with pytest.raises(TrainingError, match="case unlabelled has no label file"):
+        open_data_set(small_scan, file, TrainConfig())
+
+
+def test_phantoms_are_made_once_and_counted(tmp_path: Path) -> None:
+    first = synthetic_cases(2, 50, tmp_path)
+    written = [c.label.stat().st_mtime_ns for c in first]
+    again = synthetic_cases(1, 50, tmp_path)
+    assert [c.name for c in again] == ["synthetic-50"]
+    assert again[0].label.stat().st_mtime_ns == written[0]
+    assert synthetic_cases(0, 50, tmp_path / "none") == []
+
+
+def test_the_shipped_split_is_that_of_seed_0() -> None:
+    stored = read_split(Path(__file__).parents[2] / "docs" / "brats18-split.json")
+    names = stored["train"] + stored["validation"]
+    assert split_cases(names, TrainConfig().validation_share, 0) == stored
 
 
 def test_splits_are_disjoint_complete_and_repeatable() -> None:
@@ -116,7 +175,7 @@ def test_a_split_that_names_an_absent_case_is_refused(small_scan: Path, tmp_path
 
 
 def test_a_data_set_gives_its_parts(small_scan: Path) -> None:
-    cases = find_labelled_cases(small_scan)
+    cases = find_labelled_cases(small_scan).cases
     data = DataSet("set", cases, {"train": ["small"], "validation": []})
     assert [c.name for c in data.part("train")] == ["small"]
 

@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     for seed in (11, 12, 13):
         write_case(make_case(seed, (64, 72, 56)), folder, f"case{seed}")
     split = {"train": ["case11", "case12"], "validation": ["case13"]}
-    return DataSet("phantoms", find_labelled_cases(folder), split)
+    return DataSet("phantoms", find_labelled_cases(folder).cases, split)
 
 
 def log_rows(output: Path) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def test_a_folder_with_a_run_is_not_trained_over(data: DataSet, tmp_path: Path) 
 
 
 def test_resume_needs_a_checkpoint(data: DataSet, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"last\.pt: does not exist"):
+    with pytest.raises(TrainingError, match=r"last\.pt: does not exist, so there is no run"):
         train(data, TINY, tmp_path, resume=True)
 
 
@@ -127,6 +127,33 @@ def test_phantoms_are_mixed_into_training(data: DataSet, tmp_path: Path) -> None
     config = replace(TINY, epochs=1, steps_per_epoch=1, synthetic_cases=1)
     train(data, config, tmp_path)
     assert list((tmp_path / "cache").glob("synthetic-1000-*"))
+
+
+def test_a_run_that_stops_while_saving_resumes_to_the_same_end(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, epochs=2, steps_per_epoch=1)
+    train(data, config, tmp_path / "whole")
+    real_save = loop.save_checkpoint
+
+    def stop(path: Path, state: dict[str, object]) -> None:
+        if state["epoch"] == 2 and path.name == "last.pt":
+            raise InterruptedRunError
+        real_save(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", stop)
+        with pytest.raises(InterruptedRunError):
+            train(data, config, tmp_path / "parts")
+    best = train(data, config, tmp_path / "parts", resume=True)
+    assert best.exists()
+    assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
+
+
+def test_a_checkpoint_tells_the_scores_of_its_own_epoch(data: DataSet, tmp_path: Path) -> None:
+    train(data, TINY, tmp_path)
+    last, rows = load_checkpoint(tmp_path / "last.pt"), log_rows(tmp_path)
+    assert last["validation"]["WT"] == pytest.approx(float(rows[-1]["validation_WT"]), abs=1e-4)
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> None:

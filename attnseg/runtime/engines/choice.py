@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attnseg.runtime.engines.base import Engine
@@ -34,6 +34,17 @@ def _version(name: str) -> str | None:
         return "unknown"  # installed under another distribution's name, such as onnxruntime-gpu
 
 
+def _first_that_opens(names: Sequence[str], model: Path, precision: str, threads: int) -> Engine:
+    """The first engine that opens; if none does, the first one's error."""
+    errors: list[EngineError] = []
+    for name in names:
+        try:
+            return open_engine(name, model, precision, threads)
+        except EngineError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
     """Open an engine on an ONNX file.
 
@@ -54,7 +65,7 @@ def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
                 "no inference engine is installed; pip install 'attnseg[cpu]' brings "
                 + " and ".join(ENGINES)
             )
-        name = installed[0]
+        return _first_that_opens(installed, model, precision, threads)
     if name not in ENGINES:
         raise EngineError(f"engine {name} does not exist; choose auto, {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
