@@ -54,6 +54,10 @@ class _Group(click.Group):
                 traceback.print_exc()
             click.echo(f"error: {_in_one_line(error)}", err=True)
             ctx.exit(1)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "attnseg"
+            click.echo(f"error: {error.format_message()} See {command} --help", err=True)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped; what was finished is kept", err=True)
             ctx.exit(_INTERRUPTED)
@@ -269,7 +273,10 @@ def run(
     from attnseg.runtime.scans import find_scans
 
     named = {name: settings.pop(name) for name in ("t1", "t1ce", "t2", "flair")}
-    files = {**{name: file for name, file in named.items() if file}, **channels}
+    files = {name: file for name, file in named.items() if file}
+    if twice := set(files) & set(channels):
+        raise click.UsageError(f"channel {twice.pop()} was given twice")
+    files.update(channels)
     segmenter = _open_segmenter(model, settings)
     inputs = segmenter.bundle.manifest.channels
     scans = find_scans(scan_dir, files, inputs)
@@ -348,7 +355,8 @@ def train(
 ) -> None:
     """Train a network on labelled cases; the defaults are the paper's protocol."""
     _need("train", "torch")
-    from attnseg.trainer.data import open_data_set
+    from attnseg.trainer.checkpoint import run_split
+    from attnseg.trainer.data import open_data_set, read_split
     from attnseg.trainer.loop import train as train_network
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -358,7 +366,8 @@ def train(
             "and --set out, or start a new run in another folder"
         )
     config = _training_config(preset or "paper", settings)
-    best = train_network(open_data_set(data, split, config), config, output, resume)
+    parts = run_split(output) if resume else read_split(split) if split else None
+    best = train_network(open_data_set(data, parts, config), config, output, resume)
     click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
 
 

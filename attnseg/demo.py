@@ -17,9 +17,7 @@ CASE_NAME = "synthetic-glioma"
 
 def make_demo_scan(folder: Path) -> Path:
     """Write the demo's scan below `folder` and return the folder to segment."""
-    scan = folder / "scan"
-    write_case(make_case(DEMO_SEED), scan, CASE_NAME)
-    return scan
+    return write_case(make_case(DEMO_SEED), folder / "scan", CASE_NAME)
 
 
 def score_demo(case: Case, output: Path, manifest: Manifest) -> dict[str, float]:

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from attnseg import __version__
+from attnseg import Bundle, __version__
 from attnseg.cli import main
 from attnseg.runtime.bundle import default_folder
 
-FAST = ("--precision", "fp32")
+FP32 = ("--precision", "fp32")
 
 
 def call(*arguments: object) -> Result:
@@ -39,7 +39,7 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
 
 
 def test_run_prints_a_summary_and_succeeds(small_scan: Path, tmp_path: Path) -> None:
-    result = call("run", small_scan, "-o", tmp_path / "out", *FAST)
+    result = call("run", small_scan, "-o", tmp_path / "out", *FP32)
     assert result.exit_code == 0, result.output
     assert "small" in result.stdout
     assert "WT ml" in result.stdout
@@ -51,10 +51,10 @@ def test_run_takes_files_by_channel(small_scan: Path, tmp_path: Path) -> None:
     folder = small_scan / "small"
     names = ("t1", "t1ce", "t2", "flair")
     files = [part for n in names for part in (f"--{n}", folder / f"small_{n}.nii.gz")]
-    result = call("run", *files, "-o", tmp_path / "out", *FAST)
+    result = call("run", *files, "-o", tmp_path / "out", *FP32)
     assert result.exit_code == 0, result.output
     channels = [p for n in names for p in ("--channel", f"{n}={folder / f'small_{n}.nii.gz'}")]
-    result = call("run", *channels, "-o", tmp_path / "out2", *FAST)
+    result = call("run", *channels, "-o", tmp_path / "out2", *FP32)
     assert result.exit_code == 0, result.output
     first, second = ((tmp_path / o / "small_seg.nii.gz").read_bytes() for o in ("out", "out2"))
     assert first == second
@@ -81,7 +81,7 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
     (small_scan / "lost" / "small_t1.nii.gz").unlink()
     for file in (small_scan / "lost").iterdir():
         file.rename(file.with_name(file.name.replace("small", "lost")))
-    result = call("run", small_scan, "-o", tmp_path / "out", *FAST)
+    result = call("run", small_scan, "-o", tmp_path / "out", *FP32)
     assert result.exit_code == 1
     assert "lost: " in result.stderr
     assert "no file for t1" in result.stderr
@@ -117,10 +117,10 @@ def test_user_errors_are_one_line_without_a_traceback(
 
 def test_debug_shows_the_traceback_of_a_failed_case(small_scan: Path, tmp_path: Path) -> None:
     (small_scan / "small" / "small_t2.nii.gz").write_bytes(b"")
-    plain = call("run", small_scan, "-o", tmp_path, *FAST)
+    plain = call("run", small_scan, "-o", tmp_path, *FP32)
     assert "Traceback" not in plain.stderr
     assert plain.stderr.count("\n") == 1
-    assert "Traceback" in call("run", small_scan, "-o", tmp_path, *FAST, "--debug").stderr
+    assert "Traceback" in call("run", small_scan, "-o", tmp_path, *FP32, "--debug").stderr
 
 
 def test_resume_takes_no_other_settings(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_fails_the_case_and_leaves_nothing(
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    process = start("run", small_scan, "-o", tmp_path / "out", *FAST, preexec_fn=limit)
+    process = start("run", small_scan, "-o", tmp_path / "out", *FP32, preexec_fn=limit)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "results could not be written (File too large)" in errors
@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_finished_cases_and_leaves_no_half_ones(
         for file in target.iterdir():
             file.rename(file.with_name(file.name.replace("small", target.name)))
     out = tmp_path / "out"
-    process = start("run", small_scan, "-o", out, "--tta", "mirror8", *FAST)
+    process = start("run", small_scan, "-o", out, "--tta", "mirror8", *FP32)
     deadline = time.monotonic() + 240
     while not list(out.glob("*.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -216,8 +216,52 @@ def test_the_demo_finds_its_tumour(tmp_path: Path) -> None:
 def test_doctor_tells_what_runs() -> None:
     result = call("doctor")
     assert result.exit_code == 0
-    for text in ("engine openvino", "engine onnxruntime", "checksums match", "attnseg train"):
+    for text in ("ok  engine openvino", "ok  engine onnxruntime", "ok  attnseg train"):
         assert text in result.stdout
+    assert "checksums match" in result.stdout
+
+
+def test_doctor_and_demo_take_another_model(tmp_path: Path) -> None:
+    model = shutil.copytree(default_folder(), tmp_path / "model")
+    (model / "model.onnx").write_bytes(b"")
+    for command in (("doctor",), ("demo", "-o", tmp_path / "out")):
+        result = call(*command, "--model", model)
+        assert result.exit_code == 1
+        assert "does not match its checksum" in result.output
+
+
+def test_the_demo_leaves_other_scans_alone(tmp_path: Path, small_scan: Path) -> None:
+    shutil.copytree(small_scan / "small", tmp_path / "demo" / "scan" / "small")
+    result = call("demo", "-o", tmp_path / "demo", *FP32)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "demo" / "small.json").exists()
+
+
+def test_overwrite_takes_finished_cases_again(small_scan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "done" in call("run", small_scan, "-o", out, *FP32).stdout
+    assert "skipped" in call("run", small_scan, "-o", out, *FP32).stdout
+    assert "done" in call("run", small_scan, "-o", out, *FP32, "--overwrite").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "x", "--window", "abc"), "give a number of voxels, such as 64, or full"),
+        (("run", "x", "--overlap", "a"), "'a' is not a valid float"),
+        (("run", "x", "--channel", "t1"), "give NAME=FILE, such as ct=scan.nii.gz"),
+        (("run", "--t1", "a", "--channel", "t1=b"), "channel t1 was given twice"),
+        (("train", "-o", "x"), "Missing option '--data'"),
+        (("trian",), "No such command 'trian'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_usage_errors_are_one_line_too(arguments: tuple[str, ...], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) -> None:
@@ -227,13 +271,26 @@ def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) 
             file.rename(file.with_name(file.name.replace("small", name)))
     settings = ("epochs=1", "steps_per_epoch=1", "patch=32", "precision=fp32")
     flags = [part for s in settings for part in ("--set", s)]
-    result = call("train", "--data", small_scan, "-o", tmp_path / "run", *flags)
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["b", "small"], "validation": ["c"]}))
+    more = ("--split", split, "--preset", "wide16")
+    result = call("train", "--data", small_scan, "-o", tmp_path / "run", *more, *flags)
     assert result.exit_code == 0, result.output
     assert f"attnseg export {tmp_path / 'run' / 'best.pt'}" in result.stdout
-    result = call("export", tmp_path / "run" / "best.pt", "-o", tmp_path / "model")
+    words = ("--name", "mine", "--description", "for me", "--intended-use", "none")
+    result = call("export", tmp_path / "run" / "best.pt", "-o", tmp_path / "model", *words)
     assert result.exit_code == 0, result.output
     assert "against torch" in result.stdout
-    result = call("run", small_scan, "-o", tmp_path / "out", "--model", tmp_path / "model", *FAST)
+    manifest = Bundle.load(tmp_path / "model").manifest
+    assert (manifest.name, manifest.description, manifest.intended_use) == (
+        "mine",
+        "for me",
+        "none",
+    )
+    assert manifest.network["widths"] == [16, 32, 64, 128]
+    assert manifest.training is not None
+    assert manifest.training.validation_cases == ("c",)
+    result = call("run", small_scan, "-o", tmp_path / "out", "--model", tmp_path / "model", *FP32)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "b.json").read_text())
     assert report["options"]["window"] == [32, 32, 32]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ import attnseg
 
 ROOT = Path(attnseg.__file__).parent
 FORBIDDEN = {
-    "runtime": ("attnseg.trainer", "attnseg.export", "attnseg.cli", "attnseg.synthetic", "torch"),
+    "runtime": (
+        "attnseg.trainer",
+        "attnseg.export",
+        "attnseg.cli",
+        "attnseg.demo",
+        "attnseg.doctor",
+        "attnseg.synthetic",
+        "torch",
+    ),
     "trainer": ("attnseg.export", "attnseg.cli"),
     "export": ("attnseg.cli",),
 }
@@ -44,6 +53,7 @@ def imported_names(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
             names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
@@ -64,6 +74,24 @@ def test_only_folder_and_outputs_know_the_segmenter() -> None:
         if "attnseg.runtime.segmenter" in imported_names(file)
     }
     assert users == {"folder.py", "outputs.py"}
+
+
+def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("import torch\nfrom attnseg import cli\nfrom attnseg.runtime import volume")
+    assert {"torch", "attnseg.cli", "attnseg.runtime.volume"} <= imported_names(file)
+
+
+def test_a_wheel_holds_the_model_and_the_types(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    models = "attnseg/runtime/models/default"
+    for name in ("manifest.json", "model.onnx", "weights.safetensors"):
+        assert f"{models}/{name}" in names
+    assert "attnseg/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests", "benchmarks"))]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

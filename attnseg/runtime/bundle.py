@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attnseg.runtime.errors import BundleError, ConfigError
 from attnseg.runtime.normalise import Normalisation
@@ -105,6 +105,14 @@ class Manifest(_Record):
     validation: Validation | None
     files: dict[str, FileEntry]
 
+    @field_validator("normalisation", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        """In a file nothing is left to defaults."""
+        if isinstance(value, dict) and not {"foreground", "landmarks"} <= set(value):
+            raise ValueError("foreground and landmarks must both be there")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         values = [label.value for label in self.labels]
@@ -116,6 +124,9 @@ class Manifest(_Record):
         for name, region in self.regions.items():
             if not set(region) <= set(values):
                 raise ValueError(f"region {name} names a label that does not exist")
+        for channel in self.channels:
+            if not channel.suffixes or any(s != s.lower() or not s for s in channel.suffixes):
+                raise ValueError(f"channel {channel.name} needs suffixes, in lower case")
         if not set(self.display) <= set(names):
             raise ValueError("display names a channel that does not exist")
         if sorted("LAS".find(_AXIS.get(c, "?")) for c in self.orientation) != [0, 1, 2]:

@@ -6,7 +6,7 @@
     │   └── VolumeError     a scan file that cannot be read or whose content is not an image
     ├── BundleError         a bundle that is missing, damaged, or of an unknown format
     ├── EngineError         an inference engine that is missing or refuses the model
-    ├── OutputError         a result that could not be written
+    ├── OutputError         a result that could not be written, or would replace another
     └── TrainingError       a training run that cannot start or go on
 
 Each message names the thing, the rule it broke and what to do about it.
@@ -40,7 +40,7 @@ class EngineError(AttnsegError):
 
 
 class OutputError(AttnsegError):
-    """A result could not be written; nothing half-written stays."""
+    """A result could not be written, or would replace another; no partial file stays."""
 
 
 class TrainingError(AttnsegError):

@@ -45,6 +45,8 @@ class Landmarks:
     def __post_init__(self) -> None:
         if any(len(row) != len(self.percentiles) for row in self.values):
             raise ConfigError("landmarks need one value per percentile in every channel")
+        if any(not 0 <= p <= 100 for p in self.percentiles):
+            raise ConfigError(f"percentiles must be within 0 and 100, got {self.percentiles}")
         for row in (self.percentiles, *self.values):
             if len(row) < 2 or np.any(np.diff(row) <= 0):
                 raise ConfigError(f"landmarks must be at least two, and ascending, got {row}")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from attnseg._version import __version__
-from attnseg.runtime.errors import OutputError
+from attnseg.runtime.errors import OutputError, VolumeError
 from attnseg.runtime.scans import Case
 from attnseg.runtime.segmenter import Segmentation, Segmenter
-from attnseg.runtime.volume import Volume
+from attnseg.runtime.volume import LABEL_DESCRIPTION, Volume, read_labels
 
 
 def output_names(case: str) -> dict[str, str]:
@@ -56,7 +56,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     the new one comes last, so that a set which was interrupted never counts as finished.
 
     Raises:
-        OutputError: a file could not be written. Up to the first rename nothing has changed.
+        OutputError: a file could not be written. No partial file stays, and if it happened
+            before the first rename, nothing has changed.
     """
     partial = {folder / f".{name}.{os.getpid()}.part": folder / name for name in files}
     try:
@@ -99,18 +100,18 @@ def earlier_report(folder: Path, case: Case, segmenter: Segmenter) -> dict[str, 
 
     Raises:
         OutputError: the folder holds a result of this name which another scan, model, engine or
-            other options made, or labels that attnseg did not write.
+            other options made, or files of its names that attnseg did not write.
     """
     names = output_names(case.name)
     report = _read_json(folder / names["report"])
-    if report is None:
-        if (folder / names["labels"]).exists():
+    present = [folder / name for name in names.values() if (folder / name).exists()]
+    if report is None or "attnseg" not in report:
+        # Labels of attnseg without a report were left by a run that was stopped.
+        if present and not _is_result(folder / names["labels"]):
             raise OutputError(
-                f"{folder / names['labels']}: is there without a report of attnseg; choose another "
-                "folder with -o, or --overwrite"
+                f"{present[0]}: is there, and attnseg did not write it; choose another folder with "
+                "-o, or --overwrite"
             )
-        return None
-    if not all((folder / name).is_file() for name in names.values()):
         return None
     differs = _difference(report, case, segmenter)
     if differs:
@@ -118,7 +119,16 @@ def earlier_report(folder: Path, case: Case, segmenter: Segmenter) -> dict[str, 
             f"{folder}: holds a result of {case.name} from {differs}; choose another folder with "
             "-o, or --overwrite"
         )
-    return report
+    return report if len(present) == len(names) else None
+
+
+def _is_result(labels: Path) -> bool:
+    """Whether attnseg wrote a label file, as its header says."""
+    try:
+        header = read_labels(labels).header
+    except VolumeError:
+        return False
+    return header is not None and header["descrip"].item() == LABEL_DESCRIPTION
 
 
 def _difference(report: Mapping[str, Any], case: Case, segmenter: Segmenter) -> str:

@@ -86,14 +86,16 @@ def _nifti_files(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.is_file())
 
 
+def _unreadable(error: OSError) -> ScanError:
+    return ScanError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+
 def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
     """Folders below `root`, itself first, in name order; each real folder once."""
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
-        problem = ScanError(
-            f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
-        )
+        problem = _unreadable(error)
         if Path(error.filename) == root:
             raise problem from error
         problems[str(error.filename)] = problem
@@ -152,7 +154,12 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
     cases: dict[str, Case] = {}
     problems: dict[str, ScanError] = {}
     for folder in _walk(root, problems):
-        for name, files in _collect(folder, channels):
+        try:
+            found = list(_collect(folder, channels))
+        except OSError as unreadable:
+            problems[str(folder)] = _unreadable(unreadable)
+            continue
+        for name, files in found:
             error = _case_error(name, folder, files, channels)
             if name in cases or name in problems:
                 other = cases[name].folder if name in cases else "an unusable case"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -90,13 +91,14 @@ def _plan(options: SegmentOptions, defaults: Inference) -> _Plan:
         raise ConfigError(f"min-voxels must be at least 0, got {min_voxels}")
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
-    if isinstance(edge, int) and (edge < 1 or edge % multiple):
-        raise ConfigError(f"window must be full or a multiple of {multiple} voxels, got {edge}")
+    number = isinstance(edge, Integral)
+    if edge not in (None, "full") and not (number and int(edge) > 0 and int(edge) % multiple == 0):
+        raise ConfigError(f"window must be full or a multiple of {multiple} voxels, got {edge!r}")
     passes(options.tta)
     Fusion(options.fuse)
     window: Shape | None = defaults.window if edge is None else None
-    if isinstance(edge, int):
-        window = (edge, edge, edge)
+    if isinstance(edge, Integral):
+        window = (int(edge), int(edge), int(edge))
     return _Plan(
         WindowOptions(window, overlap, multiple),
         options.tta,
@@ -114,7 +116,7 @@ class Segmentation:
         labels: `(X, Y, Z)` uint8 in the volume's own grid, values as the bundle's labels.
         volumes_ml: millilitres per region.
         elapsed_ms: per stage.
-        windows: run per pass, those without brain included.
+        windows: planned per pass; those without brain were skipped.
         components_removed: by the clean-up.
         warnings: what a reader should know.
     """

@@ -35,6 +35,8 @@ from attnseg.runtime.errors import VolumeError
 Affine = NDArray[np.float64]
 Channels = Sequence[NDArray[Any]] | NDArray[Any]
 """C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`."""
+LABEL_DESCRIPTION = b"attnseg labels"
+"""What the header of every label file written here says."""
 _AFFINE_TOLERANCE_MM = 1e-3
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -252,7 +254,7 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
 
     Returns:
         The channels in the dtype and memory order of their files; scaled where the header
-        says so (float32 then).
+        says so (floating point then).
 
     Raises:
         VolumeError: a file is missing, truncated, damaged, not 3-D, holds NaN or infinite
@@ -313,7 +315,8 @@ def _label_header(volume: Volume) -> nib.Nifti1Header:
         return nib.Nifti1Header()
     header: nib.Nifti1Header = volume.header.copy()
     header.extensions.clear()
-    for text in {"db_name", "intent_name", "aux_file"} & set(header.keys()):
+    texts = {"data_type", "db_name", "intent_name", "aux_file", "unused_str"}
+    for text in texts & set(header.keys()):
         header[text] = b""
     header["cal_max"] = header["cal_min"] = 0
     header.set_slope_inter(1, 0)
@@ -327,7 +330,7 @@ def encode_labels(labels: NDArray[np.uint8], volume: Volume) -> bytes:
     """
     header = _label_header(volume)
     header.set_data_dtype(np.uint8)
-    header["descrip"] = b"attnseg labels"
+    header["descrip"] = LABEL_DESCRIPTION
     kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     affine = None if volume.header is not None else volume.affine
     stored: bytes = kind(labels, affine, header).to_bytes()

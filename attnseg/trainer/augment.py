@@ -17,10 +17,9 @@ from attnseg.trainer.config import TrainConfig
 def margin_voxels(config: TrainConfig) -> int:
     """Voxels to cut around a patch so that rotation and deformation see no edge."""
     half = config.patch / 2
-    turn = (
-        half * (math.cos(angle := math.radians(config.rotation_degrees)) + math.sin(angle)) - half
-    )
-    return math.ceil(turn + 2 * config.elastic_voxels) if turn or config.elastic_voxels else 0
+    angle = math.radians(min(config.rotation_degrees, 45.0))  # where a corner reaches farthest
+    turn = half * (math.cos(angle) + math.sin(angle) - 1)
+    return math.ceil(turn + 2 * config.elastic_voxels)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -51,6 +51,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def run_split(run: Path) -> dict[str, list[str]]:
+    """The split that the run in a folder was started with.
+
+    Raises:
+        TrainingError: the folder holds no run that could be resumed.
+    """
+    last = run / "last.pt"
+    if not last.exists():
+        raise TrainingError(
+            f"{last}: does not exist, so there is no run to resume; leave --resume out"
+        )
+    split: dict[str, list[str]] = load_checkpoint(last)["split"]
+    return split
+
+
 def checkpoint_config(state: dict[str, Any]) -> TrainConfig:
     """The configuration a checkpoint was trained with."""
     return TrainConfig.from_dict(state["config"])

@@ -166,8 +166,8 @@ def read_split(path: Path) -> dict[str, list[str]]:
     return split
 
 
-def open_data_set(root: Path, split_file: Path | None, config: TrainConfig) -> DataSet:
-    """All labelled cases below `root`, split by `split_file` or else by the config's seed.
+def open_data_set(root: Path, split: dict[str, list[str]] | None, config: TrainConfig) -> DataSet:
+    """All labelled cases below `root`, with the `split` given or else one by the config's seed.
 
     One case counts as one subject, as in BraTS; name the subjects' cases in a split file
     where there are several.
@@ -177,8 +177,7 @@ def open_data_set(root: Path, split_file: Path | None, config: TrainConfig) -> D
         TrainingError: a case is not usable, or the split is not.
     """
     scans = find_labelled_cases(root)
-    if split_file:
-        split = read_split(split_file)
+    if split:
         scans.refuse_faults(name for names in split.values() for name in names)
     else:
         scans.refuse_faults()

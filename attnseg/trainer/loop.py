@@ -33,6 +33,7 @@ from attnseg.trainer.checkpoint import (
     checkpoint_config,
     checkpoint_normalisation,
     load_checkpoint,
+    run_split,
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
@@ -349,16 +350,14 @@ def train(data: DataSet, config: TrainConfig, output: Path, resume: bool = False
             finite, or a checkpoint cannot be written.
     """
     last = output / "last.pt"
-    if resume and not last.exists():
-        raise TrainingError(
-            f"{last}: does not exist, so there is no run to resume; leave --resume out"
-        )
     if last.exists() and not resume:
         raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
+    if resume:
+        data = data.with_split(run_split(output))
     stored = load_checkpoint(last) if resume else None
     output.mkdir(parents=True, exist_ok=True)
     if stored:
-        config, data = checkpoint_config(stored), data.with_split(stored["split"])
+        config = checkpoint_config(stored)
         normalisation = checkpoint_normalisation(stored)
     else:
         landmarks = learn_landmarks(data.part("train")) if config.histogram_matching else None

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from onnx import TensorProto, helper
 
+from attnseg import Bundle
 from attnseg.runtime.engines.choice import ENGINES, installed_engines, open_engine
 from attnseg.runtime.errors import EngineError
 
@@ -92,3 +94,46 @@ def test_unknown_engines_and_precisions_are_refused(doubling: Path) -> None:
         open_engine("openvino", doubling, "int4", 1)
     with pytest.raises(EngineError, match="use --precision fp32 or --engine openvino"):
         open_engine("onnxruntime", doubling, "bf16", 1)
+
+
+def test_auto_falls_through_to_an_engine_that_opens(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(
+        "attnseg.runtime.engines.choice.installed_engines",
+        lambda: {"openvino": "broken", "onnxruntime": "1"},
+    )
+    assert open_engine("auto", doubling, "auto", 1).info.name == "onnxruntime"
+
+
+def has_bf16() -> bool:
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_bf16_runs_in_bf16_where_the_processor_has_it() -> None:
+    model = Bundle.default().file("onnx")
+    if not has_bf16():
+        with pytest.raises(EngineError, match="no bf16 instructions; use --precision fp32"):
+            open_engine("openvino", model, "bf16", 1)
+        assert open_engine("openvino", model, "auto", 1).info.precision == "fp32"
+        return
+    batch = np.random.default_rng(0).standard_normal((1, 4, 32, 32, 32)).astype(np.float32)
+    exact = open_engine("openvino", model, "fp32", 1).infer(batch).copy()
+    engine = open_engine("openvino", model, "auto", 1)
+    assert engine.info.precision == "bf16"
+    difference = np.abs(engine.infer(batch) - exact).max() / np.abs(exact).max()
+    assert 1e-5 < difference < 0.05
+
+
+def test_a_processor_without_bf16_is_told_so(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(openvino.Core):
+        def get_property(self, *_: object) -> list[str]:
+            return ["FP32"]
+
+    monkeypatch.setattr(openvino, "Core", Plain)
+    with pytest.raises(EngineError, match="no bf16 instructions; use --precision fp32"):
+        open_engine("openvino", doubling, "bf16", 1)
+    assert open_engine("openvino", doubling, "auto", 1).info.precision == "fp32"

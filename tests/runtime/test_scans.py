@@ -165,3 +165,22 @@ def test_a_subfolder_that_cannot_be_read_hides_no_other_case(
     assert [c.name for c in scans.cases] == ["a"]
     (problem,) = scans.problems.values()
     assert "lost+found: cannot be read (Permission denied)" in str(problem)
+
+
+def test_a_folder_whose_files_cannot_be_looked_at_hides_no_other_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
+    touch(tmp_path / "b", "b", LAYOUTS["2018"][1])
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["b"]
+    (problem,) = scans.problems.values()
+    assert "cannot be read (Permission denied)" in str(problem)

@@ -10,6 +10,7 @@ import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.bundle import default_folder
+from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.synthetic import SyntheticCase
 
@@ -169,3 +170,70 @@ def test_a_manifest_with_other_labels_than_the_network_is_refused(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="gives 4 classes, its manifest names 3 labels"):
         Segmenter(Bundle.load(folder), FP32).segment(volume)
+
+
+class Stub:
+    """An engine of four classes that counts its calls; its logits follow the place in a window."""
+
+    info = EngineInfo("stub", "1", "fp32", "cpu")
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        self.shapes.append(batch.shape)
+        logits = np.zeros((1, 4, *batch.shape[2:]), np.float32)
+        half = batch.shape[2] // 2
+        # The first half along X is class 1, barely; the second is class 2, surely.
+        logits[0, 1, :half] = 0.1
+        logits[0, 2, half:] = 9
+        return logits
+
+
+def stubbed(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Segmenter, Stub]:
+    stub = Stub()
+    monkeypatch.setattr("attnseg.runtime.segmenter.open_engine", lambda *_: stub)
+    return Segmenter(options=SegmentOptions(min_voxels=0, **options)), stub
+
+
+BLOCK = Volume(
+    np.random.default_rng(0).integers(1, 900, (4, 70, 64, 64)).astype(np.int16), np.eye(4)
+)
+
+
+@pytest.mark.parametrize(("tta", "count"), [("none", 1), ("paper", 3), ("mirror8", 8)])
+def test_every_pass_runs_every_window(
+    monkeypatch: pytest.MonkeyPatch, tta: str, count: int
+) -> None:
+    segmenter, stub = stubbed(monkeypatch, tta=tta)
+    result = segmenter.segment(BLOCK)
+    assert result.windows == 2
+    assert stub.shapes == [(1, 4, 64, 64, 64)] * 2 * count
+
+
+def test_the_full_window_runs_once_and_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter, stub = stubbed(monkeypatch, window="full")
+    segmenter.segment(BLOCK)
+    assert stub.shapes == [(1, 4, 80, 64, 64)]
+
+
+def test_vote_and_mean_are_two_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Identity says 1 then 2 along the model's X; the mirror says 2 then 1. One vote each, so the
+    # tie goes to the surer class 2 everywhere, by vote and by mean. With the rotation, a third
+    # vote that is unsure about class 1 wins the vote where it agrees, and not the mean.
+    by_vote = stubbed(monkeypatch, tta="paper", fuse="vote", window="full")[0].segment(BLOCK)
+    by_mean = stubbed(monkeypatch, tta="paper", fuse="mean", window="full")[0].segment(BLOCK)
+    assert set(np.unique(by_mean.labels)) == {2}
+    assert set(np.unique(by_vote.labels)) == {1, 2}
+
+
+@pytest.mark.parametrize("window", ["64", "Full", (64, 64, 32), 64.0])
+def test_a_window_that_is_no_number_nor_full_is_refused(window: object) -> None:
+    with pytest.raises(ConfigError, match="window must be full or a multiple of 16 voxels, got"):
+        Segmenter(options=SegmentOptions(window=window))
+
+
+def test_a_window_may_be_a_numpy_integer(monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter, stub = stubbed(monkeypatch, window=np.int64(32))
+    segmenter.segment(BLOCK)
+    assert set(stub.shapes) == {(1, 4, 32, 32, 32)}

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from attnseg.trainer.augment import _displacement, augment, margin_voxels
+from attnseg.trainer.augment import _displacement, _rotation, augment, margin_voxels
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.model import NetworkConfig
 
@@ -111,3 +112,41 @@ def test_the_elastic_grid_has_the_spacing_asked_for() -> None:
     # Between knots the displacement is linear: the slope changes at 20, 40 and 60 only.
     changes = (slope.diff(dim=1).abs() > 1e-4).any(dim=0).nonzero().flatten() + 1
     assert changes.tolist() == [20, 40, 60]
+
+
+def test_rotation_turns_by_the_angle_asked_for() -> None:
+    config = replace(STILL, rotation_degrees=10)
+    matrices = [_rotation(config, torch.Generator().manual_seed(s)) for s in range(50)]
+    largest = 0.0
+    for matrix in matrices:
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(3))
+        assert torch.det(matrix) > 0
+        angle = math.degrees(math.acos(min(1.0, (float(matrix.trace()) - 1) / 2)))
+        assert angle <= 10 * 3**0.5 + 0.1  # one turn of at most 10 degrees around each axis
+        largest = max(largest, angle)
+    assert largest > 8
+
+
+@pytest.mark.parametrize("change", [{"rotation_degrees": 10.0}, {"elastic_voxels": 2.0}])
+def test_rotation_and_deformation_each_move_the_labels(change: dict[str, float]) -> None:
+    config = replace(STILL, **change)
+    images, labels = batch(16 + 2 * margin_voxels(config))
+    margin = margin_voxels(config)
+    inner = labels[:, margin : margin + 16, margin : margin + 16, margin : margin + 16]
+    assert not torch.equal(run(config, images, labels)[1], inner)
+
+
+def test_each_modality_is_scaled_by_itself() -> None:
+    config = replace(STILL, intensity_scale=0.1)
+    images, labels = batch(16)
+    changed, _ = run(config, images, labels)
+    factors = (changed / images).flatten(2).median(dim=2).values
+    assert factors.std() > 0.02
+
+
+@pytest.mark.parametrize("degrees", [0.0, 45.0, 90.0, 180.0])
+def test_the_margin_never_shrinks_with_the_angle(degrees: float) -> None:
+    config = replace(STILL, rotation_degrees=degrees)
+    assert margin_voxels(config) == (4 if degrees else 0)  # 8 * (sqrt(2) - 1), rounded up
+    images, labels = batch(16 + 2 * margin_voxels(config))
+    assert run(config, images, labels)[0].shape == (2, 4, 16, 16, 16)

@@ -67,6 +67,21 @@ def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_pat
     box = brain_box(channels)
     expected = normalise([c[box] for c in channels], Normalisation())
     np.testing.assert_allclose(prepared.image, expected, atol=4e-3)
+    labels = np.asarray(nib.load(case.label).dataobj)[box]
+    np.testing.assert_array_equal(prepared.classes, np.array([0, 1, 2, 0, 3])[labels])
+
+
+def test_a_scan_in_another_orientation_is_prepared_alike(small_scan: Path, tmp_path: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    expected = cached_case(case, Normalisation(), tmp_path / "a")
+    codes = nib.orientations.axcodes2ornt("RSA")
+    for file in (*case.case.files, case.label):
+        image = nib.load(file)
+        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), codes)
+        nib.save(image.as_reoriented(turn), file)
+    turned = cached_case(case, Normalisation(), tmp_path / "b")
+    np.testing.assert_array_equal(turned.image, expected.image)
+    np.testing.assert_array_equal(turned.classes, expected.classes)
 
 
 def test_the_cache_is_used_for_the_same_normalisation_only(
@@ -117,11 +132,11 @@ def test_only_cases_of_the_split_need_labels(small_scan: Path, tmp_path: Path) -
     (small_scan / "unlabelled" / "unlabelled_seg.nii.gz").unlink()
     file = tmp_path / "split.json"
     file.write_text(json.dumps({"train": ["small"], "validation": ["other"]}))
-    data = open_data_set(small_scan, file, TrainConfig())
+    data = open_data_set(small_scan, read_split(file), TrainConfig())
     assert [c.name for c in data.part("validation")] == ["other"]
     file.write_text(json.dumps({"train": ["small"], "validation": ["unlabelled"]}))
     with pytest.raises(TrainingError, match="case unlabelled has no label file"):
-        open_data_set(small_scan, file, TrainConfig())
+        open_data_set(small_scan, read_split(file), TrainConfig())
 
 
 def test_phantoms_are_made_once_and_counted(tmp_path: Path) -> None:
@@ -171,7 +186,7 @@ def test_a_split_that_names_an_absent_case_is_refused(small_scan: Path, tmp_path
     file = tmp_path / "split.json"
     file.write_text(json.dumps({"train": ["small"], "validation": ["other"]}))
     with pytest.raises(TrainingError, match="has no case other"):
-        open_data_set(small_scan, file, TrainConfig())
+        open_data_set(small_scan, read_split(file), TrainConfig())
 
 
 def test_a_data_set_gives_its_parts(small_scan: Path) -> None:
@@ -193,6 +208,17 @@ def test_patches_hold_tumour_as_often_as_asked() -> None:
         rng = np.random.default_rng(0)
         found = np.mean([bool(sampler.draw(rng)[2].any()) for _ in range(50)])
         assert found == pytest.approx(expected, abs=0.1)
+
+
+def test_each_class_is_centred_on_equally_often() -> None:
+    classes = np.zeros((40, 40, 40), np.uint8)
+    classes[8:30, 8:30, 8:20], classes[8:12, 8:12, 25], classes[20, 20, 28] = 1, 2, 3
+    case = TrainingCase("c", np.zeros((1, 40, 40, 40), np.float16), classes)
+    sampler = PatchSampler([case], 8, 1.0)
+    rng = np.random.default_rng(0)
+    centres = [int(sampler.draw(rng)[2][4, 4, 4]) for _ in range(300)]
+    for value in (1, 2, 3):
+        assert centres.count(value) == pytest.approx(100, abs=30)
 
 
 def test_a_patch_is_a_cube_of_the_case_wherever_it_lies() -> None:

@@ -7,14 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnseg.export.checkpoint import load_trained
 from attnseg.runtime.errors import TrainingError
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer import loop
-from attnseg.trainer.checkpoint import load_checkpoint, save_checkpoint
+from attnseg.trainer.checkpoint import (
+    checkpoint_weights,
+    load_checkpoint,
+    run_split,
+    save_checkpoint,
+)
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import DataSet, find_labelled_cases
+from attnseg.trainer.data import DataSet, find_labelled_cases, open_data_set
 from attnseg.trainer.loop import train
-from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
 
 TINY = TrainConfig(
     network=NetworkConfig(widths=(8, 16), bottleneck=16),
@@ -185,3 +191,68 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes
     torch.save({"other": 1}, path)
     with pytest.raises(TrainingError, match=r"x\.pt: is not a checkpoint of attnseg"):
         load_checkpoint(path)
+
+
+def test_the_average_of_the_weights_by_hand(data: DataSet, tmp_path: Path) -> None:
+    # After step n the decay is min(0.9, (1 + n) / (10 + n)): 2/11 after the first step.
+    config = replace(TINY, epochs=1, steps_per_epoch=1, ema_decay=0.9, learning_rate=0.1)
+    state = load_checkpoint(train(data, config, tmp_path))
+    torch.manual_seed(config.seed)
+    initial = AttentionResNetUNet(config.network).state_dict()
+    name = "head.weight"
+    expected = 2 / 11 * initial[name] + 9 / 11 * state["model"][name]
+    assert not torch.equal(initial[name], state["model"][name])
+    torch.testing.assert_close(state["average"][name], expected)
+    assert checkpoint_weights(state) is state["average"]
+
+
+def test_the_cosine_schedule_by_hand(data: DataSet, tmp_path: Path) -> None:
+    config = replace(TINY, epochs=4, steps_per_epoch=1, schedule="cosine", learning_rate=1.0e-3)
+    train(data, config, tmp_path)
+    rates = [float(row["learning_rate"]) for row in log_rows(tmp_path)]
+    assert rates == pytest.approx([0.85355e-3, 0.5e-3, 0.14645e-3, 0], rel=1e-4)
+
+
+def test_the_plateau_schedule_halves_after_its_patience(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"loss": 1.0, "WT": 0.5, "TC": 0.5, "ET": 0.5}
+    monkeypatch.setattr(loop, "validate", lambda *_: scores)
+    config = replace(TINY, epochs=5, steps_per_epoch=1, patience=1, factor=0.5)
+    train(data, config, tmp_path)
+    rates = [float(row["learning_rate"]) for row in log_rows(tmp_path)]
+    # The first epoch sets the mark; two without a better one are one more than the patience.
+    assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
+
+
+def test_bf16_training_is_not_fp32_training(data: DataSet, tmp_path: Path) -> None:
+    config = replace(TINY, epochs=1, steps_per_epoch=1)
+    exact, mixed = (
+        load_checkpoint(train(data, replace(config, precision=p), tmp_path / p))["model"]
+        for p in ("fp32", "bf16")
+    )
+    assert not torch.equal(exact["head.weight"], mixed["head.weight"])
+    torch.testing.assert_close(exact["head.weight"], mixed["head.weight"], atol=5e-3, rtol=0)
+
+
+def test_a_run_with_a_split_resumes_beside_unlabelled_cases(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_case(make_case(11, (64, 72, 56)), tmp_path / "data", name, truth=name != "c")
+    split = {"train": ["a"], "validation": ["b"]}
+    config = replace(TINY, epochs=1, steps_per_epoch=1)
+    train(open_data_set(tmp_path / "data", split, config), config, tmp_path / "run")
+    stored = run_split(tmp_path / "run")
+    assert stored == split
+    data = open_data_set(tmp_path / "data", stored, TrainConfig())
+    assert train(data, TrainConfig(), tmp_path / "run", resume=True).exists()
+
+
+def test_an_exported_average_is_what_was_validated(data: DataSet, tmp_path: Path) -> None:
+    config = replace(TINY, epochs=1, ema_decay=0.9)
+    best = train(data, config, tmp_path)
+    state, model = load_checkpoint(best), load_trained(best)
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(value, state["average"][name].reshape(value.shape)), name
+    assert model.normalisation.landmarks is not None
+    assert model.validation.dice["WT"] == pytest.approx(state["validation"]["WT"], abs=1e-4)
+    assert model.training.train_cases == ("case11", "case12")
