@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -14,7 +15,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from attnseg._version import __version__
-from attnseg.runtime.errors import AttnsegError, ConfigError
+from attnseg.demo import make_demo_scan, score_demo
+from attnseg.doctor import examine
+from attnseg.runtime.bundle import Bundle
+from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError
+from attnseg.runtime.folder import CaseResult, segment_folder
+from attnseg.runtime.outputs import prepare_output
+from attnseg.runtime.scans import Case, find_cases, find_scans
+from attnseg.runtime.segmenter import Segmenter, SegmentOptions
+
+if TYPE_CHECKING:  # the trainer needs PyTorch
+    from attnseg.trainer.config import TrainConfig
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -172,18 +183,19 @@ def _segment_options(function: _Function) -> _Function:
     return function
 
 
-def _open_segmenter(model: Path | None, settings: dict[str, Any]) -> Any:
-    from attnseg.runtime.bundle import Bundle
-    from attnseg.runtime.segmenter import Segmenter, SegmentOptions
-
+def _open_segmenter(model: Path | None, settings: dict[str, Any]) -> Segmenter:
     bundle = Bundle.load(model) if model else Bundle.default()
     return Segmenter(bundle, SegmentOptions(**settings))
 
 
-def _run_cases(cases: Any, segmenter: Any, output: Path, overwrite: bool, problems: Any) -> int:
+def _run_cases(
+    cases: Sequence[Case],
+    segmenter: Segmenter,
+    output: Path,
+    overwrite: bool,
+    problems: Mapping[str, ScanError],
+) -> int:
     """Segment, print the summary, and return the number of cases that failed."""
-    from attnseg.runtime.folder import CaseResult, segment_folder
-
     results = [CaseResult(n, "failed", note=str(e), error=e) for n, e in problems.items()]
     for result in results:
         _print_notes(result)
@@ -197,7 +209,7 @@ def _run_cases(cases: Any, segmenter: Any, output: Path, overwrite: bool, proble
     return sum(result.status == "failed" for result in results)
 
 
-def _print_notes(result: Any) -> None:
+def _print_notes(result: CaseResult) -> None:
     if result.error and click.get_current_context().find_root().ensure_object(dict).get("debug"):
         traceback.print_exception(result.error)
     if result.note:
@@ -206,7 +218,7 @@ def _print_notes(result: Any) -> None:
         click.echo(f"{result.name}: warning: {warning}", err=True)
 
 
-def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
+def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: Path) -> None:
     manifest, engine = segmenter.bundle.manifest, segmenter.engine_info
     table = Table()
     table.add_column("case", overflow="fold")
@@ -222,9 +234,11 @@ def _print_summary(results: Any, segmenter: Any, output: Path) -> None:
         table.add_row(result.name, result.status, *cells, time_s)
     console = _console()
     console.print(table)
+    good = any(result.status != "failed" for result in results)
+    where = f"Results in {output}" if good else "No results."
     console.print(
         f"{manifest.name} ({manifest.intended_use}), {engine.name} {engine.version} "
-        f"{engine.precision}. Results in {output}",
+        f"{engine.precision}. {where}",
         soft_wrap=True,
     )
 
@@ -269,9 +283,6 @@ def run(
     For each case, OUTPUT gets CASE_seg.nii.gz (labels in the scan's own grid), CASE.png and
     CASE.json. Finished cases are skipped on a second run. The exit code is 1 if a case failed.
     """
-    from attnseg.runtime.outputs import prepare_output
-    from attnseg.runtime.scans import find_scans
-
     named = {name: settings.pop(name) for name in ("t1", "t1ce", "t2", "flair")}
     files = {name: file for name, file in named.items() if file}
     if twice := set(files) & set(channels):
@@ -297,11 +308,10 @@ def run(
 @_segment_options
 @click.pass_context
 def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: Any) -> None:
-    """Make a synthetic brain with a tumour, segment it, and say how well that went."""
-    from attnseg.demo import make_demo_scan, score_demo
-    from attnseg.runtime.outputs import prepare_output
-    from attnseg.runtime.scans import find_cases
+    """Segment a synthetic brain with a tumour.
 
+    The scan is made from a seed, so the result is compared with the truth it was made with.
+    """
     segmenter = _open_segmenter(model, settings)
     prepare_output(output)
     click.echo("making a synthetic scan", err=True)
@@ -322,7 +332,7 @@ def _parse_settings(_: click.Context, __: click.Parameter, values: tuple[str, ..
     return {name: text for name, _, text in pairs}
 
 
-def _training_config(preset: str, settings: dict[str, str]) -> Any:
+def _training_config(preset: str, settings: dict[str, str]) -> TrainConfig:
     from attnseg.trainer.config import TrainConfig
     from attnseg.trainer.model import PRESETS
 
@@ -380,10 +390,10 @@ def train(
 def export(checkpoint: Path, output: Path, **words: str | None) -> None:
     """Export a checkpoint, or a bundle's weights.safetensors, to a bundle for attnseg run."""
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
-    from attnseg.export.export import Description, export_bundle
+    from attnseg.export.export import export_bundle
 
-    description = Description(**{key: text for key, text in words.items() if text})
-    bundle, parity = export_bundle(checkpoint, output, description)
+    given = {key: text for key, text in words.items() if text}
+    bundle, parity = export_bundle(checkpoint, output, given)
     for result in parity:
         click.echo(
             f"{result.engine} fp32 against torch: largest difference "
@@ -398,8 +408,6 @@ def export(checkpoint: Path, output: Path, **words: str | None) -> None:
 @click.pass_context
 def doctor(ctx: click.Context, model: Path | None) -> None:
     """Say what this machine can run, and what to install for the rest."""
-    from attnseg.doctor import examine
-
     findings = examine(model)
     for finding in findings:
         advice = f": {finding.advice}" if finding.advice else ""
@@ -411,8 +419,6 @@ def doctor(ctx: click.Context, model: Path | None) -> None:
 
 def _need(extra: str, *modules: str) -> None:
     """Name the extra to install when a module of it is missing."""
-    import importlib.util
-
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
         raise ConfigError(

@@ -32,6 +32,15 @@ _NONSENSE = (KeyError, TypeError, AttributeError, ValidationError, ConfigError, 
 
 
 @dataclass(frozen=True)
+class Description:
+    """What people should know of a model."""
+
+    name: str = "attention-resnet-unet"
+    description: str = "Attention-ResNetUNet for BraTS brain tumours"
+    intended_use: str = "research use only, not for clinical use"
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """A network with its weights and what the runtime has to know to use it.
 
@@ -42,6 +51,7 @@ class TrainedModel:
         overlap: of the windows it was validated with.
         training: where the weights come from.
         validation: what they achieved.
+        description: name and words for the manifest.
     """
 
     network: AttentionResNetUNet
@@ -50,6 +60,7 @@ class TrainedModel:
     overlap: float
     training: Training
     validation: Validation
+    description: Description = Description()
 
 
 def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> AttentionResNetUNet:
@@ -114,6 +125,7 @@ def _from_safetensors(path: Path) -> TrainedModel:
             metadata["overlap"],
             Training.model_validate(metadata["training"]),
             Validation.model_validate(metadata["validation"]),
+            Description(**metadata["description"]),
         )
     except _NONSENSE as error:
         raise TrainingError(f"{path}: its metadata and weights do not agree ({error})") from error
@@ -125,6 +137,8 @@ def load_trained(path: Path) -> TrainedModel:
     Raises:
         TrainingError: the file is missing, damaged, or not one of attnseg's.
     """
+    if path.is_dir():
+        raise TrainingError(f"{path}: is a folder; give the weights.safetensors in it")
     if not path.is_file():
         raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
     if path.suffix == ".safetensors":
@@ -147,6 +161,7 @@ def encode_weights(model: TrainedModel) -> bytes:
         "overlap": model.overlap,
         "training": model.training.model_dump(mode="json"),
         "validation": model.validation.model_dump(mode="json"),
+        "description": asdict(model.description),
     }
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})

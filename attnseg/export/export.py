@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from attnseg._version import __version__
@@ -25,17 +26,8 @@ from attnseg.trainer.task import BRATS
 ONNX_FILE, WEIGHTS_FILE = "model.onnx", "weights.safetensors"
 
 
-@dataclass(frozen=True)
-class Description:
-    """What people should know of a bundle."""
-
-    name: str = "attention-resnet-unet"
-    description: str = "Attention-ResNetUNet for BraTS brain tumours"
-    intended_use: str = "research use only, not for clinical use"
-
-
-def _manifest(model: TrainedModel, description: Description, files: dict[str, bytes]) -> Manifest:
-    edge = model.patch
+def _manifest(model: TrainedModel, files: dict[str, bytes]) -> Manifest:
+    edge, description = model.patch, model.description
     return Manifest(
         format="attnseg-bundle",
         format_version=FORMAT_VERSION,
@@ -67,14 +59,14 @@ def _manifest(model: TrainedModel, description: Description, files: dict[str, by
 
 
 def export_bundle(
-    checkpoint: Path, folder: Path, description: Description | None = None
+    checkpoint: Path, folder: Path, words: Mapping[str, str] | None = None
 ) -> tuple[Bundle, list[Parity]]:
     """Export a checkpoint to a bundle.
 
     Args:
         checkpoint: `.pt` of the trainer, or `weights.safetensors` of a bundle.
         folder: the bundle to write; must not exist or be empty.
-        description: names and words for the manifest.
+        words: fields of `Description` that differ from those stored with the weights.
 
     Returns:
         The bundle, and each engine's parity with torch.
@@ -86,10 +78,11 @@ def export_bundle(
     """
     check_free(folder)
     model = load_trained(checkpoint)
+    model = replace(model, description=replace(model.description, **(words or {})))
     files = {ONNX_FILE: export_onnx(model.network), WEIGHTS_FILE: encode_weights(model)}
     with tempfile.TemporaryDirectory() as scratch:
         onnx_file = Path(scratch) / ONNX_FILE
         onnx_file.write_bytes(files[ONNX_FILE])
         parity = compare_with_torch(model, onnx_file)
-    manifest = _manifest(model, description or Description(), files)
+    manifest = _manifest(model, files)
     return write_bundle(folder, manifest, files), parity

@@ -159,13 +159,14 @@ class Bundle:
     sha256: str
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path | str) -> Self:
         """Read a bundle and check every file.
 
         Raises:
             BundleError: the folder is not a bundle, its format version is unknown, its
                 manifest breaks the format, or a file is missing or does not match.
         """
+        folder = Path(folder)
         manifest_file = folder / MANIFEST
         if not folder.is_dir() or not manifest_file.is_file():
             raise BundleError(
@@ -209,7 +210,7 @@ def _parse(file: Path, stored: bytes) -> Manifest:
                 f"{file}: format_version {first['input']!r} is not known to this version of "
                 f"attnseg, which reads {FORMAT_VERSION}; install the version that made it"
             ) from error
-        raise BundleError(f"{file}: {where}: {first['msg']}") from error
+        raise BundleError(f"{file}: {where}: {first['msg']}; export the model again") from error
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

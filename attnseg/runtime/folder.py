@@ -87,7 +87,7 @@ def _segment(
     with clock.stage("picture"):
         manifest = segmenter.bundle.manifest
         picture = render_picture(volume, result.labels, manifest, case.name)
-    report = make_report(case, volume, result, segmenter, clock.elapsed_ms)
+    report = make_report(case, volume, result, segmenter, labels, clock.elapsed_ms)
     contents = (labels, picture, encode_report(report))
     write_files(output, dict(zip(names.values(), contents, strict=True)))
     return CaseResult(case.name, "done", report)

@@ -242,6 +242,15 @@ def normalise(
     return out
 
 
+def background_value(channel: NDArray[Any]) -> float:
+    """The value that a channel's eight corners share, 0 if they differ."""
+    corners = channel[
+        :: channel.shape[0] - 1 or 1, :: channel.shape[1] - 1 or 1, :: channel.shape[2] - 1 or 1
+    ]
+    first = corners.flat[0]
+    return float(first) if np.all(corners == first) else 0.0
+
+
 def _extents(channel: NDArray[Any]) -> list[tuple[int, int]]:
     """First and one past the last index with a non-zero voxel, along X, Y and Z."""
     plane = np.asarray(channel.any(axis=2))

@@ -34,6 +34,8 @@ def prepare_output(folder: Path) -> None:
     Raises:
         OutputError: it is a file, or cannot be made or written to.
     """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, not a folder; choose another with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -109,8 +111,8 @@ def earlier_report(folder: Path, case: Case, segmenter: Segmenter) -> dict[str, 
         # Labels of attnseg without a report were left by a run that was stopped.
         if present and not _is_result(folder / names["labels"]):
             raise OutputError(
-                f"{present[0]}: is there, and attnseg did not write it; choose another folder with "
-                "-o, or --overwrite"
+                f"{present[0]}: is there without a report of attnseg ({names['report']}); choose "
+                "another folder with -o, or --overwrite"
             )
         return None
     differs = _difference(report, case, segmenter)
@@ -119,7 +121,14 @@ def earlier_report(folder: Path, case: Case, segmenter: Segmenter) -> dict[str, 
             f"{folder}: holds a result of {case.name} from {differs}; choose another folder with "
             "-o, or --overwrite"
         )
-    return report if len(present) == len(names) else None
+    if len(present) < len(names):
+        return None
+    if _sha256(folder / names["labels"]) != report.get("labels_sha256"):
+        raise OutputError(
+            f"{folder / names['labels']}: was changed after attnseg wrote it; choose another "
+            "folder with -o, or --overwrite"
+        )
+    return report
 
 
 def _is_result(labels: Path) -> bool:
@@ -169,15 +178,17 @@ def make_report(
     volume: Volume,
     result: Segmentation,
     segmenter: Segmenter,
+    labels: bytes,
     elapsed_ms: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The report of one case, as plain values for JSON."""
+    """The report of one case, as plain values for JSON; `labels` is the file of its result."""
     return {
         "case": case.name,
         "attnseg": __version__,
         "intended_use": segmenter.bundle.manifest.intended_use,
         **_identity(segmenter),
         "inputs": _inputs(case, volume.sha256, segmenter),
+        "labels_sha256": hashlib.sha256(labels).hexdigest(),
         "shape": list(volume.shape),
         "spacing_mm": [round(s, 6) for s in volume.spacing_mm],
         "orientation": volume.orientation,

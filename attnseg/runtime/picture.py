@@ -57,17 +57,27 @@ def _panel(
     image: NDArray[np.uint8],
     labels: NDArray[np.uint8],
     values: Sequence[int],
-    height: int,
+    aspect: tuple[float, float],
 ) -> Image.Image:
-    """Grey slice, enlarged, with the outline of each label in its colour."""
-    big = image.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
-    rgb = np.stack([big] * 3, axis=-1)
+    """Grey slice with the outline of each label in its colour.
+
+    `aspect` is the height and the width of a voxel in units of the smallest spacing.
+    """
+    rows, columns = (
+        (np.arange(round(size * _SCALE * factor)) / (_SCALE * factor)).astype(int)
+        for size, factor in zip(image.shape, aspect, strict=True)
+    )
+    rgb = np.stack([image[rows][:, columns]] * 3, axis=-1)
+    big = labels[rows][:, columns]
     for order, value in enumerate(values):
-        mask = (labels == value).repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
-        rgb[_outline(mask)] = _COLOURS[order % len(_COLOURS)]
-    padded = np.zeros((height, rgb.shape[1], 3), np.uint8)
-    padded[: rgb.shape[0]] = rgb
-    return Image.fromarray(padded)
+        rgb[_outline(big == value)] = _COLOURS[order % len(_COLOURS)]
+    return Image.fromarray(rgb)
+
+
+def _aspect(spacing_mm: Sequence[float], axis: int) -> tuple[float, float]:
+    """Height and width of a voxel in the plane across `axis`, the smallest spacing being 1."""
+    across = [s / min(spacing_mm) for i, s in enumerate(spacing_mm) if i != axis]
+    return across[1], across[0]
 
 
 def _legend(draw: ImageDraw.ImageDraw, manifest: Manifest, top: int) -> None:
@@ -77,7 +87,7 @@ def _legend(draw: ImageDraw.ImageDraw, manifest: Manifest, top: int) -> None:
         draw.rectangle((x, top + 4, x + 9, top + 13), fill=colour)
         draw.text((x + 14, top + 3), label.name, fill=(220, 220, 220))
         x += 30 + int(draw.textlength(label.name))
-    draw.text((x, top + 3), manifest.intended_use, fill=(150, 150, 150))
+    draw.text((x, top + 3), f"{manifest.name}: {manifest.intended_use}", fill=(150, 150, 150))
 
 
 def render_picture(
@@ -102,15 +112,19 @@ def render_picture(
         channel = turned.channels[names.index(name)][box]
         planes = [_plane(channel, axis, section[axis]) for axis in (2, 1, 0)]
         top = max(float(np.percentile(p[p != 0], 99.5)) if p.any() else 0.0 for p in planes)
-        height = max(p.shape[0] for p in planes) * _SCALE
         rows.append(
             [
-                _panel(_grey(p, top), _plane(labels, axis, section[axis]), values, height)
+                _panel(
+                    _grey(p, top),
+                    _plane(labels, axis, section[axis]),
+                    values,
+                    _aspect(turned.spacing_mm, axis),
+                )
                 for p, axis in zip(planes, (2, 1, 0), strict=True)
             ]
         )
     width = sum(panel.width for panel in rows[0])
-    height = sum(row[0].height + _MARGIN for row in rows) + 2 * _MARGIN
+    height = sum(max(p.height for p in row) + _MARGIN for row in rows) + 2 * _MARGIN
     canvas = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(canvas)
     draw.text((4, 3), title, fill=(255, 255, 255))
@@ -121,8 +135,12 @@ def render_picture(
             text = f"{name}, {_PLANES[axis]} slice {section[axis] + box[axis].start}"
             draw.text((x + 4, y + 3), text, fill=(200, 200, 200))
             canvas.paste(panel, (x, y + _MARGIN))
+            if axis != 0:  # seen from below or in front: the patient's right is on the left
+                middle = y + _MARGIN + panel.height // 2
+                draw.text((x + 3, middle), "R", fill=(200, 200, 200))
+                draw.text((x + panel.width - 10, middle), "L", fill=(200, 200, 200))
             x += panel.width
-        y += row[0].height + _MARGIN
+        y += max(panel.height for panel in row) + _MARGIN
     _legend(draw, manifest, y)
     stream = io.BytesIO()
     canvas.save(stream, "PNG", compress_level=1)

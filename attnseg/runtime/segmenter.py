@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,15 +18,16 @@ from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.choice import open_engine
-from attnseg.runtime.errors import BundleError, ConfigError, ScanError
+from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.executor import Progress as WindowProgress
 from attnseg.runtime.executor import WindowOptions, sliding_window
-from attnseg.runtime.normalise import brain_box, normalise
+from attnseg.runtime.normalise import background_value, brain_box, normalise
 from attnseg.runtime.tta import Fuse, Fusion, Transform, argmax_classes, passes
 from attnseg.runtime.volume import Volume, check_volume, reorient
 from attnseg.runtime.windows import Shape
 
 _SPACING_TOLERANCE = 0.05  # relative; beyond it the report warns
+_FULL = 0.9  # share of non-zero voxels from which on a background of 0 is unlikely
 
 Progress = Callable[[float], None]
 """Called with the share of the work done, 0 to 1."""
@@ -146,20 +149,26 @@ class Segmenter:
         >>> labels = segmenter.segment(Volume(channels, affine)).labels
     """
 
-    def __init__(self, bundle: Bundle | None = None, options: SegmentOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | Path | str | None = None,
+        options: SegmentOptions | None = None,
+    ) -> None:
         """Open the engine.
 
         Args:
-            bundle: the model; None for the shipped one.
+            bundle: the model, or its folder; None for the shipped one.
             options: how to run it.
 
         Raises:
-            BundleError: the shipped bundle is damaged.
+            BundleError: the bundle is missing or damaged.
             ConfigError: an option has a value that is not allowed.
             EngineError: no engine is installed, or the one asked for cannot run the model.
         """
         options = options or SegmentOptions()
-        self.bundle = bundle = bundle or Bundle.default()
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.default() if bundle is None else Bundle.load(bundle)
+        self.bundle = bundle
         self._plan = plan = _plan(options, bundle.manifest.inference)
         self._engine = open_engine(
             options.engine, bundle.file("onnx"), options.precision, plan.threads
@@ -218,17 +227,40 @@ class Segmenter:
         with clock.stage("fuse"):
             return fusion.classes()
 
+    def _check_channels(self, volume: Volume) -> None:
+        """Refuse what is surely not what the model takes, though it could be computed with."""
+        names = [channel.name for channel in self.bundle.manifest.channels]
+        for name, channel in zip(names, volume.channels, strict=True):
+            value = background_value(channel)
+            if self.bundle.manifest.normalisation.foreground == "nonzero" and value != 0:
+                raise VolumeError(
+                    f"{name}: its background is {value:g}, the model takes 0 there; set the voxels "
+                    "outside the brain to 0"
+                )
+        for (a, first), (b, second) in combinations(zip(names, volume.channels, strict=True), 2):
+            middle = volume.shape[0] // 2
+            if not np.array_equal(first[middle], second[middle]):
+                continue  # nearly always decided here, without a look at every voxel
+            if np.array_equal(first, second) and first.any():
+                raise VolumeError(f"{a} and {b} hold the same voxels; check which file is which")
+
     def _warnings(self, volume: Volume) -> tuple[str, ...]:
-        wanted = np.array(self.bundle.manifest.spacing_mm)
-        spacing = np.array(volume.oriented(self.bundle.manifest.orientation).spacing_mm)
-        if np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
-            return volume.warnings
-        got, want = (" x ".join(f"{v:g}" for v in s.round(3)) for s in (spacing, wanted))
-        return (
-            *volume.warnings,
-            f"spacing is {got} mm, the model was trained at {want} mm: results may be poor; "
-            "resample the scan first",
-        )
+        manifest, warnings = self.bundle.manifest, list(volume.warnings)
+        wanted = np.array(manifest.spacing_mm)
+        spacing = np.array(volume.oriented(manifest.orientation).spacing_mm)
+        if not np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
+            got, want = (" x ".join(f"{v:g}" for v in s.round(3)) for s in (spacing, wanted))
+            warnings.append(
+                f"spacing is {got} mm, the model was trained at {want} mm: results may be poor; "
+                "resample the scan first"
+            )
+        share = np.count_nonzero(volume.channels[0]) / volume.channels[0].size
+        if manifest.normalisation.foreground == "nonzero" and share > _FULL:
+            warnings.append(
+                f"{share:.0%} of the voxels are not 0: the model takes skull-stripped scans with "
+                "a background of 0, and the result is likely wrong"
+            )
+        return tuple(warnings)
 
     def segment(self, volume: Volume, progress: Progress | None = None) -> Segmentation:
         """Segment one volume.
@@ -240,7 +272,8 @@ class Segmenter:
         Raises:
             ScanError: the number of channels is wrong.
             VolumeError: the channels are not arrays of one 3-D shape with finite numbers, or one
-                is all zero or has one value only.
+                is all zero, has one value only, has a background other than 0 where the model
+                takes 0, or equals another.
             BundleError: the network's classes are not those of the manifest.
             EngineError: the engine failed.
         """
@@ -249,6 +282,7 @@ class Segmenter:
             names = ", ".join(c.name for c in manifest.channels)
             raise ScanError(f"the model takes {names}, got {len(volume.channels)} channels")
         check_volume(volume)
+        self._check_channels(volume)
         with clock.stage("normalise"):
             turned = volume.oriented(manifest.orientation)
             box = brain_box(turned.channels, manifest.normalisation.foreground)

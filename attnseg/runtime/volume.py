@@ -215,7 +215,9 @@ def _voxels(path: Path, data: bytes, layout: _Layout) -> NDArray[Any]:
     """The scaled voxels `(X, Y, Z)`, in the memory order of the file; a view where it can be."""
     shape, dtype = layout.shape, layout.dtype
     if len(shape) != 3 or min(shape) < 2:
-        raise VolumeError(f"{path}: shape {shape} is not a 3-D image; give one volume per file")
+        raise VolumeError(
+            f"{path}: shape {shape} is not a 3-D image; save one volume per file, with three axes"
+        )
     if dtype.kind not in "iuf":
         raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers; convert them")
     size = math.prod(shape) * dtype.itemsize
@@ -298,14 +300,19 @@ def check_volume(volume: Volume) -> None:
         VolumeError: channels are not 3-D or of one shape, hold NaN or infinite voxels, or the
             affine is singular or not finite.
     """
-    shape = volume.channels[0].shape
     for index, channel in enumerate(volume.channels):
         name = f"channel {index + 1}"
+        if not isinstance(channel, np.ndarray):
+            raise VolumeError(f"{name}: expected a numpy array, got {type(channel).__name__}")
         if channel.ndim != 3 or min(channel.shape) < 1 or channel.dtype.kind not in "iuf":
             raise VolumeError(f"{name}: expected a 3-D array of real numbers, got {channel.shape}")
-        if channel.shape != shape:
-            raise VolumeError(f"{name}: shape {channel.shape} differs from {shape} of channel 1")
+        if channel.shape != volume.shape:
+            raise VolumeError(
+                f"{name}: shape {channel.shape} differs from {volume.shape} of channel 1"
+            )
         _check_finite(name, channel)
+    if np.shape(volume.affine) != (4, 4):
+        raise VolumeError(f"volume: its affine must be (4, 4), got {np.shape(volume.affine)}")
     _check_affine("volume", volume.affine)
 
 

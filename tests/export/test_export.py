@@ -12,7 +12,7 @@ import torch
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.export import verify
 from attnseg.export.checkpoint import load_trained
-from attnseg.export.export import Description, export_bundle
+from attnseg.export.export import export_bundle
 from attnseg.export.onnx import export_onnx, fold_batch_norms
 from attnseg.runtime.bundle import default_folder
 from attnseg.runtime.engines.choice import ENGINES, open_engine
@@ -88,9 +88,7 @@ def test_the_same_weights_give_the_same_bytes() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    manifest = Bundle.default().manifest
-    words = Description(manifest.name, manifest.description, manifest.intended_use)
-    bundle, parity = export_bundle(WEIGHTS, tmp_path_factory.mktemp("export") / "model", words)
+    bundle, parity = export_bundle(WEIGHTS, tmp_path_factory.mktemp("export") / "model")
     assert {p.engine.split()[0] for p in parity} == set(ENGINES)
     assert max(p.largest_difference for p in parity) < 1e-4
     return bundle
@@ -144,6 +142,8 @@ def test_a_taken_folder_is_refused_before_the_work(tmp_path: Path) -> None:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="does not exist"):
         load_trained(tmp_path / "gone.pt")
+    with pytest.raises(TrainingError, match=r"is a folder; give the weights\.safetensors in it"):
+        load_trained(tmp_path)
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_bytes(b"junk")
         with pytest.raises(TrainingError, match=f"{name}: is damaged or not a"):

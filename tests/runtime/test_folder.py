@@ -149,6 +149,18 @@ def test_a_case_that_lacks_a_file_is_still_of_its_options(
     assert "from other options" in result.note
 
 
+def test_labels_that_were_corrected_by_hand_are_kept(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    run(small_scan, tmp_path / "out", segmenter)
+    labels = tmp_path / "out" / "small_seg.nii.gz"
+    labels.write_bytes(labels.read_bytes() + b"x")
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    assert result.status == "failed"
+    assert f"{labels}: was changed after attnseg wrote it" in result.note
+    assert labels.read_bytes().endswith(b"x")
+
+
 def test_labels_that_a_stopped_run_left_are_made_anew(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter
 ) -> None:
@@ -166,7 +178,7 @@ def test_files_of_unknown_origin_are_not_overwritten(
     (tmp_path / "out" / name).write_text("{}")
     (result,) = run(small_scan, tmp_path / "out", segmenter)
     assert result.status == "failed"
-    assert f"{name}: is there, and attnseg did not write it" in result.note
+    assert f"{name}: is there without a report of attnseg" in result.note
     assert (tmp_path / "out" / name).read_text() == "{}"
 
 
@@ -187,7 +199,7 @@ def test_labels_of_unknown_origin_are_not_overwritten(
     (tmp_path / "out" / "small_seg.nii.gz").write_bytes(b"corrected by hand")
     (result,) = run(small_scan, tmp_path / "out", segmenter)
     assert result.status == "failed"
-    assert "is there, and attnseg did not write it" in result.note
+    assert "is there without a report of attnseg" in result.note
     assert (tmp_path / "out" / "small_seg.nii.gz").read_bytes() == b"corrected by hand"
 
 
@@ -251,7 +263,7 @@ def test_a_set_that_was_half_replaced_is_not_finished(
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(OutputError, match=r"out: cannot be written to \(File exists\)"):
+    with pytest.raises(OutputError, match="out: is a file, not a folder"):
         outputs.prepare_output(tmp_path / "out")
 
 

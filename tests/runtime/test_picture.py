@@ -64,3 +64,14 @@ def test_the_picture_does_not_depend_on_the_scans_orientation() -> None:
     other = Volume([labels], volume.affine).oriented("SAR").channels[0]
     first = render_picture(volume, labels, manifest, "x")
     assert render_picture(turned, np.asarray(other), manifest, "x") == first
+
+
+def test_voxels_are_drawn_in_their_shape() -> None:
+    images = np.random.default_rng(0).integers(1, 900, (4, 40, 44, 10)).astype(np.int16)
+    manifest, labels = Bundle.default().manifest, np.zeros((40, 44, 10), np.uint8)
+    sizes = [
+        Image.open(io.BytesIO(render_picture(Volume(images, affine), labels, manifest, "x"))).size
+        for affine in (np.diag([-1.0, -1, 1, 1]), np.diag([-1.0, -1, 5, 1]))
+    ]
+    # Two rows of panels 88 pixels high; 5 mm slices make the coronal and sagittal ones 100 high.
+    assert sizes[1][1] - sizes[0][1] == 2 * 12

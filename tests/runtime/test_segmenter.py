@@ -237,3 +237,29 @@ def test_a_window_may_be_a_numpy_integer(monkeypatch: pytest.MonkeyPatch) -> Non
     segmenter, stub = stubbed(monkeypatch, window=np.int64(32))
     segmenter.segment(BLOCK)
     assert set(stub.shapes) == {(1, 4, 32, 32, 32)}
+
+
+def test_a_background_other_than_0_is_refused(segmenter: Segmenter, volume: Volume) -> None:
+    shifted = [np.asarray(c) - 1000 if i == 2 else c for i, c in enumerate(volume.channels)]
+    with pytest.raises(VolumeError, match="t2: its background is -1000, the model takes 0 there"):
+        segmenter.segment(Volume(shifted, volume.affine))
+
+
+def test_a_noisy_background_is_warned_of(segmenter: Segmenter, volume: Volume) -> None:
+    noise = np.random.default_rng(0).integers(1, 20, (4, *volume.shape)).astype(np.int16)
+    noisy = [np.where(c == 0, n, c) for c, n in zip(volume.channels, noise, strict=True)]
+    result = segmenter.segment(Volume(noisy, volume.affine))
+    assert "100% of the voxels are not 0" in result.warnings[0]
+    assert segmenter.segment(volume).warnings == ()
+
+
+def test_one_scan_given_as_two_modalities_is_refused(segmenter: Segmenter, volume: Volume) -> None:
+    channels = [volume.channels[i] for i in (0, 1, 2, 0)]
+    with pytest.raises(VolumeError, match="t1 and flair hold the same voxels"):
+        segmenter.segment(Volume(channels, volume.affine))
+
+
+def test_a_bundle_may_be_named_by_its_folder(tmp_path: Path) -> None:
+    assert Segmenter(str(default_folder()), FP32).bundle == Bundle.default()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Segmenter(str(tmp_path))

@@ -214,6 +214,10 @@ def test_arrays_are_checked_as_strictly_as_files() -> None:
     ):
         with pytest.raises(VolumeError, match=message):
             check_volume(Volume(channels, np.eye(4)))
+    with pytest.raises(VolumeError, match="expected a numpy array, got Nifti1Image"):
+        check_volume(Volume([nib.Nifti1Image(good, np.eye(4))], np.eye(4)))
+    with pytest.raises(VolumeError, match=r"its affine must be \(4, 4\), got \(3, 3\)"):
+        check_volume(Volume([good], np.eye(3)))
     with pytest.raises(VolumeError, match="volume: its affine is singular"):
         check_volume(Volume([good], np.zeros((4, 4))))
 
