@@ -91,12 +91,12 @@ def sliding_window(
                 batch[0] = content
             with clock.stage("network"):
                 logits = engine.infer(batch)[0]
-            if not np.isfinite(logits).all():
-                raise EngineError(
-                    f"engine {engine.info.name} gave logits that are not finite in "
-                    f"{engine.info.precision}; try --precision fp32 or another engine"
-                )
             with clock.stage("blend"):
+                if not np.isfinite(logits).all():
+                    raise EngineError(
+                        f"engine {engine.info.name} gave logits that are not finite in "
+                        f"{engine.info.precision}; try --precision fp32 or another engine"
+                    )
                 if blended is None:
                     blended = np.zeros((logits.shape[0], *plan.padded_shape), np.float32)
                     weighted = np.empty_like(logits)

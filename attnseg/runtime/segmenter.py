@@ -281,9 +281,10 @@ class Segmenter:
         if len(volume.channels) != len(manifest.channels):
             names = ", ".join(c.name for c in manifest.channels)
             raise ScanError(f"the model takes {names}, got {len(volume.channels)} channels")
-        check_volume(volume)
-        self._check_channels(volume)
         with clock.stage("normalise"):
+            check_volume(volume)
+            self._check_channels(volume)
+            warnings = self._warnings(volume)
             turned = volume.oriented(manifest.orientation)
             box = brain_box(turned.channels, manifest.normalisation.foreground)
             channels = [c[box] for c in turned.channels]
@@ -295,8 +296,8 @@ class Segmenter:
             values = np.array([label.value for label in manifest.labels], np.uint8)
             labels = np.zeros(turned.shape, np.uint8, order="F")
             labels[box] = values[classes]
+            voxels = np.bincount(labels[box].ravel(order="K"), minlength=256)
             labels = reorient(labels, manifest.orientation, volume.orientation)
-        voxels = np.bincount(values[classes].ravel(), minlength=256)
         voxel_ml = float(abs(np.linalg.det(volume.affine[:3, :3]))) / 1000
         return Segmentation(
             labels,
@@ -307,5 +308,5 @@ class Segmenter:
             clock.elapsed_ms,
             len(self._plan.window.plan(image.shape[1:]).windows),
             removed,
-            self._warnings(volume),
+            warnings,
         )

@@ -51,8 +51,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def run_split(run: Path) -> dict[str, list[str]]:
-    """The split that the run in a folder was started with.
+def load_run(run: Path) -> dict[str, Any]:
+    """The last checkpoint of the run in a folder, to resume it from.
 
     Raises:
         TrainingError: the folder holds no run that could be resumed.
@@ -62,7 +62,12 @@ def run_split(run: Path) -> dict[str, list[str]]:
         raise TrainingError(
             f"{last}: does not exist, so there is no run to resume; leave --resume out"
         )
-    split: dict[str, list[str]] = load_checkpoint(last)["split"]
+    return load_checkpoint(last)
+
+
+def run_split(run: Path) -> dict[str, list[str]]:
+    """The split that the run in a folder was started with; errors as for `load_run`."""
+    split: dict[str, list[str]] = load_run(run)["split"]
     return split
 
 

@@ -32,8 +32,7 @@ from attnseg.trainer.augment import augment, margin_voxels
 from attnseg.trainer.checkpoint import (
     checkpoint_config,
     checkpoint_normalisation,
-    load_checkpoint,
-    run_split,
+    load_run,
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
@@ -349,15 +348,12 @@ def train(data: DataSet, config: TrainConfig, output: Path, resume: bool = False
         TrainingError: `output` holds another run, a case cannot be used, the loss is not
             finite, or a checkpoint cannot be written.
     """
-    last = output / "last.pt"
-    if last.exists() and not resume:
+    if not resume and (output / "last.pt").exists():
         raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
-    if resume:
-        data = data.with_split(run_split(output))
-    stored = load_checkpoint(last) if resume else None
+    stored = load_run(output) if resume else None
     output.mkdir(parents=True, exist_ok=True)
     if stored:
-        config = checkpoint_config(stored)
+        config, data = checkpoint_config(stored), data.with_split(stored["split"])
         normalisation = checkpoint_normalisation(stored)
     else:
         landmarks = learn_landmarks(data.part("train")) if config.histogram_matching else None
