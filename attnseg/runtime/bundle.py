@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.grid import Grid
 from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.scans import Channel
 
@@ -98,6 +99,7 @@ class Manifest(_Record):
     display: Annotated[tuple[str, ...], Field(min_length=1)]
     orientation: str
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    grid: Grid | None = None
     normalisation: Normalisation
     inference: Inference
     network: dict[str, Any]
@@ -125,8 +127,13 @@ class Manifest(_Record):
             if not set(region) <= set(values):
                 raise ValueError(f"region {name} names a label that does not exist")
         for channel in self.channels:
-            if not channel.suffixes or any(s != s.lower() or not s for s in channel.suffixes):
+            if not channel.suffixes or any(s != s.lower() for s in channel.suffixes):
                 raise ValueError(f"channel {channel.name} needs suffixes, in lower case")
+        if (
+            any("" in c.suffixes for c in self.channels)
+            and len({c.suffixes for c in self.channels}) > 1
+        ):
+            raise ValueError("an empty suffix stands for any file, so all channels must have it")
         if not set(self.display) <= set(names):
             raise ValueError("display names a channel that does not exist")
         if sorted("LAS".find(_AXIS.get(c, "?")) for c in self.orientation) != [0, 1, 2]:

@@ -40,7 +40,8 @@ class WindowOptions:
         return plan_windows(shape, window, self.overlap)
 
 
-def _pad(image: NDArray[np.float32], plan: WindowPlan) -> NDArray[np.float32]:
+def pad_image(image: NDArray[np.float32], plan: WindowPlan) -> NDArray[np.float32]:
+    """`(C, X, Y, Z)` with zeros around it, so that every window of the plan lies inside."""
     if image.shape[1:] == plan.padded_shape:
         return image
     padded = np.zeros((image.shape[0], *plan.padded_shape), np.float32)
@@ -78,7 +79,7 @@ def sliding_window(
     clock = clock or StageClock()
     plan = options.plan(image.shape[1:])
     with clock.stage("blend"):
-        padded = _pad(image, plan)
+        padded = pad_image(image, plan)
         weights = importance_map(plan.window)
         weight_sum = np.zeros(plan.padded_shape, np.float32)
         batch = np.empty((1, image.shape[0], *plan.window), np.float32)

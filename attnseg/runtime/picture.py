@@ -90,8 +90,18 @@ def _legend(draw: ImageDraw.ImageDraw, manifest: Manifest, top: int) -> None:
     draw.text((x, top + 3), f"{manifest.name}: {manifest.intended_use}", fill=(150, 150, 150))
 
 
+def _encode(canvas: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    canvas.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
 def render_picture(
-    volume: Volume, labels: NDArray[np.uint8], manifest: Manifest, title: str
+    volume: Volume,
+    labels: NDArray[np.uint8],
+    manifest: Manifest,
+    title: str,
+    truth: NDArray[np.uint8] | None = None,
 ) -> bytes:
     """A PNG file: one row per channel in the manifest's `display`, one column per plane.
 
@@ -100,11 +110,36 @@ def render_picture(
         labels: `(X, Y, Z)` uint8 in the volume's grid.
         manifest: names and values of the labels, channels to show.
         title: printed above.
+        truth: expert labels like `labels`; given, they are drawn below, on the same slices,
+            which are then those with most of them, if there are any.
     """
+    if truth is None:
+        return _encode(_draw(volume, labels, manifest, title, labels))
+    focus = truth if truth.any() else labels
+    parts = [
+        _draw(volume, labels, manifest, title, focus),
+        _draw(volume, truth, manifest, "truth", focus),
+    ]
+    canvas = Image.new("RGB", (parts[0].width, sum(part.height for part in parts)))
+    canvas.paste(parts[0], (0, 0))
+    canvas.paste(parts[1], (0, parts[0].height))
+    return _encode(canvas)
+
+
+def _draw(
+    volume: Volume,
+    labels: NDArray[np.uint8],
+    manifest: Manifest,
+    title: str,
+    focus: NDArray[np.uint8],
+) -> Image.Image:
+    """The picture of `labels`, on the slices with most voxels of `focus`."""
     turned = volume.oriented(_DISPLAY_ORIENTATION)
     box = brain_box(turned.channels, manifest.normalisation.foreground)
-    labels = reorient(labels, volume.orientation, _DISPLAY_ORIENTATION)[box]
-    section = _largest_section(labels)
+    labels, focus = (
+        reorient(array, volume.orientation, _DISPLAY_ORIENTATION)[box] for array in (labels, focus)
+    )
+    section = _largest_section(focus)
     names = [channel.name for channel in manifest.channels]
     values = [label.value for label in manifest.labels[1:]]
     rows = []
@@ -142,6 +177,4 @@ def render_picture(
             x += panel.width
         y += max(panel.height for panel in row) + _MARGIN
     _legend(draw, manifest, y)
-    stream = io.BytesIO()
-    canvas.save(stream, "PNG", compress_level=1)
-    return stream.getvalue()
+    return canvas

@@ -21,7 +21,11 @@ _EXTENSIONS = (".nii.gz", ".nii")
 
 @dataclass(frozen=True)
 class Channel:
-    """One input of the model: its name, and the suffixes its files are known by."""
+    """One input of the model: its name, and the suffixes its files are known by.
+
+    Channels with the same suffixes are the volumes of one 4-D file, in order. The empty suffix
+    stands for every file that is not a label file.
+    """
 
     name: str
     suffixes: tuple[str, ...]
@@ -74,6 +78,8 @@ def _prefix(file: Path, suffixes: Sequence[str]) -> str | None:
     if stem is None:
         return None
     for suffix in suffixes:
+        if not suffix:
+            return None if stem.lower().endswith(LABEL_SUFFIXES) else stem
         if stem.lower() == suffix.lstrip("_-"):
             return ""
         if stem.lower().endswith(suffix) and len(stem) > len(suffix):
@@ -114,11 +120,13 @@ def _collect(folder: Path, channels: Sequence[Channel]) -> Iterator[tuple[str, l
     """Cases of one folder, each with the files found for every channel."""
     found: dict[str, list[list[Path]]] = {}
     for file in _nifti_files(folder):
-        for index, channel in enumerate(channels):
-            prefix = _prefix(file, channel.suffixes)
+        for suffixes in dict.fromkeys(channel.suffixes for channel in channels):
+            prefix = _prefix(file, suffixes)
             if prefix is not None:
-                name = prefix or folder.resolve().name
-                found.setdefault(name, [[] for _ in channels])[index].append(file)
+                files = found.setdefault(prefix or folder.resolve().name, [[] for _ in channels])
+                for channel, matches in zip(channels, files, strict=True):
+                    if channel.suffixes == suffixes:
+                        matches.append(file)
                 break
     yield from sorted(found.items())
 
@@ -174,7 +182,7 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
             else:
                 cases[name] = Case(name, folder, tuple(f[0] for f in files))
     if not cases and not problems:
-        names = ", ".join(f"*{c.suffixes[0]}.nii.gz" for c in channels)
+        names = ", ".join(dict.fromkeys(f"*{c.suffixes[0]}.nii.gz" for c in channels))
         raise ScanError(f"{root}: holds no case; expected files such as {names}")
     return Scans(tuple(cases.values()), problems)
 

@@ -21,7 +21,8 @@ from attnseg.runtime.engines.choice import open_engine
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.executor import Progress as WindowProgress
 from attnseg.runtime.executor import WindowOptions, sliding_window
-from attnseg.runtime.normalise import background_value, brain_box, normalise
+from attnseg.runtime.normalise import background_value
+from attnseg.runtime.prepare import Prepared, prepare
 from attnseg.runtime.tta import Fuse, Fusion, Transform, argmax_classes, passes
 from attnseg.runtime.volume import Volume, check_volume, reorient
 from attnseg.runtime.windows import Shape
@@ -191,13 +192,13 @@ class Segmenter:
 
     def _logits(
         self,
-        image: NDArray[np.float32],
+        scan: Prepared,
         transform: Transform,
         clock: StageClock,
         progress: WindowProgress | None,
     ) -> NDArray[np.float32]:
-        """Logits of one pass, its transform undone."""
-        turned = transform.apply(image)
+        """Logits of one pass on the scan's own grid, its transform undone."""
+        turned = transform.apply(scan.image)
         logits = sliding_window(turned, self._engine, self._plan.window, progress, clock)
         labels = self.bundle.manifest.labels
         if logits.shape[0] != len(labels):
@@ -205,12 +206,16 @@ class Segmenter:
                 f"{self.bundle.folder}: its network gives {logits.shape[0]} classes, its manifest "
                 f"names {len(labels)} labels; export it again"
             )
-        return transform.invert(logits)
+        logits = transform.invert(logits)
+        if not scan.resampled:
+            return logits
+        with clock.stage("resample"):
+            return scan.restore(logits)
 
     def _classes(
-        self, image: NDArray[np.float32], clock: StageClock, progress: Progress | None
+        self, scan: Prepared, clock: StageClock, progress: Progress | None
     ) -> NDArray[np.uint8]:
-        """Class per voxel of a normalised image `(C, X, Y, Z)`, over all passes."""
+        """Class per voxel of the scan's result box, over all passes."""
         transforms = self._plan.transforms
         fusion = Fusion(self._plan.fuse)
         for index, transform in enumerate(transforms):
@@ -219,7 +224,7 @@ class Segmenter:
                 if progress:
                     progress((before + done / of) / len(transforms))
 
-            logits = self._logits(image, transform, clock, advance)
+            logits = self._logits(scan, transform, clock, advance)
             with clock.stage("fuse"):
                 if len(transforms) == 1:
                     return argmax_classes(logits)
@@ -248,7 +253,8 @@ class Segmenter:
         manifest, warnings = self.bundle.manifest, list(volume.warnings)
         wanted = np.array(manifest.spacing_mm)
         spacing = np.array(volume.oriented(manifest.orientation).spacing_mm)
-        if not np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
+        resampled = manifest.grid is not None and manifest.grid.spacing_mm is not None
+        if not resampled and not np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
             got, want = (" x ".join(f"{v:g}" for v in s.round(3)) for s in (spacing, wanted))
             warnings.append(
                 f"spacing is {got} mm, the model was trained at {want} mm: results may be poor; "
@@ -286,10 +292,9 @@ class Segmenter:
             self._check_channels(volume)
             warnings = self._warnings(volume)
             turned = volume.oriented(manifest.orientation)
-            box = brain_box(turned.channels, manifest.normalisation.foreground)
-            channels = [c[box] for c in turned.channels]
-            image = normalise(channels, manifest.normalisation, self._plan.threads)
-        classes = self._classes(image, clock, progress)
+            scan = prepare(turned, manifest.grid, manifest.normalisation, self._plan.threads)
+        classes = self._classes(scan, clock, progress)
+        box = scan.result_box
         with clock.stage("clean-up"):
             classes, removed = remove_small_components(classes, self._plan.min_voxels)
         with clock.stage("paste"):
@@ -306,7 +311,7 @@ class Segmenter:
                 for name, region in manifest.regions.items()
             },
             clock.elapsed_ms,
-            len(self._plan.window.plan(image.shape[1:]).windows),
+            len(self._plan.window.plan(scan.image.shape[1:]).windows),
             removed,
             warnings,
         )

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ LABEL_DESCRIPTION = b"attnseg labels"
 """What the header of every label file written here says."""
 _AFFINE_TOLERANCE_MM = 1e-3
 _GZIP_MAGIC = b"\x1f\x8b"
+_HEADER_BYTES = 1 << 16  # room for extensions
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,15 @@ def _check_finite(path: Path | str, array: NDArray[Any]) -> None:
         )
 
 
-def _read_image(path: Path) -> _Image:
+def _read_image(path: Path, volumes: int = 1) -> _Image:
+    """The image of a file, `(X, Y, Z)`, or `(X, Y, Z, volumes)` where several are asked for."""
     try:
         stored = path.read_bytes()
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
     data = _inflate(path, stored)
     layout = _parse_header(path, data)
-    array = _voxels(path, data, layout)
+    array = _voxels(path, data, layout, volumes)
     _check_finite(path, array)
     _check_affine(path, layout.affine)
     checksum = hashlib.sha256(stored).hexdigest()
@@ -211,10 +214,15 @@ def _read_image(path: Path) -> _Image:
     return _Image(array, layout.affine, layout.header, checksum, warnings)
 
 
-def _voxels(path: Path, data: bytes, layout: _Layout) -> NDArray[Any]:
-    """The scaled voxels `(X, Y, Z)`, in the memory order of the file; a view where it can be."""
+def _voxels(path: Path, data: bytes, layout: _Layout, volumes: int) -> NDArray[Any]:
+    """The scaled voxels, in the memory order of the file; a view where it can be."""
     shape, dtype = layout.shape, layout.dtype
-    if len(shape) != 3 or min(shape) < 2:
+    if volumes > 1 and shape[3:] != (volumes,):
+        raise VolumeError(
+            f"{path}: shape {shape} is not one 4-D image of {volumes} volumes, which the model "
+            "takes as its channels"
+        )
+    if len(shape) != 3 + (volumes > 1) or min(shape) < 2:
         raise VolumeError(
             f"{path}: shape {shape} is not a 3-D image; save one volume per file, with three axes"
         )
@@ -251,7 +259,8 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     """Read one file per channel.
 
     Args:
-        paths: `.nii` or `.nii.gz`, in channel order.
+        paths: `.nii` or `.nii.gz`, in channel order. A file that is named several times is
+            4-D, and its volumes are those channels.
         threads: files read at the same time.
 
     Returns:
@@ -262,8 +271,15 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
         VolumeError: a file is missing, truncated, damaged, not 3-D, holds NaN or infinite
             voxels or only zeros, or its shape or affine differs from the first file's.
     """
+    volumes = Counter(paths)
     with ThreadPoolExecutor(threads) as pool:
-        images = list(pool.map(_read_image, paths))
+        read = dict(zip(volumes, pool.map(_read_image, volumes, volumes.values()), strict=True))
+    images = []
+    for index, path in enumerate(paths):
+        image = read[path]
+        if volumes[path] > 1:
+            image = replace(image, array=image.array[..., list(paths[:index]).count(path)])
+        images.append(image)
     for path, image in zip(paths, images, strict=True):
         _check_same_grid(paths[0], images[0], path, image)
         if not image.array.any():
@@ -277,19 +293,40 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     )
 
 
-def read_labels(path: Path, scan: Path | None = None) -> Volume:
+def read_affine(path: Path) -> Affine:
+    """The `(4, 4)` affine of a file, from its header alone.
+
+    Raises:
+        VolumeError: the header cannot be read, or its affine is none.
+    """
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == _GZIP_MAGIC
+        with igzip.open(path) if zipped else path.open("rb") as stream:  # type: ignore[no-untyped-call]
+            start = stream.read(_HEADER_BYTES)
+    except (OSError, EOFError, isal_zlib.error) as error:  # type: ignore[misc]
+        raise VolumeError(f"{path}: cannot be read ({error})") from error
+    affine = _parse_header(path, bytes(start)).affine
+    _check_affine(path, affine)
+    return affine
+
+
+def read_labels(path: Path, scan: Path | None = None, scan_volumes: int = 1) -> Volume:
     """Read a label file, which may be empty, as a volume of one channel.
 
     Args:
         path: `.nii` or `.nii.gz`.
         scan: a file that the labels must share the grid of.
+        scan_volumes: that it holds; more than one if it is 4-D.
 
     Raises:
         VolumeError: as for `read_volume`.
     """
     labels = _read_image(path)
     if scan is not None:
-        _check_same_grid(scan, _read_image(scan), path, labels)
+        image = _read_image(scan, scan_volumes)
+        first = image.array if scan_volumes == 1 else image.array[..., 0]
+        _check_same_grid(scan, replace(image, array=first), path, labels)
     return Volume([labels.array], labels.affine, labels.header, (labels.sha256,), labels.warnings)
 
 

@@ -87,6 +87,10 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
         ({"normalisation": {"foreground": "nonzero"}}, "must both be there"),
         ({"channels": [{"name": "t1", "suffixes": []}]}, "channel t1 needs suffixes"),
         ({"channels": [{"name": "t1", "suffixes": ["_T1"]}]}, "in lower case"),
+        (
+            {"channels": [{"name": "a", "suffixes": [""]}, {"name": "b", "suffixes": ["_b"]}]},
+            "an empty suffix stands for any file",
+        ),
         ({"inference": {"overlap": 0.25}}, r"inference\.window"),
         ({"spacing_mm": [0, 1, 1]}, "spacing_mm"),
         ({"files": {}}, "one file of role onnx"),

@@ -8,8 +8,8 @@ from monai.inferers import sliding_window_inference
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.executor import WindowOptions, sliding_window
-from attnseg.trainer.loop import TorchEngine
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
+from attnseg.trainer.validate import TorchEngine
 from tests.conftest import LinearEngine
 
 IDENTITY = np.eye(2, dtype=np.float32)

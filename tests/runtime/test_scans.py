@@ -3,10 +3,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnseg.runtime.errors import ScanError
 from attnseg.runtime.scans import BRATS_CHANNELS, Channel, find_cases, find_scans
+from attnseg.runtime.volume import read_volume
+from tests.conftest import SaveImage
+
+ANY_FILE = ("",)
+MRI = (Channel("flair", ANY_FILE), Channel("t1", ANY_FILE), Channel("t2", ANY_FILE))
 
 LAYOUTS = {
     "2018": ("Brats18_A_1", ("_t1", "_t1ce", "_t2", "_flair"), ".nii.gz"),
@@ -184,3 +190,47 @@ def test_a_folder_whose_files_cannot_be_looked_at_hides_no_other_case(
     assert [c.name for c in scans.cases] == ["b"]
     (problem,) = scans.problems.values()
     assert "cannot be read (Permission denied)" in str(problem)
+
+
+def test_every_image_but_a_label_file_is_a_case_of_the_empty_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "liver_1", ("", "_seg", "-seg", "_SEG"))
+    touch(tmp_path, "liver_2", ("",), ".nii")
+    touch(tmp_path / "more", "spleen", ("",))
+    cases = find_cases(tmp_path, (Channel("ct", ANY_FILE),)).cases
+    assert [c.name for c in cases] == ["liver_1", "liver_2", "spleen"]
+    assert [f.name for f in cases[0].files] == ["liver_1.nii.gz"]
+
+
+def test_the_volumes_of_a_4d_file_are_the_channels_in_order(
+    tmp_path: Path, save_image: SaveImage
+) -> None:
+    array = np.arange(1, 4 * 5 * 6 * 3 + 1, dtype=np.int16).reshape(4, 5, 6, 3)
+    path = save_image(array, "brain_7.nii.gz", np.diag([2.0, 3, 4, 1]))
+    save_image(array[..., 0], "brain_7_seg.nii.gz")
+    (case,) = find_cases(tmp_path, MRI).cases
+    assert (case.name, case.files) == ("brain_7", (path, path, path))
+    volume = read_volume(case.files)
+    for index, channel in enumerate(volume.channels):
+        np.testing.assert_array_equal(channel, array[..., index])
+    assert volume.spacing_mm == (2, 3, 4)
+
+
+def test_two_cases_of_the_empty_suffix_with_one_name_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "liver_1", ("",))
+    touch(tmp_path, "liver_1", ("",), ".nii")
+    scans = find_cases(tmp_path, MRI)
+    assert not scans.cases
+    expected = "case liver_1 has several files for flair (liver_1.nii, liver_1.nii.gz); keep one"
+    assert expected in str(scans.problems["liver_1"])
+
+
+def test_a_folder_of_label_files_holds_no_case(tmp_path: Path) -> None:
+    touch(tmp_path, "liver_1", ("_seg",))
+    with pytest.raises(ScanError, match=r"holds no case; expected files such as \*\.nii\.gz"):
+        find_cases(tmp_path, MRI)
+
+
+def test_one_4d_file_may_be_given_by_channel(tmp_path: Path) -> None:
+    file = tmp_path / "x.nii.gz"
+    (case,) = find_scans(None, dict.fromkeys(("flair", "t1", "t2"), file), MRI).cases
+    assert (case.name, case.files) == ("x", (file,) * 3)

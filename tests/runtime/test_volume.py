@@ -156,6 +156,33 @@ def test_only_3d_images_are_taken(save_image: SaveImage, shape: tuple[int, ...])
         read_volume([save_image(ramp(shape))])
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 1), (4, 5, 6, 2), (4, 5, 6, 4)])
+def test_a_file_with_another_number_of_volumes_is_refused(
+    save_image: SaveImage, shape: tuple[int, ...]
+) -> None:
+    path = save_image(ramp(shape))
+    with pytest.raises(VolumeError, match="is not one 4-D image of 3 volumes") as caught:
+        read_volume([path] * 3)
+    assert str(caught.value).startswith(f"{path}: shape {shape} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_volume_of_zeros_in_a_4d_file_is_refused(save_image: SaveImage) -> None:
+    array = np.stack([ramp(), np.zeros((4, 5, 6), np.int16)], axis=-1)
+    with pytest.raises(VolumeError, match="holds only zeros"):
+        read_volume([save_image(array)] * 2)
+
+
+def test_labels_share_the_grid_of_a_4d_scan(save_image: SaveImage) -> None:
+    scan = save_image(ramp((4, 5, 6, 2)), "scan.nii")
+    assert read_labels(save_image(ramp(), "good.nii"), scan, 2).shape == (4, 5, 6)
+    other = save_image(ramp((4, 5, 7)), "other.nii")
+    with pytest.raises(
+        VolumeError, match=r"other\.nii: shape \(4, 5, 7\) differs from \(4, 5, 6\)"
+    ):
+        read_labels(other, scan, 2)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_voxels_that_are_not_finite_are_counted_and_placed(
     save_image: SaveImage, value: float

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.runtime.bundle import Label, Manifest, file_entry, write_bundle
+from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.grid import Grid, resample, resample_volume, restore_logits
+from attnseg.runtime.normalise import Normalisation
+from attnseg.runtime.scans import Channel
+from tests.conftest import LinearEngine
+
+ANISOTROPIC = np.array([[0, 0, 3.0, 5], [-1.0, 0, 0, 6], [0, 2.0, 0, 7], [0, 0, 0, 1]])
+
+sizes = st.integers(2, 9)
+shapes = st.tuples(sizes, sizes, sizes)
+millimetres = st.floats(0.5, 5)
+spacings = st.tuples(millimetres, millimetres, millimetres)
+grids = st.builds(lambda s: Grid(shape=s), shapes) | st.builds(
+    lambda s: Grid(spacing_mm=s), spacings
+)
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def corners_mm(volume: Volume) -> np.ndarray:
+    """Where the outer faces of the first and the last voxel meet, in the world."""
+    ends = [(-0.5, -0.5, -0.5), tuple(n - 0.5 for n in volume.shape)]
+    return nib.affines.apply_affine(volume.affine, ends)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "either a shape or a spacing_mm"),
+        ({"shape": (4, 4, 4), "spacing_mm": (1.0, 1.0, 1.0)}, "either a shape or a spacing_mm"),
+        ({"shape": (4, 4)}, r"three positive numbers, got \(4, 4\)"),
+        ({"shape": (4, 0, 4)}, r"three positive numbers, got \(4, 0, 4\)"),
+        ({"spacing_mm": (1.0, -1.0, 1.0)}, "three positive numbers"),
+        ({"spacing_mm": (1.0, math.nan, 1.0)}, "three positive numbers"),
+        ({"spacing_mm": (1.0, math.inf, 1.0)}, "three positive numbers"),
+    ],
+    ids=str,
+)
+def test_a_grid_is_one_shape_or_one_spacing(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Grid(**fields)
+
+
+def test_the_shape_of_a_spacing_covers_the_same_space() -> None:
+    volume = Volume([np.zeros((10, 7, 5))], np.diag([1.0, 2.0, 3.0, 1.0]))
+    assert Grid(spacing_mm=(2.0, 2.0, 2.0)).shape_for(volume) == (5, 7, 8)  # 7.5 rounds to even
+    assert Grid(spacing_mm=(99.0, 99.0, 99.0)).shape_for(volume) == (2, 2, 2)
+    assert Grid(shape=(3, 4, 5)).shape_for(volume) == (3, 4, 5)
+
+
+def test_halving_and_doubling_by_hand() -> None:
+    # Pairs of voxels are averaged; the outermost quarters have one neighbour only.
+    ramp = np.array([0.0, 2.0, 4.0, 6.0]).reshape(4, 1, 1)
+    assert resample(ramp, (2, 1, 1)).ravel().tolist() == [1, 5]
+    assert resample(ramp[:2], (4, 1, 1)).ravel().tolist() == [0, 0.5, 1.5, 2]
+    assert resample(ramp, (2, 1, 1), nearest=True).ravel().tolist() == [2, 6]
+
+
+@given(before=shapes, after=shapes)
+def test_interpolation_is_that_of_torch(
+    before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    array = noise(before)
+    whole = torch.from_numpy(array)[None, None]
+    expected = torch.nn.functional.interpolate(whole, after, mode="trilinear")[0, 0]
+    np.testing.assert_allclose(resample(array, after), expected.numpy(), atol=1e-4)
+
+
+@given(before=shapes, after=shapes)
+def test_labels_stay_labels(before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
+    labels = np.random.default_rng(0).choice(np.array([0, 1, 2, 4], np.uint8), before)
+    moved = resample(labels, after, nearest=True)
+    assert (moved.shape, moved.dtype) == (after, np.uint8)
+    assert set(np.unique(moved)) <= set(np.unique(labels))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8"])
+def test_the_dtype_is_kept_and_integers_are_rounded(dtype: str) -> None:
+    array = (noise((5, 6, 7)) * 200).astype(dtype)
+    moved = resample(array, (8, 5, 9))
+    assert moved.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(moved, resample(array.astype(float), (8, 5, 9)), atol=0.5001)
+
+
+@given(shape=shapes, grid=grids, spacing=spacings)
+def test_resampling_leaves_the_outer_faces_where_they_were(
+    shape: tuple[int, int, int], grid: Grid, spacing: tuple[float, float, float]
+) -> None:
+    affine = ANISOTROPIC @ np.diag([*spacing, 1.0])
+    volume = Volume([noise(shape), noise(shape, 1)], affine)
+    moved = resample_volume(volume, grid)
+    np.testing.assert_allclose(corners_mm(moved), corners_mm(volume), atol=1e-9)
+    assert moved.shape == grid.shape_for(volume)
+    assert moved.orientation == volume.orientation
+    assert len(moved.channels) == 2
+
+
+@given(before=shapes, after=shapes, axis=st.integers(0, 2))
+def test_voxels_hold_what_lies_at_their_place_in_the_world(
+    before: tuple[int, int, int], after: tuple[int, int, int], axis: int
+) -> None:
+    # Each voxel holds its own place in mm, so that a resampled one has to as well, but for the
+    # outermost half voxels, beyond the first and last centre.
+    def places(volume_affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+        index = np.stack(np.indices(shape), axis=-1)
+        return nib.affines.apply_affine(volume_affine, index)[..., axis]
+
+    volume = Volume([places(ANISOTROPIC, before)], ANISOTROPIC)
+    moved = resample_volume(volume, Grid(shape=after))
+    expected = places(moved.affine, after).clip(volume.channels[0].min(), volume.channels[0].max())
+    np.testing.assert_allclose(moved.channels[0], expected, atol=1e-9)
+
+
+def test_no_grid_and_the_own_shape_change_nothing() -> None:
+    volume = Volume([noise((4, 5, 6))], ANISOTROPIC)
+    assert resample_volume(volume, None) is volume
+    own = resample_volume(volume, Grid(shape=(4, 5, 6)))
+    assert own.channels[0] is volume.channels[0]
+    np.testing.assert_array_equal(own.affine, volume.affine)
+
+
+def test_logits_of_a_box_are_put_back_where_it_lay() -> None:
+    logits = np.stack([np.full((2, 2, 2), -3.0), np.full((2, 2, 2), 3.0)]).astype(np.float32)
+    box = (slice(1, 3), slice(0, 2), slice(2, 4))
+    restored = restore_logits(logits, box, (4, 4, 4), (8, 8, 8))
+    assert (restored.shape, restored.dtype) == ((2, 8, 8, 8), np.float32)
+    expected = np.zeros((8, 8, 8), int)
+    expected[2:6, 0:4, 4:8] = 1
+    inside = np.zeros((8, 8, 8), bool)
+    inside[3:5, 0:3, 5:8] = True  # beyond interpolation from the voxels around the box
+    assert (restored[1][inside] == 3).all() and (restored[0][inside] == -3).all()
+    far = np.ones((8, 8, 8), bool)
+    far[1:7, 0:5, 3:8] = False
+    assert not restored[:, far].any()
+    assert (restored.argmax(axis=0)[expected == 1] == 1).all()
+
+
+def test_logits_on_the_scans_own_shape_are_put_back_exactly() -> None:
+    logits = noise((3, 2, 3, 4))
+    box = (slice(1, 3), slice(0, 3), slice(0, 4))
+    restored = restore_logits(logits, box, (4, 4, 4), (4, 4, 4))
+    np.testing.assert_array_equal(restored[(slice(None), *box)], logits)
+    assert np.count_nonzero(restored) == logits.size
+
+
+def ball_manifest(grid: Grid | None) -> Manifest:
+    """A model of one channel and one region, which takes any background."""
+    shipped = Bundle.default().manifest
+    return shipped.model_copy(
+        update={
+            "channels": (Channel("ct", ("",)),),
+            "labels": (Label(name="background", value=0), Label(name="ball", value=7)),
+            "regions": {"ball": (7,)},
+            "display": ("ct",),
+            "grid": grid,
+            "normalisation": Normalisation("all"),
+            "inference": shipped.inference.model_copy(
+                update={"window": (16, 16, 16), "window_multiple": 4, "min_voxels": 0}
+            ),
+            "training": None,
+            "validation": None,
+            "files": {"model.onnx": file_entry("onnx", b"onnx")},
+        }
+    )
+
+
+def ball(orientation: str) -> Volume:
+    """A smooth ball in voxels of 1 x 1 x 2 mm."""
+    x, y, z = np.ogrid[:30, :26, :14]
+    square_mm = (x - 16) ** 2 + (y - 12) ** 2 + (2 * (z - 7)) ** 2
+    image = (1000 * np.exp(-square_mm / 100)).astype(np.int16)
+    return Volume([image], np.diag([-1.0, -1.0, 2.0, 1.0])).oriented(orientation)
+
+
+class CountingEngine(LinearEngine):
+    """Class 1 where the image is above its mean; keeps the shapes that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(np.array([[-1.0], [1.0]], np.float32))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        self.shapes.append(batch.shape)
+        return super().infer(batch)
+
+
+def ball_segmenter(
+    monkeypatch: pytest.MonkeyPatch, grid: Grid | None, **options: Any
+) -> tuple[Segmenter, CountingEngine]:
+    engine = CountingEngine()
+    monkeypatch.setattr("attnseg.runtime.segmenter.open_engine", lambda *_: engine)
+    bundle = Bundle(Path("ball"), ball_manifest(grid), "0" * 64)
+    monkeypatch.setattr(Bundle, "file", lambda *_: Path("model.onnx"))
+    return Segmenter(bundle, SegmentOptions(**options)), engine
+
+
+GRIDS = [Grid(shape=(40, 32, 24)), Grid(shape=(20, 20, 20)), Grid(spacing_mm=(1.5, 1.0, 1.0))]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("orientation", ["LPS", "SAR"])
+@pytest.mark.parametrize("tta", ["none", "mirror8"])
+def test_labels_come_back_on_the_scans_own_grid(
+    monkeypatch: pytest.MonkeyPatch, grid: Grid, orientation: str, tta: str
+) -> None:
+    scan = ball(orientation)
+    plain = ball_segmenter(monkeypatch, None, tta=tta)[0].segment(scan)
+    result = ball_segmenter(monkeypatch, grid, tta=tta)[0].segment(scan)
+    assert result.labels.shape == scan.shape
+    assert set(np.unique(result.labels)) == {0, 7}
+    common = np.count_nonzero(result.labels & plain.labels)
+    size = np.count_nonzero(result.labels) + np.count_nonzero(plain.labels)
+    assert 2 * common / size > 0.97
+    assert result.volumes_ml["ball"] == pytest.approx(
+        np.count_nonzero(result.labels) * 0.002, abs=1e-3
+    )
+    assert "resample" in result.elapsed_ms
+    assert "resample" not in plain.elapsed_ms
+
+
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    [(None, (32, 28, 16)), (GRIDS[0], (40, 32, 24)), (GRIDS[2], (20, 28, 28))],
+)
+def test_the_network_sees_the_grid_in_the_models_orientation(
+    monkeypatch: pytest.MonkeyPatch, grid: Grid | None, shape: tuple[int, int, int]
+) -> None:
+    segmenter, engine = ball_segmenter(monkeypatch, grid, window="full")
+    segmenter.segment(ball("SAR"))
+    assert engine.shapes == [(1, 1, *shape)]  # padded to multiples of 4
+
+
+def test_another_spacing_is_warned_of_unless_the_scan_is_brought_to_the_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for grid, count in ((None, 1), (Grid(shape=(8, 8, 8)), 1), (GRIDS[2], 0)):
+        result = ball_segmenter(monkeypatch, grid)[0].segment(ball("LPS"))
+        found = [w for w in result.warnings if "spacing is 1 x 1 x 2 mm" in w]
+        assert len(found) == count
+
+
+@pytest.mark.parametrize("grid", [None, *GRIDS], ids=str)
+def test_a_manifest_survives_its_file(tmp_path: Path, grid: Grid | None) -> None:
+    manifest = ball_manifest(grid)
+    bundle = write_bundle(tmp_path / "model", manifest, {"model.onnx": b"onnx"})
+    assert bundle.manifest == manifest
+    assert bundle.manifest.grid == grid
+
+
+def edited(tmp_path: Path, **changes: Any) -> Path:
+    """A bundle whose manifest says something else; None takes a field out."""
+    folder = write_bundle(tmp_path / "m", ball_manifest(None), {"model.onnx": b"onnx"}).folder
+    stored = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    stored = {name: value for name, value in stored.items() if name != "grid" or value is not None}
+    (folder / "manifest.json").write_text(json.dumps(stored))
+    return folder
+
+
+def test_a_manifest_from_before_grids_has_none(tmp_path: Path) -> None:
+    folder = edited(tmp_path, grid=None)
+    assert "grid" not in json.loads((folder / "manifest.json").read_text())
+    assert Bundle.load(folder).manifest.grid is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "either a shape or a spacing_mm"),
+        ({"shape": [4, 4]}, r"grid\.shape"),
+        ({"shape": [4, 4, 0]}, "three positive numbers"),
+        ({"shape": [4.5, 4, 4]}, r"grid\.shape"),
+        ({"shape": [4, 4, 4], "colour": "red"}, r"grid\.colour"),
+        ({"spacing_mm": [1, 1, "a"]}, r"grid\.spacing_mm"),
+    ],
+    ids=str,
+)
+def test_a_grid_that_is_none_is_refused(tmp_path: Path, grid: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.load(edited(tmp_path, grid=grid))
+    assert "\n" not in str(caught.value)
