@@ -8,8 +8,6 @@ one of these numbers is quoted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -18,21 +16,26 @@ from torch import Tensor, nn
 
 from attnseg.runtime.errors import ConfigError
 
-Attention = Literal["gap", "se", "none"]
+Architecture = Literal["attnresunet", "unet3d", "deepmedic"]
+Attention = Literal["none", "gap", "se", "cbam"]
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Every choice that shapes the network.
+    """Every choice that shapes a network.
 
     Attributes:
         in_channels: modalities, the C of a `(B, C, X, Y, Z)` batch.
         classes: output classes, background included.
-        widths: channels of the encoder stages, first to last.
-        bottleneck: channels of the residual block below the last stage.
-        attention: weight of each skip: `gap` is the paper's formula, without parameters;
-            `se` is squeeze-and-excitation (Hu 2018), reduction 4; `none` passes it on.
+        widths: channels of the encoder stages, first to last; of `deepmedic`, of the eight
+            layers of each pathway.
+        bottleneck: channels below the last stage; of `deepmedic`, of its two 1x1x1 layers.
+        attention: weight of each skip: `gap` is the paper's formula, without parameters; `se`
+            is squeeze-and-excitation (Hu 2018) and `cbam` the convolutional block attention
+            module (Woo 2018), both with reduction 4; `none` passes it on.
         multi_scale: dilated convolutions in the decoder, else a residual block.
+        architecture: `attnresunet` is this module's network; `unet3d` and `deepmedic` are the
+            baselines of `attnseg.trainer.baselines`.
     """
 
     in_channels: int = 4
@@ -41,6 +44,7 @@ class NetworkConfig:
     bottleneck: int = 160
     attention: Attention = "gap"
     multi_scale: bool = True
+    architecture: Architecture = "attnresunet"
 
     def __post_init__(self) -> None:
         if self.in_channels < 1 or self.classes < 2:
@@ -53,15 +57,24 @@ class NetworkConfig:
                 "widths must be even and at least 2 (each is halved in the decoder) and bottleneck "
                 f"at least 1, got widths {self.widths}, bottleneck {self.bottleneck}"
             )
-        if self.attention not in get_args(Attention):
+        for name, choices in (("architecture", Architecture), ("attention", Attention)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        plain = self.attention == "none" and not self.multi_scale
+        if self.architecture != "attnresunet" and not plain:
             raise ConfigError(
-                f"attention must be one of {', '.join(get_args(Attention))}, got {self.attention!r}"
+                f"{self.architecture} has no attention and no multi-scale module; leave them out"
             )
+        if self.architecture == "deepmedic" and len(self.widths) != 8:
+            raise ConfigError(f"deepmedic needs 8 widths, got {self.widths}")
 
     @property
     def stride(self) -> int:
         """Factor that each spatial size must be a multiple of, in voxels."""
-        return 1 << len(self.widths)
+        return 4 if self.architecture == "deepmedic" else 1 << len(self.widths)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and manifests."""
@@ -82,10 +95,64 @@ PRESETS: dict[str, NetworkConfig] = {
     "wide16": NetworkConfig(widths=(16, 32, 64, 128), bottleneck=192),
 }
 
+# The rows of the paper's table. It prints no sizes for the first two: their widths are scaled
+# so that a window costs about as much as in the paper's network (12.6 GMAC).
+MODELS: dict[str, NetworkConfig] = {
+    "unet3d": NetworkConfig(4, 4, (16, 32, 64), 128, "none", False, "unet3d"),
+    "deepmedic": NetworkConfig(
+        4, 4, (12, 12, 14, 14, 14, 14, 18, 18), 54, "none", False, "deepmedic"
+    ),
+    "resunet": NetworkConfig(attention="none", multi_scale=False),
+    "attnresunet": NetworkConfig(),
+}
+
+
+class DilatedConv(nn.Conv3d):
+    """A 3x3x3 convolution with dilation that trains at a CPU's full speed.
+
+    oneDNN takes three times as long for the gradient of a dilated convolution. While training
+    on a CPU, the dilation d is therefore taken apart into d**3 plain convolutions on
+    interleaved grids, which are the same sums (Chen 2017, "Rethinking atrous convolution",
+    section 3.1, cites the trick as space-to-batch).
+    """
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(B, in_channels, X, Y, Z)` to `(B, out_channels, X, Y, Z)`."""
+        d = self.dilation[0]
+        # On grids of 2x2x2, oneDNN's bfloat16 weight gradient is wrong (torch 2.13).
+        fits = all(n % d == 0 and n // d >= 4 for n in h.shape[2:])
+        if not (self.training and fits and h.device.type == "cpu"):
+            return super().forward(h)
+        b, x, y, z, c = h.movedim(1, -1).shape
+        grids = (b, x // d, d, y // d, d, z // d, d, c)
+        apart = h.movedim(1, -1).reshape(grids).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        apart = apart.reshape(b * d**3, x // d, y // d, z // d, c).movedim(-1, 1)
+        out = nn.functional.conv3d(apart, self.weight, self.bias, padding=1).movedim(1, -1)
+        together = out.reshape(b, d, d, d, x // d, y // d, z // d, -1)
+        together = together.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, x, y, z, -1)
+        return together.movedim(-1, 1)
+
+
+def network_settings(model: str | None, preset: str | None) -> NetworkConfig:
+    """The network that a row of the paper's table, or a preset of its own model, stands for.
+
+    Raises:
+        ConfigError: one does not exist, or both were given and disagree.
+    """
+    for what, name, choices in (("model", model, MODELS), ("preset", preset, PRESETS)):
+        if name is not None and name not in choices:
+            raise ConfigError(f"{what} {name} does not exist; choose {', '.join(choices)}")
+    if preset is None:
+        return MODELS[model or "attnresunet"]
+    if model not in (None, "attnresunet"):
+        raise ConfigError(f"preset {preset} is of attnresunet, not of {model}; leave one out")
+    return PRESETS[preset]
+
 
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, dilation: int = 1) -> nn.Conv3d:
     padding = dilation * (kernel // 2)
-    return nn.Conv3d(channels_in, channels_out, kernel, padding=padding, dilation=dilation)
+    kind = nn.Conv3d if dilation == 1 else DilatedConv
+    return kind(channels_in, channels_out, kernel, padding=padding, dilation=dilation)
 
 
 class ResidualBlock(nn.Module):
@@ -110,9 +177,13 @@ class ResidualBlock(nn.Module):
 class GlobalAverageAttention(nn.Module):
     """`F_k * sigmoid(mean over space of F_k)`: the paper's formula, without parameters."""
 
+    def weights(self, features: Tensor) -> Tensor:
+        """Weight of each channel, `(B, C, 1, 1, 1)`."""
+        return torch.sigmoid(features.mean(dim=(2, 3, 4), keepdim=True))
+
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, X, Y, Z)` to the same shape, each channel weighted."""
-        return features * torch.sigmoid(features.mean(dim=(2, 3, 4), keepdim=True))
+        return features * self.weights(features)
 
 
 class SqueezeExcitation(nn.Module):
@@ -124,16 +195,49 @@ class SqueezeExcitation(nn.Module):
         self.squeeze = _conv(channels, hidden, 1)
         self.excite = _conv(hidden, channels, 1)
 
+    def weights(self, features: Tensor) -> Tensor:
+        """Weight of each channel, `(B, C, 1, 1, 1)`."""
+        pooled = features.mean(dim=(2, 3, 4), keepdim=True)
+        return torch.sigmoid(self.excite(torch.relu(self.squeeze(pooled))))
+
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, X, Y, Z)` to the same shape, each channel weighted."""
-        pooled = features.mean(dim=(2, 3, 4), keepdim=True)
-        return features * torch.sigmoid(self.excite(torch.relu(self.squeeze(pooled))))
+        return features * self.weights(features)
+
+
+class Cbam(nn.Module):
+    """Convolutional block attention module (Woo 2018): first channels, then places."""
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.squeeze = _conv(channels, hidden, 1)
+        self.excite = _conv(hidden, channels, 1)
+        self.spatial = _conv(2, 1, 7)
+
+    def _channel_logits(self, pooled: Tensor) -> Tensor:
+        logits: Tensor = self.excite(torch.relu(self.squeeze(pooled)))
+        return logits
+
+    def weights(self, features: Tensor) -> Tensor:
+        """Weight of each channel, `(B, C, 1, 1, 1)`."""
+        space = (2, 3, 4)
+        mean, peak = features.mean(space, keepdim=True), features.amax(space, keepdim=True)
+        return torch.sigmoid(self._channel_logits(mean) + self._channel_logits(peak))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, C, X, Y, Z)` to the same shape, each channel and each voxel weighted."""
+        features = features * self.weights(features)
+        along = torch.cat([features.mean(1, keepdim=True), features.amax(1, keepdim=True)], dim=1)
+        return features * torch.sigmoid(self.spatial(along))
 
 
 def _attention(kind: Attention, channels: int) -> nn.Module:
     if kind == "gap":
         return GlobalAverageAttention()
-    return SqueezeExcitation(channels) if kind == "se" else nn.Identity()
+    if kind == "se":
+        return SqueezeExcitation(channels)
+    return Cbam(channels) if kind == "cbam" else nn.Identity()
 
 
 class MultiScale(nn.Module):
@@ -204,32 +308,3 @@ class AttentionResNetUNet(nn.Module):
             h = stage(h, skip)
         logits: Tensor = self.head(h)
         return logits
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable values."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@contextmanager
-def _count_macs_into(model: nn.Module, total: list[int]) -> Iterator[None]:
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # A transposed convolution multiplies once per input voxel, a convolution per output voxel.
-        voxels = inputs[0] if isinstance(layer, nn.ConvTranspose3d) else output
-        total[0] += layer.weight.numel() * voxels[0, 0].numel()  # type: ignore[operator]
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def count_macs(model: AttentionResNetUNet, window: int = 64) -> int:
-    """Multiply-accumulates of all convolutions for one cubic window of `window` voxels."""
-    total = [0]
-    with torch.no_grad(), _count_macs_into(model, total):
-        model(torch.zeros(1, model.config.in_channels, window, window, window))
-    return total[0]

@@ -12,9 +12,8 @@ from attnseg.trainer.model import (
     NetworkConfig,
     ResidualBlock,
     SqueezeExcitation,
-    count_macs,
-    count_parameters,
 )
+from attnseg.trainer.networks import count_macs, count_parameters
 
 
 def test_the_paper_preset_has_the_designs_parameters_and_work() -> None:
@@ -81,7 +80,7 @@ def test_multi_scale_sees_four_voxels_far() -> None:
     assert not changed[5, 5, 4]
 
 
-@pytest.mark.parametrize("attention", ["gap", "se", "none"])
+@pytest.mark.parametrize("attention", ["gap", "se", "cbam", "none"])
 @pytest.mark.parametrize("multi_scale", [True, False])
 def test_each_variant_gives_logits_of_the_inputs_size(attention: str, multi_scale: bool) -> None:
     config = NetworkConfig(3, 5, (4, 8), 8, attention, multi_scale)
@@ -95,7 +94,7 @@ def test_each_variant_gives_logits_of_the_inputs_size(attention: str, multi_scal
         ({"widths": (3, 6)}, "widths must be even"),
         ({"widths": ()}, "widths must be even"),
         ({"classes": 1}, "classes >= 2"),
-        ({"attention": "cbam"}, "attention must be one of gap, se, none, got 'cbam'"),
+        ({"attention": "eca"}, "attention must be one of none, gap, se, cbam, got 'eca'"),
         ({"depth": 3}, "unknown network field depth"),
     ],
 )

@@ -1,0 +1,80 @@
+"""From a configuration to its network, and what the network costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attnseg.trainer.baselines import DeepMedic, UNet3d
+from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig, ResidualBlock
+from attnseg.trainer.paper import Cost
+
+Network = AttentionResNetUNet | UNet3d | DeepMedic
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """A network with fresh weights; it has the attribute `config`, and outputs logits."""
+    kinds = {"attnresunet": AttentionResNetUNet, "unet3d": UNet3d, "deepmedic": DeepMedic}
+    network: Network = kinds[config.architecture](config)
+    _initialise(network)
+    return network
+
+
+def _initialise(network: Network) -> None:
+    """He's initialisation (He 2015), which the paper does not state.
+
+    PyTorch's own shrinks what a layer says threefold, and so the deep stages' say in the result.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.ConvTranspose3d):
+            _fill(module, module.in_channels)  # its kernel is its stride: a sum over channels
+        elif isinstance(module, nn.Conv3d) and module is not network.head:
+            _fill(module, module.weight[0].numel() / 2)  # half of the inputs after a ReLU are 0
+    for module in network.modules():
+        if isinstance(module, ResidualBlock) and isinstance(module.project, nn.Conv3d):
+            _fill(module.project, module.project.in_channels)  # no ReLU beside it
+
+
+def _fill(layer: nn.Conv3d | nn.ConvTranspose3d, inputs: float) -> None:
+    """Weights that keep the size of the signal over a sum of so many inputs; no bias."""
+    nn.init.normal_(layer.weight, std=inputs**-0.5)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@contextmanager
+def _count_macs_into(model: nn.Module, total: list[int]) -> Iterator[None]:
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # A transposed convolution multiplies once per input voxel, a convolution per output voxel.
+        voxels = inputs[0] if isinstance(layer, nn.ConvTranspose3d) else output
+        total[0] += layer.weight.numel() * voxels[0, 0].numel()  # type: ignore[operator]
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_macs(model: Network, window: int = 64) -> int:
+    """Multiply-accumulates of all convolutions for one cubic window of `window` voxels."""
+    total = [0]
+    with torch.no_grad(), _count_macs_into(model, total):
+        model(torch.zeros(1, model.config.in_channels, window, window, window))
+    return total[0]
+
+
+def cost_of(config: NetworkConfig) -> Cost:
+    """Millions of parameters, and GMAC for one window of 64 voxels."""
+    network = build_network(config)
+    return Cost(count_parameters(network) / 1e6, count_macs(network) / 1e9)
