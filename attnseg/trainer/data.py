@@ -7,47 +7,30 @@ a float16 array on disk, read through a memory map: 27 MB a case, whatever the m
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from attnseg.runtime.errors import ConfigError, ScanError, TrainingError
-from attnseg.runtime.normalise import (
-    DECILES,
-    Landmarks,
-    Normalisation,
-    brain_box,
-    normalise,
-    z_score_percentiles,
-)
-from attnseg.runtime.scans import LABEL_SUFFIXES, Case, find_cases
-from attnseg.runtime.volume import Volume, read_labels, read_volume
+from attnseg.runtime.grid import Grid, resample, resample_volume
+from attnseg.runtime.normalise import DECILES, Landmarks, Normalisation, z_score_percentiles
+from attnseg.runtime.prepare import prepare
+from attnseg.runtime.volume import read_volume
 from attnseg.synthetic import make_case, write_case
+from attnseg.trainer.cases import LabelledCase, find_labelled_cases, read_classes
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.task import BRATS, Task
-
-
-@dataclass(frozen=True)
-class LabelledCase:
-    """A case and the file of its expert labels."""
-
-    case: Case
-    label: Path
-
-    @property
-    def name(self) -> str:
-        """Name of the case."""
-        return self.case.name
 
 
 @dataclass(frozen=True)
@@ -60,172 +43,66 @@ class TrainingCase:
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """Labelled cases and which of them are for what.
+class Preparation:
+    """How cases become training cases: by the task's channels, a grid, and a normalisation.
 
     Attributes:
-        name: as manifests give it.
-        cases: by name.
-        split: case names of `train` and `validation`.
+        task: what is segmented.
+        grid: that volumes are resampled to, or None.
+        normalisation: of the intensities.
     """
 
-    name: str
-    cases: Mapping[str, LabelledCase]
-    split: dict[str, list[str]]
+    task: Task
+    grid: Grid | None
+    normalisation: Normalisation
 
-    def part(self, name: str) -> list[LabelledCase]:
-        """The cases of `train` or `validation`.
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in checkpoints and in the metadata of weights."""
+        return asdict(self)
 
-        Raises:
-            TrainingError: the split names a case that is not there.
-        """
-        missing = [n for n in self.split[name] if n not in self.cases]
-        if missing:
-            raise TrainingError(f"{self.name}: has no case {missing[0]}, which the split names")
-        return [self.cases[n] for n in self.split[name]]
-
-    def with_split(self, split: dict[str, list[str]]) -> DataSet:
-        """The same cases, split otherwise."""
-        return replace(self, split=split)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; what was stored before there were tasks is of BraTS."""
+        own = {key: values.get(key) for key in ("task", "grid", "normalisation")}
+        return TypeAdapter(cls).validate_python({**own, "task": own["task"] or BRATS})
 
 
-@dataclass(frozen=True)
-class LabelledScans:
-    """What a folder of labelled cases holds.
-
-    Attributes:
-        cases: usable ones by name.
-        faults: what is wrong with each of the others.
-    """
-
-    cases: Mapping[str, LabelledCase]
-    faults: Mapping[str, str]
-
-    def refuse_faults(self, names: Iterable[str] | None = None) -> None:
-        """Raise `TrainingError` for unusable cases, of all or of `names`."""
-        wanted = self.faults if names is None else set(names)
-        found = [fault for name, fault in self.faults.items() if name in wanted]
-        if found:
-            more = f" (and {len(found) - 1} more cases)" if len(found) > 1 else ""
-            raise TrainingError(f"{found[0]}{more}")
+def config_grid(config: TrainConfig) -> Grid | None:
+    """The grid that a configuration asks for, None for the cases' own."""
+    if config.resize:
+        x, y, z = config.resize
+        return Grid(shape=(x, y, z))
+    if config.spacing_mm:
+        i, j, k = config.spacing_mm
+        return Grid(spacing_mm=(i, j, k))
+    return None
 
 
-def find_labelled_cases(root: Path) -> LabelledScans:
-    """All cases below `root`, each with its label file.
-
-    Raises:
-        ScanError: no case was found.
-    """
-    scans = find_cases(root, BRATS.channels)
-    faults = {name: str(problem) for name, problem in scans.problems.items()}
-    labelled = {}
-    for case in scans.cases:
-        label = case.sibling(LABEL_SUFFIXES)
-        if label is None:
-            faults[case.name] = (
-                f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz); add it or "
-                "leave the case out with --split"
-            )
-        else:
-            labelled[case.name] = LabelledCase(case, label)
-    return LabelledScans(labelled, faults)
-
-
-def split_cases(names: Iterable[str], validation_share: float, seed: int) -> dict[str, list[str]]:
-    """Split case names into `train` and `validation`, at least one each, the same for a seed.
-
-    Raises:
-        TrainingError: fewer than two cases.
-    """
-    ordered = sorted(names)
-    order = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
-    if len(order) < 2:
-        raise TrainingError(f"training needs at least 2 cases to split, found {len(order)}")
-    held_out = min(len(order) - 1, max(1, round(len(order) * validation_share)))
-    return {"train": sorted(order[held_out:]), "validation": sorted(order[:held_out])}
-
-
-def read_split(path: Path) -> dict[str, list[str]]:
-    """Read a split file: JSON with the lists `train` and `validation` of case names.
-
-    Raises:
-        TrainingError: the file is not such a split, a list is empty, or a name is in both.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{path}: is not a split file; expected JSON with lists train and validation"
-        ) from error
-    for part, listed in split.items():
-        if not listed:
-            raise TrainingError(f"{path}: its {part} list is empty; name at least one case")
-    if both := sorted(set(split["train"]) & set(split["validation"])):
-        raise TrainingError(f"{path}: names {both[0]} in train and in validation; keep one")
-    return split
-
-
-def open_data_set(root: Path, split: dict[str, list[str]] | None, config: TrainConfig) -> DataSet:
-    """All labelled cases below `root`, with the `split` given or else one by the config's seed.
-
-    One case counts as one subject, as in BraTS; name the subjects' cases in a split file
-    where there are several.
-
-    Raises:
-        ScanError: no case was found.
-        TrainingError: a case is not usable, or the split is not.
-    """
-    scans = find_labelled_cases(root)
-    if split:
-        scans.refuse_faults(name for names in split.values() for name in names)
-    else:
-        scans.refuse_faults()
-        split = split_cases(scans.cases, config.validation_share, config.seed)
-    data = DataSet(root.resolve().name, scans.cases, split)
-    for part in split:
-        data.part(part)
-    return data
-
-
-def read_classes(path: Path, scan: Path, task: Task = BRATS) -> Volume:
-    """Read expert labels as a volume of class indices, uint8.
-
-    Args:
-        path: the label file.
-        scan: a file of the case, whose grid the labels must share.
-        task: which values are labels.
-
-    Raises:
-        VolumeError: the file cannot be read or lies on another grid.
-        TrainingError: a value is not a label.
-    """
-    volume = read_labels(path, scan)
-    labels = volume.channels[0]
-    values = set(np.unique(labels).tolist())
-    classes = task.class_of_label
-    doubled = [a for a, value in task.aliases.items() if {a, value} <= values]
-    if not values <= set(classes) or doubled:
-        either = "".join(f" ({a} in place of {v}, not both)" for a, v in task.aliases.items())
-        raise TrainingError(
-            f"{path}: holds labels {sorted(values)}; expected {sorted(classes)}{either}"
-        )
-    table = np.zeros(max(classes) + 1, np.uint8)
-    table[list(classes)] = list(classes.values())
-    return replace(volume, channels=[table[labels.astype(np.intp)]])
-
-
-def learn_landmarks(cases: Sequence[LabelledCase]) -> Landmarks:
-    """Mean percentiles of the z-scores over `cases`, per channel.
+def learn_preparation(
+    cases: Sequence[LabelledCase], task: Task, config: TrainConfig
+) -> Preparation:
+    """The preparation that `config` asks for, its landmarks learned from the training `cases`.
 
     Raises:
         TrainingError: a case cannot be read, or the images have too few grey values.
     """
+    grid = config_grid(config)
+    foreground = task.foreground if config.foreground == "task" else config.foreground
+    plain = Preparation(task, grid, Normalisation(foreground))
+    if not config.histogram_matching:
+        return plain
+    return Preparation(task, grid, Normalisation(foreground, learn_landmarks(cases, plain)))
+
+
+def learn_landmarks(cases: Sequence[LabelledCase], preparation: Preparation) -> Landmarks:
+    """Mean percentiles of the z-scores over `cases`, per channel; errors as the caller's."""
     rows = []
+    foreground = preparation.normalisation.foreground
     for labelled in cases:
         with _naming(labelled):
-            volume = read_volume(labelled.case.files)
-            rows.append([z_score_percentiles(c, "nonzero") for c in volume.channels])
+            volume = read_volume(labelled.case.files).oriented(preparation.task.orientation)
+            volume = resample_volume(volume, preparation.grid)
+            rows.append([z_score_percentiles(c, foreground) for c in volume.channels])
     mean = np.mean(rows, axis=0)
     values = tuple(tuple(round(float(v), 6) for v in row) for row in mean)
     try:
@@ -246,40 +123,44 @@ def _naming(labelled: LabelledCase) -> Iterator[None]:
         raise TrainingError(f"case {labelled.name}: {error}") from error
 
 
-def _prepare(labelled: LabelledCase, normalisation: Normalisation) -> TrainingCase:
+def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
+    orientation = preparation.task.orientation
     with _naming(labelled):
-        classes = read_classes(labelled.label, labelled.case.files[0])
-        volume = read_volume(labelled.case.files).oriented(BRATS.orientation)
-        box = brain_box(volume.channels, normalisation.foreground)
-        image = normalise([c[box] for c in volume.channels], normalisation)
-    crop = np.ascontiguousarray(classes.oriented(BRATS.orientation).channels[0][box])
-    return TrainingCase(labelled.name, image.astype(np.float16), crop)
+        classes = read_classes(labelled, preparation.task).oriented(orientation).channels[0]
+        volume = read_volume(labelled.case.files).oriented(orientation)
+        scan = prepare(volume, preparation.grid, preparation.normalisation)
+    classes = resample(classes, scan.grid_shape, nearest=True)[scan.box]
+    image = scan.image.astype(np.float16)
+    return TrainingCase(labelled.name, image, np.ascontiguousarray(classes))
 
 
-def _cache_key(labelled: LabelledCase, normalisation: Normalisation) -> str:
-    """Changes with the normalisation and with every file of the case."""
-    files = (*labelled.case.files, labelled.label)
+def _cache_key(labelled: LabelledCase, preparation: Preparation) -> str:
+    """Changes with the preparation and with every file of the case."""
+    files = (*dict.fromkeys(labelled.case.files), labelled.label)
     stamps = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files]
-    return hashlib.sha256(f"{stamps}{normalisation}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{stamps}{preparation}".encode()).hexdigest()[:12]
 
 
 def _save_array(file: Path, array: NDArray[Any]) -> None:
-    partial = file.with_suffix(".part")
-    with partial.open("wb") as stream:
-        np.save(stream, array)
-    os.replace(partial, file)
+    partial = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        with partial.open("wb") as stream:
+            np.save(stream, array)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def cached_case(labelled: LabelledCase, normalisation: Normalisation, cache: Path) -> TrainingCase:
-    """The prepared case, from `cache` where it is there for the same files and normalisation.
+def cached_case(labelled: LabelledCase, preparation: Preparation, cache: Path) -> TrainingCase:
+    """The prepared case, from `cache` where it is there for the same files and preparation.
 
     Raises:
         TrainingError: the case cannot be used, or the cache cannot be written.
     """
-    stem = f"{labelled.name}-{_cache_key(labelled, normalisation)}"
+    stem = f"{labelled.name}-{_cache_key(labelled, preparation)}"
     files = (cache / f"{stem}-image.npy", cache / f"{stem}-classes.npy")
     if not all(file.exists() for file in files):
-        prepared = _prepare(labelled, normalisation)
+        prepared = _prepare(labelled, preparation)
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _save_array(files[0], prepared.image)
@@ -299,7 +180,9 @@ def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledC
     for name, seed in names.items():
         if not (folder / name).exists():
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-                os.replace(write_case(make_case(seed), Path(scratch), name), folder / name)
+                made = write_case(make_case(seed), Path(scratch), name)
+                with suppress(OSError):  # another run that shares the cache was first
+                    os.replace(made, folder / name)
     found = find_labelled_cases(folder).cases if count else {}
     return [found[name] for name in names]
 
@@ -321,7 +204,7 @@ class PatchSampler:
     """Draws patches from the training cases; the same seed draws the same patches."""
 
     def __init__(
-        self, cases: Sequence[TrainingCase], size: int, tumour_share: float, classes: int = 4
+        self, cases: Sequence[TrainingCase], size: int, tumour_share: float, classes: int
     ) -> None:
         self._cases = cases
         self._size = size
@@ -356,3 +239,43 @@ class PatchSampler:
         image = torch.from_numpy(_cut(case.image, start, self._size).astype(np.float32))
         classes = torch.from_numpy(_cut(case.classes, start, self._size).astype(np.int64))
         return case.name, image, classes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Patches of several cases: images `(B, C, S, S, S)`, labels `(B, S, S, S)`."""
+
+    names: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+
+
+class BatchFeed:
+    """Draws the next batch in the background while the network works on this one.
+
+    `state` is that of the random generator as if no batch beyond the last had been drawn.
+    """
+
+    def __init__(self, sampler: PatchSampler, batch_size: int, rng: np.random.Generator) -> None:
+        self._sampler = sampler
+        self._batch_size = batch_size
+        self._rng = rng
+        self._pool = ThreadPoolExecutor(1, "patches")
+        self.state = rng.bit_generator.state
+        self._next = self._pool.submit(self._draw)
+
+    def _draw(self) -> tuple[Batch, Any]:
+        patches = [self._sampler.draw(self._rng) for _ in range(self._batch_size)]
+        names, images, labels = zip(*patches, strict=True)
+        batch = Batch(names, torch.stack(images), torch.stack(labels))
+        return batch, self._rng.bit_generator.state
+
+    def take(self) -> Batch:
+        """The next batch."""
+        batch, self.state = self._next.result()
+        self._next = self._pool.submit(self._draw)
+        return batch
+
+    def close(self) -> None:
+        """Stop drawing."""
+        self._pool.shutdown(cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attnseg.runtime.normalise import Foreground
 from attnseg.runtime.scans import BRATS_CHANNELS, Channel
 
 
@@ -21,6 +22,8 @@ class Task:
         spacing_mm: voxel size along X, Y and Z.
         display: channels that a picture shows.
         min_voxels: smallest component of a class that the clean-up keeps.
+        foreground: voxels that the normalisation takes its statistics from.
+        description: of a model for it, in a few words.
     """
 
     channels: tuple[Channel, ...]
@@ -31,6 +34,8 @@ class Task:
     spacing_mm: tuple[float, float, float]
     display: tuple[str, ...]
     min_voxels: int
+    foreground: Foreground = "nonzero"
+    description: str = ""
 
     @property
     def class_of_label(self) -> dict[int, int]:
@@ -54,4 +59,5 @@ BRATS = Task(
     spacing_mm=(1.0, 1.0, 1.0),
     display=("flair", "t1ce"),
     min_voxels=150,  # the paper, section 3.4
+    description="BraTS brain tumours",
 )

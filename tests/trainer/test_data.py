@@ -1,68 +1,42 @@
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.grid import Grid, resample
 from attnseg.runtime.normalise import Normalisation, brain_box, normalise
+from attnseg.runtime.prepare import prepare
+from attnseg.runtime.volume import read_volume
+from attnseg.synthetic import make_case
+from attnseg.trainer.cases import find_labelled_cases
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data import (
-    DataSet,
+    BatchFeed,
     PatchSampler,
+    Preparation,
     TrainingCase,
     cached_case,
-    find_labelled_cases,
+    config_grid,
     learn_landmarks,
-    open_data_set,
-    read_split,
-    split_cases,
+    learn_preparation,
     synthetic_cases,
 )
+from attnseg.trainer.task import BRATS
 
-
-def test_a_case_without_labels_is_named(small_scan: Path) -> None:
-    (small_scan / "small" / "small_seg.nii.gz").unlink()
-    with pytest.raises(TrainingError, match="case small has no label file"):
-        open_data_set(small_scan, None, TrainConfig())
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [([0, 1, 2, 7], r"holds labels \[0, 1, 2, 7\]"), ([0, 1, 3, 4], r"3 in place of 4, not both")],
-)
-def test_labels_that_are_none_are_refused(
-    small_scan: Path, tmp_path: Path, values: list[int], message: str
-) -> None:
-    file = small_scan / "small" / "small_seg.nii.gz"
-    image = nib.load(file)
-    labels = np.zeros(image.shape, np.uint8)
-    labels[0, 0, : len(values)] = values
-    nib.save(nib.Nifti1Image(labels, image.affine), file)
-    (case,) = find_labelled_cases(small_scan).cases.values()
-    with pytest.raises(TrainingError, match=message):
-        cached_case(case, Normalisation(), tmp_path / "cache")
-
-
-def test_enhancing_tumour_may_be_4_or_3(small_scan: Path, tmp_path: Path) -> None:
-    (case,) = find_labelled_cases(small_scan).cases.values()
-    older = np.array(cached_case(case, Normalisation(), tmp_path / "a").classes)
-    image = nib.load(case.label)
-    labels = np.asarray(image.dataobj).copy()
-    labels[labels == 4] = 3
-    nib.save(nib.Nifti1Image(labels, image.affine), case.label)
-    newer = cached_case(case, Normalisation(), tmp_path / "b").classes
-    np.testing.assert_array_equal(newer, older)
-    assert set(np.unique(newer)) == {0, 1, 2, 3}
+PLAIN = Preparation(BRATS, None, Normalisation())
 
 
 def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    prepared = cached_case(case, Normalisation(), tmp_path)
+    prepared = cached_case(case, PLAIN, tmp_path)
     channels = [np.asarray(nib.load(f).dataobj) for f in case.case.files]
     box = brain_box(channels)
     expected = normalise([c[box] for c in channels], Normalisation())
@@ -73,13 +47,13 @@ def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_pat
 
 def test_a_scan_in_another_orientation_is_prepared_alike(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    expected = cached_case(case, Normalisation(), tmp_path / "a")
+    expected = cached_case(case, PLAIN, tmp_path / "a")
     codes = nib.orientations.axcodes2ornt("RSA")
     for file in (*case.case.files, case.label):
         image = nib.load(file)
         turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), codes)
         nib.save(image.as_reoriented(turn), file)
-    turned = cached_case(case, Normalisation(), tmp_path / "b")
+    turned = cached_case(case, PLAIN, tmp_path / "b")
     np.testing.assert_array_equal(turned.image, expected.image)
     np.testing.assert_array_equal(turned.classes, expected.classes)
 
@@ -89,29 +63,21 @@ def test_the_cache_is_used_for_the_same_normalisation_only(
 ) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
     cache = tmp_path / "cache"
-    cached_case(case, Normalisation(), cache)
+    cached_case(case, PLAIN, cache)
     files = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
-    cached_case(case, Normalisation(), cache)
+    cached_case(case, PLAIN, cache)
     assert {f: f.stat().st_mtime_ns for f in cache.iterdir()} == files
-    cached_case(case, Normalisation("nonzero", learn_landmarks([case])), cache)
+    matched = Normalisation("nonzero", learn_landmarks([case], PLAIN))
+    cached_case(case, replace(PLAIN, normalisation=matched), cache)
     assert len(list(cache.iterdir())) == 2 * len(files)
 
 
 def test_a_changed_label_file_is_read_again(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    assert cached_case(case, Normalisation(), tmp_path / "cache").classes.any()
+    assert cached_case(case, PLAIN, tmp_path / "cache").classes.any()
     image = nib.load(case.label)
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), case.label)
-    assert not cached_case(case, Normalisation(), tmp_path / "cache").classes.any()
-
-
-def test_labels_on_another_grid_are_refused(small_scan: Path, tmp_path: Path) -> None:
-    (case,) = find_labelled_cases(small_scan).cases.values()
-    image = nib.load(case.label)
-    flipped = image.affine @ np.diag([-1, 1, 1, 1])
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), flipped), case.label)
-    with pytest.raises(TrainingError, match=r"case small: .*small_seg.nii.gz: its affine differs"):
-        cached_case(case, Normalisation(), tmp_path / "cache")
+    assert not cached_case(case, PLAIN, tmp_path / "cache").classes.any()
 
 
 def test_a_case_that_cannot_be_used_is_named(small_scan: Path, tmp_path: Path) -> None:
@@ -119,80 +85,78 @@ def test_a_case_that_cannot_be_used_is_named(small_scan: Path, tmp_path: Path) -
     image = nib.load(case.case.files[1])
     nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), case.case.files[1])
     with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
-        cached_case(case, Normalisation(), tmp_path / "cache")
+        cached_case(case, PLAIN, tmp_path / "cache")
     with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
-        learn_landmarks([case])
+        learn_landmarks([case], PLAIN)
 
 
-def test_only_cases_of_the_split_need_labels(small_scan: Path, tmp_path: Path) -> None:
-    for name in ("other", "unlabelled"):
-        shutil.copytree(small_scan / "small", small_scan / name)
-        for file in (small_scan / name).iterdir():
-            file.rename(file.with_name(file.name.replace("small", name)))
-    (small_scan / "unlabelled" / "unlabelled_seg.nii.gz").unlink()
-    file = tmp_path / "split.json"
-    file.write_text(json.dumps({"train": ["small"], "validation": ["other"]}))
-    data = open_data_set(small_scan, read_split(file), TrainConfig())
-    assert [c.name for c in data.part("validation")] == ["other"]
-    file.write_text(json.dumps({"train": ["small"], "validation": ["unlabelled"]}))
-    with pytest.raises(TrainingError, match="case unlabelled has no label file"):
-        open_data_set(small_scan, read_split(file), TrainConfig())
+@pytest.mark.parametrize("grid", [Grid(shape=(40, 40, 32)), Grid(spacing_mm=(2.0, 2.0, 3.0))])
+def test_a_case_is_prepared_on_the_grid_with_its_labels(
+    small_scan: Path, tmp_path: Path, grid: Grid
+) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    prepared = cached_case(case, replace(PLAIN, grid=grid), tmp_path)
+    seen = prepare(read_volume(case.case.files), grid, Normalisation())
+    np.testing.assert_allclose(prepared.image, seen.image, atol=4e-3)
+    labels = np.asarray(nib.load(case.label).dataobj)
+    moved = resample(labels, seen.grid_shape, nearest=True)[seen.box]
+    np.testing.assert_array_equal(prepared.classes, np.array([0, 1, 2, 0, 3])[moved])
+    assert set(np.unique(prepared.classes)) == {0, 1, 2, 3}
 
 
-def test_phantoms_are_made_once_and_counted(tmp_path: Path) -> None:
+def test_the_config_asks_for_a_shape_a_spacing_or_neither() -> None:
+    assert config_grid(TrainConfig()) is None
+    assert config_grid(TrainConfig(resize=(8, 9, 10))) == Grid(shape=(8, 9, 10))
+    assert config_grid(TrainConfig(spacing_mm=(1, 1, 2))) == Grid(spacing_mm=(1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("foreground", "task", "expected"),
+    [("task", "nonzero", "nonzero"), ("task", "all", "all"), ("all", "nonzero", "all")],
+)
+def test_the_foreground_is_the_tasks_unless_the_config_names_one(
+    foreground: str, task: str, expected: str
+) -> None:
+    config = TrainConfig(foreground=foreground, histogram_matching=False)
+    preparation = learn_preparation([], replace(BRATS, foreground=task), config)
+    assert preparation.normalisation == Normalisation(expected)
+
+
+def test_landmarks_are_the_mean_over_the_training_cases(small_scan: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    first = learn_landmarks([case], PLAIN)
+    for file in case.case.files[:1]:  # the z-scores of t1 turn round
+        image = nib.load(file)
+        array = np.asarray(image.dataobj)
+        turned = np.where(array > 0, array.max() + 1 - array, 0).astype(np.int16)
+        nib.save(nib.Nifti1Image(turned, image.affine), file)
+    second = learn_landmarks([case], PLAIN)
+    learned = learn_preparation([case, case], BRATS, TrainConfig()).normalisation.landmarks
+    assert learned == second
+    np.testing.assert_allclose(second.values[0], -np.array(first.values[0])[::-1], atol=1e-5)
+    assert second.values[1:] == first.values[1:]
+
+
+def test_images_of_few_grey_values_are_refused_with_advice(small_scan: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    image = nib.load(case.case.files[0])
+    few = (np.asarray(image.dataobj) > 0) * np.int16(1)
+    few[40:] *= 2
+    nib.save(nib.Nifti1Image(few, image.affine), case.case.files[0])
+    with pytest.raises(TrainingError, match=r"too few grey values .* histogram_matching=false"):
+        learn_landmarks([case], PLAIN)
+
+
+def test_phantoms_are_made_once_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnseg.trainer.data.make_case", lambda s: make_case(s, (48, 48, 48)))
     first = synthetic_cases(2, 50, tmp_path)
     written = [c.label.stat().st_mtime_ns for c in first]
     again = synthetic_cases(1, 50, tmp_path)
     assert [c.name for c in again] == ["synthetic-50"]
     assert again[0].label.stat().st_mtime_ns == written[0]
     assert synthetic_cases(0, 50, tmp_path / "none") == []
-
-
-def test_the_shipped_split_is_that_of_seed_0() -> None:
-    stored = read_split(Path(__file__).parents[2] / "docs" / "brats18-split.json")
-    names = stored["train"] + stored["validation"]
-    assert split_cases(names, TrainConfig().validation_share, 0) == stored
-
-
-def test_splits_are_disjoint_complete_and_repeatable() -> None:
-    names = [f"case{i}" for i in range(30)]
-    split = split_cases(names, 0.2, 0)
-    assert split == split_cases(reversed(names), 0.2, 0)
-    assert len(split["validation"]) == 6
-    assert sorted(split["train"] + split["validation"]) == sorted(names)
-    assert split != split_cases(names, 0.2, 1)
-    assert len(split_cases(["a", "b"], 0.01, 0)["validation"]) == 1
-    with pytest.raises(TrainingError, match="at least 2 cases"):
-        split_cases(["a"], 0.2, 0)
-
-
-@pytest.mark.parametrize(
-    ("stored", "message"),
-    [
-        ("{", "is not a split file"),
-        ('{"train": ["a"]}', "is not a split file"),
-        ('{"train": [], "validation": ["a"]}', "its train list is empty"),
-        ('{"train": ["a"], "validation": ["a"]}', "names a in train and in validation"),
-    ],
-)
-def test_split_files_that_are_none_are_refused(tmp_path: Path, stored: str, message: str) -> None:
-    file = tmp_path / "split.json"
-    file.write_text(stored)
-    with pytest.raises(TrainingError, match=message):
-        read_split(file)
-
-
-def test_a_split_that_names_an_absent_case_is_refused(small_scan: Path, tmp_path: Path) -> None:
-    file = tmp_path / "split.json"
-    file.write_text(json.dumps({"train": ["small"], "validation": ["other"]}))
-    with pytest.raises(TrainingError, match="has no case other"):
-        open_data_set(small_scan, read_split(file), TrainConfig())
-
-
-def test_a_data_set_gives_its_parts(small_scan: Path) -> None:
-    cases = find_labelled_cases(small_scan).cases
-    data = DataSet("set", cases, {"train": ["small"], "validation": []})
-    assert [c.name for c in data.part("train")] == ["small"]
 
 
 def two_voxel_case(shape: tuple[int, int, int] = (40, 40, 40)) -> TrainingCase:
@@ -204,7 +168,7 @@ def two_voxel_case(shape: tuple[int, int, int] = (40, 40, 40)) -> TrainingCase:
 
 def test_patches_hold_tumour_as_often_as_asked() -> None:
     for share, expected in ((1.0, 1.0), (0.0, 0.0)):
-        sampler = PatchSampler([two_voxel_case((200, 40, 40))], 8, share)
+        sampler = PatchSampler([two_voxel_case((200, 40, 40))], 8, share, classes=4)
         rng = np.random.default_rng(0)
         found = np.mean([bool(sampler.draw(rng)[2].any()) for _ in range(50)])
         assert found == pytest.approx(expected, abs=0.1)
@@ -214,7 +178,7 @@ def test_each_class_is_centred_on_equally_often() -> None:
     classes = np.zeros((40, 40, 40), np.uint8)
     classes[8:30, 8:30, 8:20], classes[8:12, 8:12, 25], classes[20, 20, 28] = 1, 2, 3
     case = TrainingCase("c", np.zeros((1, 40, 40, 40), np.float16), classes)
-    sampler = PatchSampler([case], 8, 1.0)
+    sampler = PatchSampler([case], 8, 1.0, classes=4)
     rng = np.random.default_rng(0)
     centres = [int(sampler.draw(rng)[2][4, 4, 4]) for _ in range(300)]
     for value in (1, 2, 3):
@@ -222,7 +186,7 @@ def test_each_class_is_centred_on_equally_often() -> None:
 
 
 def test_a_patch_is_a_cube_of_the_case_wherever_it_lies() -> None:
-    sampler = PatchSampler([two_voxel_case()], 16, 0.5)
+    sampler = PatchSampler([two_voxel_case()], 16, 0.5, classes=4)
     rng = np.random.default_rng(1)
     source = two_voxel_case().image.astype(np.float32)[0]
     for _ in range(20):
@@ -238,7 +202,7 @@ def test_a_patch_is_a_cube_of_the_case_wherever_it_lies() -> None:
 
 def test_a_case_smaller_than_the_patch_is_padded_with_zeros() -> None:
     case = TrainingCase("c", np.ones((1, 4, 9, 9), np.float16), np.ones((4, 9, 9), np.uint8))
-    _, image, classes = PatchSampler([case], 8, 1.0).draw(np.random.default_rng(0))
+    _, image, classes = PatchSampler([case], 8, 1.0, classes=4).draw(np.random.default_rng(0))
     assert image.shape == (1, 8, 8, 8)
     assert classes.sum() == 4 * 8 * 8
     assert (image[0, 2:6] == 1).all()
@@ -246,8 +210,49 @@ def test_a_case_smaller_than_the_patch_is_padded_with_zeros() -> None:
 
 
 def test_the_same_seed_draws_the_same_patches() -> None:
-    sampler = PatchSampler([two_voxel_case()], 8, 0.5)
+    sampler = PatchSampler([two_voxel_case()], 8, 0.5, classes=4)
     first, second = (
         [sampler.draw(np.random.default_rng(3))[1].sum().item() for _ in range(3)] for _ in range(2)
     )
     assert first == second
+
+
+@contextmanager
+def open_feed(rng: np.random.Generator) -> Iterator[BatchFeed]:
+    feed = BatchFeed(PatchSampler([two_voxel_case()], 8, 0.5, classes=4), 2, rng)
+    try:
+        yield feed
+    finally:
+        feed.close()
+
+
+def test_a_feed_gives_the_batches_that_the_sampler_draws() -> None:
+    sampler, rng = PatchSampler([two_voxel_case()], 8, 0.5, classes=4), np.random.default_rng(5)
+    with open_feed(np.random.default_rng(5)) as feed:
+        for _ in range(3):
+            batch, drawn = feed.take(), [sampler.draw(rng) for _ in range(2)]
+            assert batch.names == ("case", "case")
+            assert torch.equal(batch.images, torch.stack([d[1] for d in drawn]))
+            assert torch.equal(batch.labels, torch.stack([d[2] for d in drawn]))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_the_state_of_a_feed_draws_the_next_batch_again(taken: int) -> None:
+    with open_feed(np.random.default_rng(7)) as feed:
+        for _ in range(taken):
+            feed.take()
+        state = feed.state
+        after = [feed.take() for _ in range(2)]
+    rng = np.random.default_rng(99)
+    rng.bit_generator.state = state
+    with open_feed(rng) as again:
+        for batch in after:
+            assert torch.equal(again.take().images, batch.images)
+
+
+def test_what_goes_wrong_while_drawing_is_raised_where_the_batch_is_taken() -> None:
+    empty = PatchSampler([], 8, 0.5, classes=4)
+    feed = BatchFeed(empty, 2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="high <= 0"):
+        feed.take()
+    feed.close()

@@ -1,0 +1,93 @@
+"""The `dataset.json` of the Medical Segmentation Decathlon: a task and its labelled cases.
+
+Source: Antonelli et al., "The Medical Segmentation Decathlon" (Nature Communications 2022),
+and the files themselves: `modality` and `labels` map numbers to names, `training` lists pairs of
+image and label, with paths relative to the file. An image of several modalities is 4-D.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.scans import Case, Channel
+from attnseg.trainer.task import Task
+
+DATASET_JSON = "dataset.json"
+ANY_FILE = ("",)
+
+
+def _numbered(file: Path, stored: Mapping[str, Any], key: str) -> list[tuple[int, str]]:
+    """Number and name of each entry of a mapping such as `{"0": "background"}`, in order."""
+    try:
+        return sorted((int(number), str(name)) for number, name in stored[key].items())
+    except (KeyError, AttributeError, ValueError) as error:
+        raise TrainingError(
+            f'{file}: its {key} is not a mapping of numbers to names, such as {{"0": "name"}}'
+        ) from error
+
+
+def _task(file: Path, stored: Mapping[str, Any]) -> Task:
+    channels = _numbered(file, stored, "modality")
+    labels = _numbered(file, stored, "labels")
+    if not channels or len(labels) < 2 or labels[0][0] != 0 or labels[-1][0] > 255:
+        raise TrainingError(
+            f"{file}: needs one modality at least, and labels from 0 (background) to 255 at most"
+        )
+    for what in (channels, labels):
+        for own in zip(*what, strict=True):  # their numbers, then their names
+            if twice := [v for v, count in Counter(own).items() if count > 1]:
+                raise TrainingError(f"{file}: gives {twice[0]} twice; give each its own")
+    return Task(
+        channels=tuple(Channel(name, ANY_FILE) for _, name in channels),
+        labels=tuple((name, value) for value, name in labels),
+        aliases={},
+        regions={name: (value,) for value, name in labels[1:]},
+        orientation="LPS",
+        spacing_mm=(1.0, 1.0, 1.0),  # the cases' own is put in its place
+        display=tuple(name for _, name in channels[:2]),
+        min_voxels=0,
+        foreground="all",
+        description=str(stored.get("name") or file.parent.resolve().name),
+    )
+
+
+def _case(file: Path, pair: Any, channels: int) -> tuple[Case, Path]:
+    try:
+        image, label = (file.parent / str(pair[key]) for key in ("image", "label"))
+    except (KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{file}: an entry of training is not a pair of image and label"
+        ) from error
+    name = image.name.removesuffix(".gz").removesuffix(".nii")
+    return Case(name, image.parent, (image,) * channels), label
+
+
+def read_decathlon(file: Path) -> tuple[Task, list[tuple[Case, Path]]]:
+    """The task that a `dataset.json` describes, and its cases with their label files.
+
+    Statistics for the normalisation are taken over all voxels, because a background of 0 is
+    not promised; no clean-up is planned, because the sizes of lesions are not known.
+
+    Raises:
+        TrainingError: the file is not such a description, or lists no case.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        pairs = list(stored["training"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{file}: is not a dataset.json of the Medical Segmentation Decathlon, with modality, "
+            "labels and training"
+        ) from error
+    task = _task(file, stored)
+    cases = [_case(file, pair, len(task.channels)) for pair in pairs]
+    if not cases:
+        raise TrainingError(f"{file}: lists no training case")
+    if twice := [n for n, count in Counter(case.name for case, _ in cases).items() if count > 1]:
+        raise TrainingError(f"{file}: lists case {twice[0]} twice; keep one, or rename its files")
+    return task, cases
