@@ -36,6 +36,8 @@ OPTIONAL = (
     "onnxruntime",
     "openvino",
     "safetensors",
+    "matplotlib",
+    "tensorboard",
     "cupy",
     "cuda",
     "medpy",

@@ -9,24 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from attnseg.runtime.bundle import Training, Validation
 from attnseg.runtime.errors import ConfigError, TrainingError
-from attnseg.runtime.normalise import Normalisation
 from attnseg.trainer.checkpoint import (
     checkpoint_config,
-    checkpoint_normalisation,
+    checkpoint_preparation,
     checkpoint_weights,
     load_checkpoint,
 )
-from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
-from attnseg.trainer.task import BRATS
+from attnseg.trainer.data import Preparation
+from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.networks import Network, build_network
+from attnseg.trainer.paper import RESULTS, table_row
+from attnseg.trainer.task import Task
 
 _METADATA_KEY = "attnseg"
 _SAFETENSORS_FORMAT = "attnseg-weights-1"
+_NAMES = {"attnresunet": "attention-resnet-unet", "resunet": "resnet-unet"}
 # What files of the right format with the wrong content run into.
 _NONSENSE = (KeyError, TypeError, AttributeError, ValidationError, ConfigError, RuntimeError)
 
@@ -36,7 +39,7 @@ class Description:
     """What people should know of a model."""
 
     name: str = "attention-resnet-unet"
-    description: str = "Attention-ResNetUNet for BraTS brain tumours"
+    description: str = ""
     intended_use: str = "research use only, not for clinical use"
 
 
@@ -46,7 +49,7 @@ class TrainedModel:
 
     Attributes:
         network: on the CPU, in evaluation mode.
-        normalisation: of its inputs.
+        preparation: of its inputs, and the task.
         patch: edge of the window it was trained on, in voxels.
         overlap: of the windows it was validated with.
         training: where the weights come from.
@@ -54,8 +57,8 @@ class TrainedModel:
         description: name and words for the manifest.
     """
 
-    network: AttentionResNetUNet
-    normalisation: Normalisation
+    network: Network
+    preparation: Preparation
     patch: int
     overlap: float
     training: Training
@@ -63,8 +66,8 @@ class TrainedModel:
     description: Description = Description()
 
 
-def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> AttentionResNetUNet:
-    network = AttentionResNetUNet(config)
+def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> Network:
+    network = build_network(config)
     network.load_state_dict(
         {
             name: value.float() if value.is_floating_point() else value
@@ -79,7 +82,10 @@ def _from_checkpoint(path: Path) -> TrainedModel:
     config = checkpoint_config(state)
     scores = state["validation"]
     if scores is None:
-        raise TrainingError(f"{path}: was saved before the first validation; train longer")
+        raise TrainingError(
+            f"{path}: was saved in the middle of an epoch, so its accuracy is not known; give "
+            "best.pt, or resume the run"
+        )
     training = Training(
         data=state["data"],
         train_cases=tuple(state["split"]["train"]),
@@ -90,22 +96,32 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         device=state["device"],
         config=config.to_dict(),
     )
+    preparation = checkpoint_preparation(state)
+    where = "whole cases" if preparation.grid is None else "whole cases on the model's grid"
     validation = Validation(
-        dice={region: round(scores[region], 4) for region in BRATS.regions},
+        dice={region: round(scores[region], 4) for region in preparation.task.regions},
         method=(
-            f"mean over {len(training.validation_cases)} whole cases, windows of "
+            f"mean over {len(training.validation_cases)} {where}, windows of "
             f"{config.patch} with overlap {config.overlap:g}, torch {config.precision}, no "
             "test-time augmentation, no clean-up; the epoch was chosen on the same cases"
         ),
     )
     return TrainedModel(
         _network(config.network, checkpoint_weights(state)),
-        checkpoint_normalisation(state),
+        preparation,
         config.patch,
         config.overlap,
         training,
         validation,
+        _describe(config.network, preparation.task),
     )
+
+
+def _describe(config: NetworkConfig, task: Task) -> Description:
+    """The words for a model that was given none."""
+    row = table_row(config)
+    title = RESULTS[row].title
+    return Description(_NAMES.get(row, row), f"{title} for {task.description}")
 
 
 def _from_safetensors(path: Path) -> TrainedModel:
@@ -120,7 +136,7 @@ def _from_safetensors(path: Path) -> TrainedModel:
     try:
         return TrainedModel(
             _network(NetworkConfig.from_dict(metadata["network"]), weights),
-            TypeAdapter(Normalisation).validate_python(metadata["normalisation"]),
+            Preparation.from_dict(metadata),
             metadata["patch"],
             metadata["overlap"],
             Training.model_validate(metadata["training"]),
@@ -156,7 +172,7 @@ def encode_weights(model: TrainedModel) -> bytes:
     metadata: dict[str, Any] = {
         "format": _SAFETENSORS_FORMAT,
         "network": model.network.config.to_dict(),
-        "normalisation": asdict(model.normalisation),
+        **model.preparation.to_dict(),
         "patch": model.patch,
         "overlap": model.overlap,
         "training": model.training.model_dump(mode="json"),

@@ -21,13 +21,13 @@ from attnseg.runtime.bundle import (
     file_entry,
     write_bundle,
 )
-from attnseg.trainer.task import BRATS
 
 ONNX_FILE, WEIGHTS_FILE = "model.onnx", "weights.safetensors"
 
 
 def _manifest(model: TrainedModel, files: dict[str, bytes]) -> Manifest:
-    edge, description = model.patch, model.description
+    edge, description, preparation = model.patch, model.description, model.preparation
+    task = preparation.task
     return Manifest(
         format="attnseg-bundle",
         format_version=FORMAT_VERSION,
@@ -35,18 +35,19 @@ def _manifest(model: TrainedModel, files: dict[str, bytes]) -> Manifest:
         created_with=f"attnseg {__version__}",
         description=description.description,
         intended_use=description.intended_use,
-        channels=BRATS.channels,
-        labels=tuple(Label(name=name, value=value) for name, value in BRATS.labels),
-        regions=dict(BRATS.regions),
-        display=BRATS.display,
-        orientation=BRATS.orientation,
-        spacing_mm=BRATS.spacing_mm,
-        normalisation=model.normalisation,
+        channels=task.channels,
+        labels=tuple(Label(name=name, value=value) for name, value in task.labels),
+        regions=dict(task.regions),
+        display=task.display,
+        orientation=task.orientation,
+        spacing_mm=task.spacing_mm,
+        grid=preparation.grid,
+        normalisation=preparation.normalisation,
         inference=Inference(
             window=(edge, edge, edge),
             overlap=model.overlap,
             window_multiple=model.network.config.stride,
-            min_voxels=BRATS.min_voxels,
+            min_voxels=task.min_voxels,
         ),
         network=model.network.config.to_dict(),
         training=model.training,

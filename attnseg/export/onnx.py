@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from attnseg.trainer.model import AttentionResNetUNet, MultiScale, ResidualBlock
+from attnseg.trainer.baselines import ConvBlock
+from attnseg.trainer.model import MultiScale, ResidualBlock
+from attnseg.trainer.networks import Network
 
 OPSET = 20
 INPUT, OUTPUT = "image", "logits"
@@ -26,12 +28,15 @@ def _slice_norm(norm: nn.BatchNorm3d, start: int, stop: int) -> nn.BatchNorm3d:
     return part
 
 
-def fold_batch_norms(network: AttentionResNetUNet) -> AttentionResNetUNet:
+def fold_batch_norms(network: Network) -> Network:
     """A copy for inference in which every batch norm is part of the convolution before it."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, ResidualBlock):
             module.conv1 = fuse_conv_bn_eval(module.conv1, module.norm)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(module, ConvBlock):
+            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()  # type: ignore[assignment]
         elif isinstance(module, MultiScale):
             half = module.branches[0].out_channels
@@ -63,7 +68,7 @@ def _tidy(model: onnx.ModelProto) -> None:
     model.graph.name = "attnseg"
 
 
-def export_onnx(network: AttentionResNetUNet) -> bytes:
+def export_onnx(network: Network) -> bytes:
     """Serialise the network as ONNX.
 
     Args:

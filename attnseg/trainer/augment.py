@@ -39,32 +39,37 @@ def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
     return matrix
 
 
-def _displacement(config: TrainConfig, generator: torch.Generator) -> Tensor:
+def _displacement(config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
     """Smooth displacement in voxels, `(3, P, P, P)` for patch P."""
     patch, spacing = config.patch, config.elastic_spacing_voxels
     pieces = math.ceil((patch - 1) / spacing)
     shape = (1, 3, pieces + 1, pieces + 1, pieces + 1)
     coarse = torch.randn(shape, generator=generator) * config.elastic_voxels
     size = (pieces * spacing + 1,) * 3
-    whole = F.interpolate(coarse, size, mode="trilinear", align_corners=True)[0]
+    whole = F.interpolate(coarse.to(device), size, mode="trilinear", align_corners=True)[0]
     return whole[:, :patch, :patch, :patch]
 
 
-def _sampling_grid(shape: torch.Size, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """Where each output voxel reads, `(P, P, P, 3)` in the units of `grid_sample`."""
-    steps = torch.arange(config.patch, dtype=torch.float32) - (config.patch - 1) / 2
+def _sampling_grid(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """Where each output voxel reads, `(P, P, P, 3)` in the units of `grid_sample`.
+
+    Random numbers are drawn on the CPU, the rest is computed on the device of `images`.
+    """
+    device = images.device
+    steps = torch.arange(config.patch, dtype=torch.float32, device=device)
+    steps = steps - (config.patch - 1) / 2
     position = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"))
-    position = torch.einsum("ij,jxyz->ixyz", _rotation(config, generator), position)
-    position = position + _displacement(config, generator)
-    scale = 2 / torch.tensor([s - 1 for s in shape]).view(3, 1, 1, 1)
+    position = torch.einsum("ij,jxyz->ixyz", _rotation(config, generator).to(device), position)
+    position = position + _displacement(config, generator, device)
+    sizes = [s - 1 for s in images.shape[2:]]
+    scale = 2 / torch.tensor(sizes, device=device).view(3, 1, 1, 1)
     return (position * scale).flip(0).movedim(0, -1)  # grid_sample wants the last axis first
 
 
 def _deform(
     images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    grids = [_sampling_grid(images.shape[2:], config, generator) for _ in images]
-    grid = torch.stack(grids).to(images.device)
+    grid = torch.stack([_sampling_grid(images, config, generator) for _ in images])
     images = F.grid_sample(images, grid, align_corners=True)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=True)
     return images, moved[:, 0].round().long()

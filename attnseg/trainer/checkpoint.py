@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.normalise import Normalisation
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data import Preparation
 
 FORMAT = "attnseg-checkpoint-1"
 
@@ -25,7 +26,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     partial = path.with_name(path.name + ".part")
     try:
-        torch.save({"format": FORMAT, **state}, partial)
+        with partial.open("wb") as stream:
+            torch.save({"format": FORMAT, **state}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
@@ -65,6 +69,11 @@ def load_run(run: Path) -> dict[str, Any]:
     return load_checkpoint(last)
 
 
+def run_config(run: Path) -> TrainConfig:
+    """The configuration that the run in a folder was started with; errors as for `load_run`."""
+    return checkpoint_config(load_run(run))
+
+
 def run_split(run: Path) -> dict[str, list[str]]:
     """The split that the run in a folder was started with; errors as for `load_run`."""
     split: dict[str, list[str]] = load_run(run)["split"]
@@ -76,12 +85,34 @@ def checkpoint_config(state: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict(state["config"])
 
 
-def checkpoint_normalisation(state: dict[str, Any]) -> Normalisation:
-    """The normalisation of the inputs it was trained on."""
-    return TypeAdapter(Normalisation).validate_python(state["normalisation"])
+def checkpoint_preparation(state: dict[str, Any]) -> Preparation:
+    """How its training cases were prepared."""
+    return Preparation.from_dict(state)
 
 
 def checkpoint_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights to deploy: the moving average where one was kept."""
     weights: dict[str, Tensor] = state["average"] or state["model"]
+    return weights
+
+
+def initial_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    """Weights to start a run from: of a checkpoint, or of a bundle's `weights.safetensors`.
+
+    Raises:
+        TrainingError: the file is missing, damaged, or its network is another.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{path}: cannot be read as safetensors ({error})") from error
+    else:
+        weights = checkpoint_weights(load_checkpoint(path))
+    wanted = {name: value.shape for name, value in network.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != wanted:
+        raise TrainingError(
+            f"{path}: is of another architecture than this run's; give the same --model, "
+            "--preset and settings that it was trained with"
+        )
     return weights

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.normalise import Foreground
 from attnseg.trainer.model import NetworkConfig
 
 Schedule = Literal["plateau", "cosine"]
+Optimiser = Literal["adamw", "adam"]
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,18 @@ class TrainConfig:
     by default.
 
     Attributes:
-        network: the network's shape.
+        network: the network's shape; its channels and classes are set by the task.
         patch: edge of the cubic training patch, and of the inference window, in voxels.
         overlap: share of a window in common with the next when validating.
         batch_size: patches per step.
         epochs: passes; each has `steps_per_epoch` steps and ends with a validation.
         steps_per_epoch: optimiser steps in an epoch; 0 for one patch per case and epoch.
         tumour_share: share of patches centred on a tumour voxel; the rest lie anywhere.
-        learning_rate: of Adam.
-        weight_decay: of Adam.
+        learning_rate: of the optimiser.
+        weight_decay: per step, times the learning rate.
+        optimiser: `adamw` decays the weights themselves (Loshchilov 2019); `adam` adds the decay
+            to the gradient, as the paper's words can be read, which switches the deepest
+            stages of its network off (docs/training.md).
         schedule: `plateau` halves the rate after `patience` epochs without a lower
             validation loss; `cosine` takes it to zero over the run.
         patience: epochs, for `plateau`.
@@ -43,12 +49,22 @@ class TrainConfig:
         intensity_scale: largest relative change of a modality's intensities.
         gamma: range of the exponent on the intensities scaled to 0..1.
         mirror: flip each axis, and swap X and Y, with probability 0.5 each.
+        resize: voxels along X, Y and Z that every volume is resampled to; empty for its own.
+        spacing_mm: voxel size that every volume is resampled to; empty for its own.
+        foreground: voxels that the normalisation takes its statistics from: `nonzero`, `all`,
+            or what the `task` says (BraTS: nonzero, `dataset.json`: all).
         histogram_matching: match to landmarks learned from the training cases.
         ema_decay: of an exponential moving average of the weights, which is then what is
             validated and kept as best; 0 for none.
-        validation_share: share of the cases held out when no split is given.
+        clip_norm: largest norm of the gradient, which is scaled down to it; 0 for no limit.
+        validation_share: share of the subjects held out when no split is given.
+        folds: of a cross-validation, which then makes the split; 0 for none.
+        fold: that is held out, from 0.
         synthetic_cases: phantoms of `attnseg.synthetic` mixed into the training cases.
-        precision: `bf16` runs the network in mixed precision, `fp32` does not.
+        precision: `bf16` or `fp16` run the network in mixed precision, the latter with
+            gradient scaling; `fp32` does not.
+        deterministic: ask PyTorch for algorithms that give the same bits on every run, where
+            it has them (on a CPU with the same number of threads it does anyway).
         seed: of the split, the initial weights, the patches and the augmentation.
     """
 
@@ -61,6 +77,7 @@ class TrainConfig:
     tumour_share: float = 0.67
     learning_rate: float = 3e-4
     weight_decay: float = 5e-5
+    optimiser: Optimiser = "adamw"
     schedule: Schedule = "plateau"
     patience: int = 4
     factor: float = 0.5
@@ -72,11 +89,18 @@ class TrainConfig:
     intensity_scale: float = 0.1
     gamma: tuple[float, float] = (0.8, 1.2)
     mirror: bool = False
+    resize: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    foreground: Literal["task"] | Foreground = "task"
     histogram_matching: bool = True
     ema_decay: float = 0.0
+    clip_norm: float = 0.0
     validation_share: float = 0.2
+    folds: int = 0
+    fold: int = 0
     synthetic_cases: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,6 +124,7 @@ class TrainConfig:
             "tumour_share": ("within 0 and 1", 0 <= self.tumour_share <= 1),
             "learning_rate": ("positive and finite", 0 < self.learning_rate < math.inf),
             "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            "optimiser": (" or ".join(get_args(Optimiser)), self.optimiser in get_args(Optimiser)),
             "schedule": (" or ".join(get_args(Schedule)), self.schedule in get_args(Schedule)),
             "patience": ("at least 0", self.patience >= 0),
             "factor": ("above 0 and below 1", 0 < self.factor < 1),
@@ -113,10 +138,30 @@ class TrainConfig:
                 "two ascending positive numbers",
                 len(gamma) == 2 and 0 < gamma[0] <= gamma[1] < math.inf,
             ),
+            "resize": (
+                "three numbers of voxels, or empty",
+                len(self.resize) in (0, 3) and all(v >= 2 for v in self.resize),
+            ),
+            "spacing_mm": (
+                "three positive numbers, or empty, and not given with resize",
+                not self.spacing_mm
+                or (
+                    len(self.spacing_mm) == 3
+                    and all(0 < v < math.inf for v in self.spacing_mm)
+                    and not self.resize
+                ),
+            ),
+            "foreground": (
+                "task, nonzero or all",
+                self.foreground in ("task", "nonzero", "all"),
+            ),
+            "clip_norm": ("at least 0 and finite", 0 <= self.clip_norm < math.inf),
+            "folds": ("0, or at least 2", self.folds == 0 or self.folds >= 2),
+            "fold": ("at least 0 and below folds", 0 <= self.fold < max(1, self.folds)),
             "ema_decay": ("at least 0 and below 1", 0 <= self.ema_decay < 1),
             "validation_share": ("above 0 and below 1", 0 < self.validation_share < 1),
             "synthetic_cases": ("at least 0", self.synthetic_cases >= 0),
-            "precision": ("bf16 or fp32", self.precision in ("bf16", "fp32")),
+            "precision": (" or ".join(get_args(Precision)), self.precision in get_args(Precision)),
             "seed": ("at least 0", self.seed >= 0),
         }
 
@@ -125,7 +170,7 @@ class TrainConfig:
         return {
             **asdict(self),
             "network": self.network.to_dict(),
-            "gamma": list(self.gamma),
+            **{name: list(getattr(self, name)) for name in _LISTS},
         }
 
     @classmethod
@@ -137,25 +182,35 @@ class TrainConfig:
         values = dict(values)
         if "network" in values:
             values["network"] = NetworkConfig.from_dict(values["network"])
-        if "gamma" in values:
-            values["gamma"] = tuple(values["gamma"])
+        values |= {name: tuple(values[name]) for name in _LISTS if name in values}
         return cls(**values)
 
     def with_settings(self, settings: dict[str, str]) -> TrainConfig:
         """A copy with fields set from text, as `--set learning_rate=1e-3` gives them.
 
+        `widths`, `bottleneck`, `attention` and `multi_scale` are those of the network.
+
         Raises:
             ConfigError: a field does not exist, is no plain value, or the text is none for it.
         """
+        own = {f.name for f in fields(self)} - {"network"}
         changes: dict[str, Any] = {}
+        network: dict[str, Any] = {}
         for name, text in settings.items():
-            current = getattr(self, name, None)
-            if name not in {f.name for f in fields(self)} or isinstance(current, NetworkConfig):
+            if name not in own and name not in _NETWORK_SETTINGS:
                 raise ConfigError(
                     f"unknown training field {name}; the fields are in docs/training.md"
                 )
-            changes[name] = _parse(name, text, current)
-        return replace(self, **changes)
+            if name in own:
+                changes[name] = _parse(name, text, getattr(self, name))
+            else:
+                network[name] = _parse(name, text, getattr(self.network, name))
+        return replace(self, network=replace(self.network, **network), **changes)
+
+
+_LISTS = ("gamma", "resize", "spacing_mm")
+_NETWORK_SETTINGS = ("widths", "bottleneck", "attention", "multi_scale")
+_EXAMPLES = {"resize": "192,192,128", "spacing_mm": "1,1,1"}
 
 
 def _parse(name: str, text: str, current: object) -> Any:
@@ -163,9 +218,11 @@ def _parse(name: str, text: str, current: object) -> Any:
         if isinstance(current, bool):
             return {"true": True, "false": False}[text.lower()]
         if isinstance(current, tuple):
-            return tuple(float(part) for part in text.split(","))
+            number = int if name in ("resize", "widths") else float
+            return tuple(number(part) for part in text.split(",") if text)
         return (int if isinstance(current, int) else float if isinstance(current, float) else str)(
             text
         )
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{name}={text}: expected a value such as {current}") from error
+        example = _EXAMPLES.get(name, current)
+        raise ConfigError(f"{name}={text}: expected a value such as {example}") from error

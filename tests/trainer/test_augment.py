@@ -106,7 +106,7 @@ def test_the_margin_keeps_the_patch_away_from_the_edge() -> None:
 
 def test_the_elastic_grid_has_the_spacing_asked_for() -> None:
     config = TrainConfig()  # 20 voxels
-    field = _displacement(config, torch.Generator().manual_seed(0))
+    field = _displacement(config, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert field.shape == (3, 64, 64, 64)
     slope = field.diff(dim=1)[:, :, 0, 0]
     # Between knots the displacement is linear: the slope changes at 20, 40 and 60 only.

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from attnseg.runtime.errors import ConfigError
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.model import MODELS
 
 
 def test_the_defaults_are_the_papers_protocol() -> None:
@@ -15,6 +18,7 @@ def test_the_defaults_are_the_papers_protocol() -> None:
     assert (config.rotation_degrees, config.elastic_spacing_voxels) == (10, 20)
     assert (config.intensity_scale, config.gamma) == (0.1, (0.8, 1.2))
     assert config.histogram_matching
+    assert (config.resize, config.spacing_mm, config.folds, config.clip_norm) == ((), (), 0, 0)
 
 
 def test_fields_are_set_from_text() -> None:
@@ -22,6 +26,16 @@ def test_fields_are_set_from_text() -> None:
     config = TrainConfig().with_settings({**text, "schedule": "cosine"})
     assert (config.learning_rate, config.epochs, config.mirror) == (1e-3, 7, True)
     assert (config.gamma, config.schedule) == ((0.7, 1.5), "cosine")
+    assert TrainConfig().with_settings({"resize": "192,192,128"}).resize == (192, 192, 128)
+    assert TrainConfig().with_settings({"spacing_mm": "1,1,2.5"}).spacing_mm == (1, 1, 2.5)
+    assert config.with_settings({"gamma": "1,1"}).with_settings({"resize": ""}).resize == ()
+
+
+def test_the_networks_own_fields_are_set_alike() -> None:
+    text = {"widths": "4,8", "bottleneck": "8", "attention": "cbam", "multi_scale": "false"}
+    network = TrainConfig().with_settings(text).network
+    assert (network.widths, network.bottleneck) == ((4, 8), 8)
+    assert (network.attention, network.multi_scale) == ("cbam", False)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +52,28 @@ def test_fields_are_set_from_text() -> None:
         ({"schedule": "step"}, "schedule must be plateau or cosine, got 'step'"),
         ({"gamma": "2,1"}, "gamma must be two ascending"),
         ({"gamma": "0.8"}, "gamma must be two ascending"),
-        ({"precision": "fp8"}, "precision must be bf16 or fp32"),
+        ({"precision": "fp8"}, "precision must be bf16 or fp16 or fp32, got 'fp8'"),
         ({"seed": "-1"}, "seed must be at least 0"),
         ({"factor": "2"}, "factor must be above 0 and below 1"),
         ({"weight_decay": "-1"}, "weight_decay must be at least 0"),
         ({"learning_rate": "inf"}, "learning_rate must be positive and finite"),
         ({"elastic_spacing_voxels": "0"}, "elastic_spacing_voxels must be at least 1"),
+        ({"resize": "10,10"}, r"resize must be three numbers of voxels, or empty, got \(10, 10\)"),
+        ({"resize": "10,10,1"}, "resize must be three numbers of voxels"),
+        ({"resize": "9.5,9,9"}, "resize=9.5,9,9: expected a value such as 192,192,128"),
+        ({"spacing_mm": "1,1"}, "spacing_mm must be three positive numbers"),
+        ({"spacing_mm": "1,1,0"}, "spacing_mm must be three positive numbers"),
+        ({"spacing_mm": "1,1,nan"}, "spacing_mm must be three positive numbers"),
+        ({"spacing_mm": "1,1,1", "resize": "9,9,9"}, "and not given with resize"),
+        ({"foreground": "skin"}, "foreground must be task, nonzero or all, got 'skin'"),
+        ({"clip_norm": "-1"}, "clip_norm must be at least 0 and finite, got -1"),
+        ({"folds": "1"}, "folds must be 0, or at least 2, got 1"),
+        ({"folds": "5", "fold": "5"}, "fold must be at least 0 and below folds, got 5"),
+        ({"fold": "1"}, "fold must be at least 0 and below folds, got 1"),
+        ({"widths": "3,6"}, "widths must be even"),
+        ({"widths": "4,wide"}, "widths=4,wide: expected a value such as"),
+        ({"attention": "eca"}, "attention must be one of none, gap, se, cbam"),
+        ({"in_channels": "3"}, "unknown training field in_channels"),
         ({"steps_per_epoch": "-5"}, "steps_per_epoch must be at least 0"),
     ],
     ids=str,
@@ -54,7 +84,12 @@ def test_values_that_are_not_allowed_are_refused(text: dict[str, str], message: 
 
 
 def test_a_config_survives_its_dictionary() -> None:
-    config = TrainConfig(gamma=(0.9, 1.1), mirror=True)
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    for config in (
+        TrainConfig(gamma=(0.9, 1.1), mirror=True, folds=5, fold=4),
+        TrainConfig(resize=(32, 48, 32), network=MODELS["unet3d"]),
+        TrainConfig(spacing_mm=(1.0, 1.0, 2.5), precision="fp16", foreground="all"),
+    ):
+        stored = json.loads(json.dumps(config.to_dict()))
+        assert TrainConfig.from_dict(stored) == config
     with pytest.raises(ConfigError, match="unknown training field colour"):
         TrainConfig.from_dict({"colour": "red"})

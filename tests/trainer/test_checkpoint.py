@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.normalise import Normalisation
+from attnseg.trainer.checkpoint import (
+    checkpoint_preparation,
+    initial_weights,
+    load_checkpoint,
+    load_run,
+    save_checkpoint,
+)
+from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.networks import build_network
+from attnseg.trainer.task import BRATS
+
+SMALL = NetworkConfig(widths=(2, 4), bottleneck=4)
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(TrainingError, match="could not be written"):
+        save_checkpoint(tmp_path / "gone" / "last.pt", {"epoch": 2})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """The system refuses to write beyond `size` bytes, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1000, 50_000])
+def test_a_disk_that_fills_up_while_saving_keeps_the_old_checkpoint(
+    tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1, "model": torch.zeros(50_000)})
+    with files_up_to(size), pytest.raises(TrainingError, match=r"last\.pt: could not be written"):
+        save_checkpoint(path, {"epoch": 2, "model": torch.zeros(50_000)})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_the_error_of_a_full_disk_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, stream: BinaryIO) -> None:
+        stream.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError) as caught:
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
+    message = str(caught.value)
+    assert "No space left on device" in message
+    assert message.endswith("free some space and use --resume")
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_read_as_data_only(tmp_path: Path) -> None:
+    class Exploit:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"format": "attnseg-checkpoint-1", "x": Exploit()}, path)
+    with pytest.raises(TrainingError, match="is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"x\.pt: is damaged or not a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"other": 1}, path)
+    with pytest.raises(TrainingError, match=r"x\.pt: is not a checkpoint of attnseg"):
+        load_checkpoint(path)
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"last\.pt: does not exist, so there is no run"):
+        load_run(tmp_path)
+
+
+def test_a_checkpoint_from_before_tasks_is_of_brats() -> None:
+    state = {"normalisation": {"foreground": "nonzero", "landmarks": None}}
+    preparation = checkpoint_preparation(state)
+    assert preparation.task is BRATS
+    assert preparation.grid is None
+    assert preparation.normalisation == Normalisation()
+
+
+def test_initial_weights_are_the_average_where_there_is_one(tmp_path: Path) -> None:
+    network = build_network(SMALL)
+    model = network.state_dict()
+    average = {name: value + 1 for name, value in model.items()}
+    for kept, expected in ((average, average), (None, model)):
+        save_checkpoint(tmp_path / "best.pt", {"model": model, "average": kept})
+        weights = initial_weights(tmp_path / "best.pt", network)
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_initial_weights_may_be_those_of_a_bundle(tmp_path: Path) -> None:
+    network = build_network(SMALL)
+    model = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(model, tmp_path / "weights.safetensors")
+    weights = initial_weights(tmp_path / "weights.safetensors", network)
+    assert all(torch.equal(weights[name], value) for name, value in model.items())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        NetworkConfig(widths=(2, 6), bottleneck=4),
+        NetworkConfig(widths=(2, 4), bottleneck=4, attention="cbam"),
+        NetworkConfig(widths=(2, 4), bottleneck=4, classes=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["best.pt", "weights.safetensors"])
+def test_initial_weights_of_another_network_are_refused(
+    tmp_path: Path, other: NetworkConfig, name: str
+) -> None:
+    model = {key: value.contiguous() for key, value in build_network(other).state_dict().items()}
+    save_checkpoint(tmp_path / "best.pt", {"model": model, "average": None})
+    save_file(model, tmp_path / "weights.safetensors")
+    with pytest.raises(TrainingError, match=f"{name}: is of another architecture") as caught:
+        initial_weights(tmp_path / name, build_network(SMALL))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "weights.safetensors"])
+def test_initial_weights_that_are_none_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TrainingError, match=f"{name}: "):
+        initial_weights(tmp_path / name, build_network(SMALL))
+    (tmp_path / name).write_bytes(b"junk")
+    with pytest.raises(TrainingError, match=f"{name}: ") as caught:
+        initial_weights(tmp_path / name, build_network(SMALL))
+    assert "\n" not in str(caught.value)
