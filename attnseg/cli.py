@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,12 +23,9 @@ from attnseg.doctor import examine
 from attnseg.runtime.bundle import Bundle
 from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError
 from attnseg.runtime.folder import CaseResult, segment_folder
-from attnseg.runtime.outputs import prepare_output
+from attnseg.runtime.outputs import prepare_output, write_files
 from attnseg.runtime.scans import Case, find_cases, find_scans
 from attnseg.runtime.segmenter import Segmenter, SegmentOptions
-
-if TYPE_CHECKING:  # the trainer needs PyTorch
-    from attnseg.trainer.config import TrainConfig
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -135,10 +135,17 @@ def _parse_channels(_: click.Context, __: click.Parameter, values: tuple[str, ..
     return {name: Path(file) for name, _, file in pairs}
 
 
+_bundle_option = click.option("--model", type=_PATH, help="Bundle.  [default: the shipped one]")
+_trained_option = click.option(
+    "--model",
+    type=_PATH,
+    help="Checkpoint (best.pt), weights.safetensors, or bundle.  [default: the shipped bundle]",
+)
+
+
 def _segment_options(function: _Function) -> _Function:
-    """The options that `run` and `demo` share."""
+    """The options that `run`, `demo` and `evaluate` share."""
     options = (
-        click.option("--model", type=_PATH, help="Bundle to use.  [default: the shipped one]"),
         click.option(
             "--engine",
             default="auto",
@@ -253,6 +260,7 @@ def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: 
     show_default=True,
     help="Folder for the results.",
 )
+@_bundle_option
 @_segment_options
 @click.option("--overwrite", is_flag=True, help="Take finished cases again.")
 @click.option("--t1", type=_PATH, help="File of this channel, instead of SCAN_DIR.")
@@ -305,6 +313,7 @@ def run(
     show_default=True,
     help="Folder for the synthetic scan and the results.",
 )
+@_bundle_option
 @_segment_options
 @click.pass_context
 def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: Any) -> None:
@@ -332,53 +341,283 @@ def _parse_settings(_: click.Context, __: click.Parameter, values: tuple[str, ..
     return {name: text for name, _, text in pairs}
 
 
-def _training_config(preset: str, settings: dict[str, str]) -> TrainConfig:
-    from attnseg.trainer.config import TrainConfig
-    from attnseg.trainer.model import PRESETS
+def _training_options(function: _Function) -> _Function:
+    """The options that `train` and `ablate` share."""
+    options = (
+        click.option("--data", type=_PATH, required=True, help="Folder of labelled cases."),
+        click.option(
+            "--split", type=_PATH, help="JSON with lists train and validation of case names."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            callback=_parse_settings,
+            metavar="FIELD=VALUE",
+            help="Change a training setting, such as epochs=30; they are in docs/training.md.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset} does not exist; choose {', '.join(PRESETS)}")
-    return TrainConfig(network=PRESETS[preset]).with_settings(settings)
+
+def _refuse_two_splits(split: Path | None, folds: int) -> None:
+    if split and folds:
+        raise ConfigError("--split and --set folds both make the split; leave one out")
 
 
 @main.command()
-@click.option("--data", type=_PATH, required=True, help="Folder of labelled cases.")
+@_training_options
 @click.option("-o", "--output", type=_PATH, required=True, help="Folder for the run.")
-@click.option("--preset", help="Network: paper or wide16.  [default: paper]")
-@click.option("--split", type=_PATH, help="JSON with lists train and validation of case names.")
-@click.option("--resume", is_flag=True, help="Go on from OUTPUT/last.pt.")
+@click.option("--preset", help="Size of the paper's network: paper or wide16.  [default: paper]")
 @click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    callback=_parse_settings,
-    metavar="FIELD=VALUE",
-    help="Change a training setting, such as epochs=30; the fields are in docs/training.md.",
+    "--model",
+    help="unet3d, deepmedic, resunet or attnresunet, the paper's own.  [default: attnresunet]",
 )
+@click.option("--attention", help="On the skips: none, gap (the paper's), se or cbam.")
+@click.option(
+    "--multi-scale/--no-multi-scale", default=None, help="Dilated convolutions in the decoder."
+)
+@click.option(
+    "--init", "initial", type=_PATH, help="Checkpoint or weights.safetensors to start from."
+)
+@click.option("--resume", is_flag=True, help="Go on from OUTPUT/last.pt.")
 def train(
     data: Path,
     output: Path,
     preset: str | None,
+    model: str | None,
+    attention: str | None,
+    multi_scale: bool | None,
     split: Path | None,
+    initial: Path | None,
     resume: bool,
     settings: dict[str, str],
 ) -> None:
-    """Train a network on labelled cases; the defaults are the paper's protocol."""
-    _need("train", "torch")
-    from attnseg.trainer.checkpoint import run_split
-    from attnseg.trainer.data import open_data_set, read_split
+    """Train a network on labelled cases; the defaults are the paper's protocol.
+
+    DATA holds cases with label files (BraTS), or a dataset.json of the Medical Segmentation
+    Decathlon. For several GPUs: torchrun --nproc-per-node N -m attnseg train ...
+    """
+    _need("train", "torch", "matplotlib", "tensorboard", "safetensors")
+    from attnseg.trainer.cases import open_data_set
+    from attnseg.trainer.checkpoint import run_config, run_split
+    from attnseg.trainer.config import TrainConfig
     from attnseg.trainer.loop import train as train_network
+    from attnseg.trainer.model import network_settings
+    from attnseg.trainer.split import Split, read_split
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if resume and (preset or split or settings):
+    if attention is not None:
+        settings["attention"] = attention
+    if multi_scale is not None:
+        settings["multi_scale"] = str(multi_scale)
+    if resume and (preset or model or split or initial or settings):
         raise ConfigError(
-            "--resume goes on with the run's own configuration and split; leave --preset, --split "
-            "and --set out, or start a new run in another folder"
+            "--resume goes on with the run's own configuration and split; leave --preset, --model, "
+            "--attention, --multi-scale, --split, --init and --set out, or start a new run in "
+            "another folder"
         )
-    config = _training_config(preset or "paper", settings)
-    parts = run_split(output) if resume else read_split(split) if split else None
-    best = train_network(open_data_set(data, parts, config), config, output, resume)
+    if resume:
+        config = run_config(output)
+        parts: Split | None = run_split(output)
+    else:
+        config = TrainConfig(network_settings(model, preset)).with_settings(settings)
+        parts = read_split(split) if split else None
+        _refuse_two_splits(split, config.folds)
+    best = train_network(open_data_set(data, parts, config), config, output, resume, initial)
     click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
+
+
+@contextmanager
+def _open_trained(model: Path | None, settings: Mapping[str, Any]) -> Iterator[Segmenter]:
+    """A bundle, or a checkpoint exported to one that goes away again."""
+    if model is None or model.is_dir():
+        yield _open_segmenter(model, dict(settings))
+        return
+    _need("export", "torch", "safetensors", "onnx", "onnxscript")
+    from attnseg.export.export import export_bundle
+
+    with tempfile.TemporaryDirectory() as scratch:
+        export_bundle(model, Path(scratch) / "bundle")
+        yield _open_segmenter(Path(scratch) / "bundle", dict(settings))
+
+
+@contextmanager
+def _named_progress(count: int) -> Iterator[Callable[[str], None]]:
+    """A bar that is told the name of each case that is done."""
+    with _progress() as progress:
+        task = progress.add_task("", total=count)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        yield advance
+
+
+@main.command()
+@click.option("--data", type=_PATH, required=True, help="Folder of labelled cases.")
+@_trained_option
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the results.")
+@click.option("--against", type=_PATH, help="Folder of another evaluation, to compare with.")
+@click.option(
+    "--cases",
+    "which",
+    type=click.Choice(["held-out", "trained-on", "all"]),
+    default="held-out",
+    show_default=True,
+    help="Cases that the model was not trained on, that it was, or all.",
+)
+@_segment_options
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    data: Path,
+    model: Path | None,
+    output: Path,
+    against: Path | None,
+    which: str,
+    **settings: Any,
+) -> None:
+    """Score a model on labelled cases, as attnseg run would segment them.
+
+    OUTPUT gets cases.csv (every score of every case), summary.md, boxes.png and worst/.
+    """
+    _need("train", "torch", "matplotlib")
+    from attnseg.trainer.cases import find_labelled_cases
+    from attnseg.trainer.evaluate import cases_to_evaluate
+    from attnseg.trainer.evaluate import evaluate as evaluate_cases
+
+    scans = find_labelled_cases(data)
+    with _open_trained(model, settings) as segmenter:
+        cases = cases_to_evaluate(scans, segmenter.bundle.manifest, which)
+        prepare_output(output)
+        with _named_progress(len(cases)) as advance:
+            result = evaluate_cases(cases, segmenter, scans.task, output, against, advance)
+    for name, reason in result.failed.items():
+        click.echo(f"{name}: {_in_one_line(reason)}", err=True)
+    _print_scores(result.scores)
+    click.echo(f"Means over {len(result.scores)} cases; spread and more in {output / 'summary.md'}")
+    ctx.exit(1 if result.failed else 0)
+
+
+def _print_scores(scores: Any) -> None:
+    from attnseg.trainer.evaluate import column
+
+    table = Table()
+    titles = ("", "Dice", "HD95, mm", "sensitivity", "specificity", "lesion-wise Dice")
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for structure in next(iter(scores.values())):
+        names = ("dice", "hd95_mm", "sensitivity", "specificity", "lesion_wise_dice")
+        means = [column(scores, structure, name).mean() for name in names]
+        cells = [
+            f"{m:.1f}" if n == "hd95_mm" else f"{m:.3f}" for n, m in zip(names, means, strict=True)
+        ]
+        table.add_row(structure, *cells)
+    _console().print(table)
+
+
+@main.command()
+@_training_options
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the four runs.")
+@click.option("--preset", help="Size of the network: paper or wide16.  [default: paper]")
+def ablate(
+    data: Path, output: Path, preset: str | None, split: Path | None, settings: dict[str, str]
+) -> None:
+    """Train and evaluate the paper's ablation: attention and multi-scale, each off and on.
+
+    Give the same command again to go on with an ablation that was stopped.
+    """
+    _need("export", "torch", "matplotlib", "tensorboard", "safetensors", "onnx", "onnxscript")
+    from attnseg.trainer.ablate import ablate as run_ablation
+    from attnseg.trainer.cases import open_data_set
+    from attnseg.trainer.config import TrainConfig
+    from attnseg.trainer.model import network_settings
+    from attnseg.trainer.split import read_split
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = TrainConfig(network_settings(None, preset)).with_settings(settings)
+    _refuse_two_splits(split, config.folds)
+    data_set = open_data_set(data, read_split(split) if split else None, config)
+    prepare_output(output)
+    text = run_ablation(data_set, config, output, lambda path: _open_trained(path, {}))
+    _console().print(Markdown(text))
+    click.echo(f"Results in {output}")
+
+
+@main.command()
+@click.option("--preset", help="Size of the paper's network: paper or wide16.  [default: paper]")
+def summary(preset: str | None) -> None:
+    """Parameters and work of the networks, beside what the paper prints."""
+    _need("train", "torch")
+    from attnseg.trainer.model import MODELS, network_settings
+    from attnseg.trainer.networks import cost_of
+    from attnseg.trainer.paper import ABLATION, DIFFERENCES, RESULTS, Cost, variant_network
+
+    network = network_settings(None, preset)
+    rows = {
+        f"ablation: {name}": (variant_network(network, variant), variant.paper)
+        for name, variant in ABLATION.items()
+    }
+    rows |= {RESULTS[name].title: (MODELS[name], Cost()) for name in ("unet3d", "deepmedic")}
+    table = Table()
+    for title in ("", "parameters, M", "paper", "GMAC, 64^3", "paper"):
+        table.add_column(title, justify="right" if title else "left")
+    for title, (config, paper) in rows.items():
+        own = cost_of(config)
+        cells = ((own.parameters_m, 3), (paper.parameters_m, 1), (own.gmac, 2), (paper.gmac, 1))
+        table.add_row(title, *("-" if v is None else f"{v:.{digits}f}" for v, digits in cells))
+    _console().print(table)
+    _console().print(DIFFERENCES)
+
+
+@main.command()
+@click.argument("scan_dir", type=_PATH)
+@_trained_option
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    default=Path("attnseg-explain"),
+    show_default=True,
+    help="Folder for the pictures.",
+)
+@click.pass_context
+def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: Path) -> None:
+    """Draw the attention weights of each stage for one case or a folder of cases.
+
+    OUTPUT gets CASE_attention.png and CASE_attention.csv.
+    """
+    _need("export", "torch", "safetensors", "matplotlib")
+    from attnseg.export.checkpoint import load_trained
+    from attnseg.runtime.executor import WindowOptions
+    from attnseg.runtime.volume import read_volume
+    from attnseg.trainer.explain import attention_weights, draw_weights, encode_weights_table
+
+    if model is None or model.is_dir():
+        model = (Bundle.load(model) if model else Bundle.default()).file("weights")
+    trained = load_trained(model)
+    scans = find_cases(scan_dir, trained.preparation.task.channels)
+    prepare_output(output)
+    edge = trained.patch
+    options = WindowOptions((edge,) * 3, trained.overlap, trained.network.config.stride)
+    with _named_progress(len(scans.cases)) as advance:
+        for case in scans.cases:
+            volume = read_volume(case.files)
+            stages = attention_weights(trained.network, trained.preparation, options, volume)
+            files = {
+                f"{case.name}_attention.png": draw_weights(stages, case.name),
+                f"{case.name}_attention.csv": encode_weights_table(stages),
+            }
+            write_files(output, files)
+            advance(case.name)
+    for name, problem in scans.problems.items():
+        click.echo(f"{name}: {_in_one_line(problem)}", err=True)
+    click.echo(f"Results in {output}")
+    ctx.exit(1 if scans.problems else 0)
 
 
 @main.command()

@@ -294,6 +294,39 @@ def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) 
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "b.json").read_text())
     assert report["options"]["window"] == [32, 32, 32]
+    check_evaluation(small_scan, tmp_path)
+
+
+def check_evaluation(data: Path, folder: Path) -> None:
+    """Evaluate and explain the bundle in `folder`, whose model was not trained on case c."""
+    common = ("--data", data, "--model", folder / "model", *FP32)
+    result = call("evaluate", *common, "-o", folder / "evaluation")
+    assert result.exit_code == 0, result.output
+    assert "Means over 1 cases" in result.stdout
+    assert {f.name for f in (folder / "evaluation").iterdir()} == {
+        "cases.csv",
+        "summary.md",
+        "boxes.png",
+        "worst",
+    }
+    again = ("-o", folder / "again", "--against", folder / "evaluation", "--cases", "all")
+    result = call("evaluate", *common, *again)
+    assert result.exit_code == 0, result.output
+    assert "1 cases that both evaluate" in (folder / "again" / "summary.md").read_text()
+    result = call("explain", data / "c", "--model", folder / "model", "-o", folder / "explained")
+    assert result.exit_code == 0, result.output
+    names = {f.name for f in (folder / "explained").iterdir()}
+    assert names == {"c_attention.png", "c_attention.csv"}
+
+
+def test_summary_prints_costs_beside_the_papers_and_says_why_they_differ() -> None:
+    result = call("summary", "--preset", "paper")
+    assert result.exit_code == 0, result.output
+    both = next(line for line in result.stdout.splitlines() if "both" in line)
+    assert [cell.strip() for cell in both.split("│")[2:6]] == ["3.468", "3.6", "12.61", "13.1"]
+    words = " ".join(result.stdout.split("┘")[1].split())
+    assert words.count(". ") == 1  # two sentences
+    assert words.startswith("The paper prints neither widths nor strides")
 
 
 def test_the_version_is_told() -> None:

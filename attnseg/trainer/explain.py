@@ -1,0 +1,135 @@
+"""Attention weights of a case: what each skip connection lets through (the paper's figure 2).
+
+A weight belongs to a channel and a window, because attention averages over the window it
+sees. Drawn are its mean over the case's windows and the range of their middle four fifths.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.executor import WindowOptions, pad_image
+from attnseg.runtime.prepare import prepare
+from attnseg.runtime.volume import Volume
+from attnseg.trainer.data import Preparation
+from attnseg.trainer.model import AttentionResNetUNet
+from attnseg.trainer.networks import Network
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Attention weights of one stage.
+
+    Attributes:
+        stage: of the encoder, from 1, whose skip is weighed.
+        weights: `(windows, channels)`, 0 to 1.
+    """
+
+    stage: int
+    weights: NDArray[np.float32]
+
+
+def _attention_of(network: Network) -> list[nn.Module]:
+    """The attention of each stage, first stage first."""
+    kind = network.config.attention
+    if not isinstance(network, AttentionResNetUNet) or kind == "none":
+        raise ConfigError(
+            f"the model has no attention ({network.config.architecture}, {kind}); give one with "
+            "gap, se or cbam"
+        )
+    return [stage.attention for stage in reversed(network.decoder)]  # type: ignore[misc]
+
+
+@contextmanager
+def _recorded(modules: list[nn.Module], rows: list[list[NDArray[np.float32]]]) -> Iterator[None]:
+    """Append each module's weights to its list of `rows`, once per forward pass."""
+
+    def hook(into: list[NDArray[np.float32]]):  # type: ignore[no-untyped-def]
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+            into.append(module.weights(inputs[0])[0, :, 0, 0, 0].numpy())  # type: ignore[operator]
+
+        return record
+
+    pairs = zip(modules, rows, strict=True)
+    handles = [module.register_forward_hook(hook(into)) for module, into in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_weights(
+    network: Network, preparation: Preparation, options: WindowOptions, volume: Volume
+) -> list[StageWeights]:
+    """Run a case window by window and keep the attention weights.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        preparation: of its inputs.
+        options: of the sliding window.
+        volume: the case.
+
+    Raises:
+        ConfigError: the network has no attention.
+        VolumeError: the case cannot be normalised.
+    """
+    modules = _attention_of(network)
+    rows: list[list[NDArray[np.float32]]] = [[] for _ in modules]
+    turned = volume.oriented(preparation.task.orientation)
+    image = prepare(turned, preparation.grid, preparation.normalisation).image
+    plan = options.plan(image.shape[1:])
+    padded = pad_image(image, plan)
+    with torch.inference_mode(), _recorded(modules, rows):
+        for window in plan.windows:
+            content = padded[(slice(None), *window.slices())]
+            if content.any():
+                network(torch.from_numpy(np.ascontiguousarray(content))[None])
+    return [StageWeights(stage, np.stack(row)) for stage, row in enumerate(rows, start=1)]
+
+
+def draw_weights(stages: list[StageWeights], title: str) -> bytes:
+    """A PNG file: one row per stage, one bar per channel, heaviest first."""
+    figure = Figure(figsize=(9, 1.8 * len(stages) + 0.6), layout="constrained")
+    for axes, stage in zip(
+        figure.subplots(len(stages), 1, squeeze=False)[:, 0], stages, strict=True
+    ):
+        mean = stage.weights.mean(axis=0)
+        low, high = np.percentile(stage.weights, (10, 90), axis=0)
+        order = np.argsort(-mean)
+        places = range(len(mean))
+        axes.bar(places, mean[order], color="#6a9fd4")
+        axes.vlines(places, low[order], high[order], color="#333333", linewidth=1)
+        axes.axhline(0.5, color="#999999", linewidth=0.8, linestyle="--")
+        axes.set(ylim=(0, 1), ylabel=f"stage {stage.stage}", xlim=(-0.7, len(mean) - 0.3))
+        axes.set_xticks([])
+    axes.set_xlabel("channels, heaviest first; lines: middle four fifths of the windows")
+    figure.suptitle(title)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
+
+
+def encode_weights_table(stages: list[StageWeights]) -> bytes:
+    """A CSV file with a row per stage and channel."""
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("stage", "channel", "mean", "p10", "p90", "windows"))
+    for stage in stages:
+        mean = stage.weights.mean(axis=0)
+        low, high = np.percentile(stage.weights, (10, 90), axis=0)
+        for channel, values in enumerate(zip(mean, low, high, strict=True)):
+            cells = (f"{value:.5f}" for value in values)
+            writer.writerow((stage.stage, channel, *cells, len(stage.weights)))
+    return stream.getvalue().encode()
