@@ -362,6 +362,12 @@ def _training_options(function: _Function) -> _Function:
     return function
 
 
+def _show_log() -> None:
+    """What the trainer logs goes to the terminal; other packages stay silent."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("attnseg").setLevel(logging.INFO)
+
+
 def _refuse_two_splits(split: Path | None, folds: int) -> None:
     if split and folds:
         raise ConfigError("--split and --set folds both make the split; leave one out")
@@ -408,7 +414,7 @@ def train(
     from attnseg.trainer.model import network_settings
     from attnseg.trainer.split import Split, read_split
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _show_log()
     if attention is not None:
         settings["attention"] = attention
     if multi_scale is not None:
@@ -538,7 +544,7 @@ def ablate(
     from attnseg.trainer.model import network_settings
     from attnseg.trainer.split import read_split
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _show_log()
     config = TrainConfig(network_settings(None, preset)).with_settings(settings)
     _refuse_two_splits(split, config.folds)
     data_set = open_data_set(data, read_split(split) if split else None, config)

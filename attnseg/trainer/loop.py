@@ -128,7 +128,7 @@ class _Run:
         self.epoch, self.best = state["epoch"], state["best"]
         self.losses = list(state["losses"])
         self.validation = state["validation"]
-        self.seconds, self.epoch_seconds = state["seconds"], state["epoch_seconds"]
+        self.seconds, self.epoch_seconds = state["seconds"], state.get("epoch_seconds", 0.0)
 
     @property
     def deployed(self) -> Network:
