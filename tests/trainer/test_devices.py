@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from attnseg.runtime.errors import ScanError, TrainingError
 from attnseg.trainer.devices import Devices, open_devices
 from tests.trainer.conftest import SETTINGS, assert_same_end, log_rows, train_command
 
@@ -27,7 +28,7 @@ from attnseg.trainer.cases import open_data_set
 from attnseg.trainer.checkpoint import load_checkpoint
 from attnseg.trainer.config import TrainConfig
 
-faulthandler.dump_traceback_later(60)  # if they wait for each other, where
+faulthandler.dump_traceback_later(150)  # if they wait for each other, where
 phantoms, output, settings, split, ports = sys.argv[1:]
 rank, (first_port, second_port) = os.environ["RANK"], ports.split(",")
 config = TrainConfig().with_settings(json.loads(settings))
@@ -40,7 +41,7 @@ def augment(*args):
     images, labels = real_augment(*args)
     told["patches"].append(float(images.double().sum()))
     if rank == "1" and len(told["patches"]) == 5:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return images, labels
 
 def digest(tensors):
@@ -85,7 +86,8 @@ def run_two(phantoms: Path, output: Path) -> list[dict[str, Any]]:
     split = (phantoms.parent / "split.json").read_text()
     ports = ",".join(str(port) for port in free_ports(2))
     command = [sys.executable, "-c", PROCESS, phantoms, output, json.dumps(TOGETHER), split, ports]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    # One thread each, as torchrun has it: other numbers of threads round otherwise.
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [str(part) for part in command],
@@ -96,7 +98,7 @@ def run_two(phantoms: Path, output: Path) -> list[dict[str, Any]]:
         for rank in (0, 1)
     ]
     try:
-        until = time.monotonic() + 100
+        until = time.monotonic() + 200
         while time.monotonic() < until and None in (codes := [p.poll() for p in processes]):
             if any(codes):  # the other would wait for ever
                 break
@@ -153,6 +155,17 @@ def test_one_process_is_alone() -> None:
         assert devices.gather("own") == ["own"]
         with devices.together():
             pass
+
+
+def test_what_stops_one_process_stops_the_others_in_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Devices, "gather", lambda _, own: [own, "case b: is damaged"])
+    devices = Devices(torch.device("cpu"), 0, 2)
+    with pytest.raises(TrainingError, match="case b: is damaged"), devices.together():
+        pass
+    with pytest.raises(ScanError, match="case a: is absent"), devices.together():
+        raise ScanError("case a: is absent")
 
 
 def test_the_name_counts_the_processes() -> None:

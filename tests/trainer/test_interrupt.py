@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +13,10 @@ def test_the_first_signal_is_noted_and_the_second_stops(number: signal.Signals) 
     before = signal.getsignal(number)
     with noted_interrupts() as interrupt:
         assert not interrupt.asked
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interrupt.asked
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
@@ -25,7 +24,7 @@ def test_signals_stop_as_before_once_the_work_is_done() -> None:
     with noted_interrupts():
         pass
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_another_thread_leaves_signals_alone() -> None:

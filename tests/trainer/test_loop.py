@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import random
 import signal
 import subprocess
@@ -108,7 +107,7 @@ def act_at(
 
 
 def send(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    return lambda: signal.raise_signal(number)
 
 
 class StoppedError(Exception):
@@ -169,7 +168,20 @@ def test_a_run_stopped_in_its_first_epoch_resumes_to_the_same_end(
     assert_same_end(tmp_path, plain.output)
 
 
-def test_a_signal_while_validating_stops_after_the_epoch(
+def test_a_run_stopped_while_validating_resumes_to_the_same_end(
+    plain: Whole, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        act_at(patch, "validate", 2, send(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(data, plain.config, tmp_path)
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert (state["epoch"], len(state["losses"])) == (1, 3)  # its steps need not be done again
+    train(data, plain.config, tmp_path, resume=True)
+    assert_same_end(tmp_path, plain.output)
+
+
+def test_a_signal_at_the_end_of_a_validation_stops_after_the_epoch(
     data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_validation: None
 ) -> None:
     before = signal.getsignal(signal.SIGINT)

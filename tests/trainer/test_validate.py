@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnseg.runtime.errors import TrainingError
+from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data import TrainingCase
+from attnseg.trainer.devices import Devices
+from attnseg.trainer.interrupt import Interrupt
+from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.validate import validate
+
+CONFIG = TrainConfig(
+    network=NetworkConfig(1, 2, (2, 4), 4, "none", False), patch=8, precision="fp32"
+)
+ALONE = Devices(torch.device("cpu"))
+
+
+class Sign(nn.Module):
+    """Class 1 where the image is positive."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat([-image, image], dim=1)
+
+
+def slab_case(name: str, seen: int, true: int) -> TrainingCase:
+    """The first `seen` of ten slices look like class 1, the first `true` of them are."""
+    image, classes = np.full((1, 10, 8, 8), -20, np.float16), np.zeros((10, 8, 8), np.uint8)
+    image[0, :seen], classes[:true] = 20, 1
+    return TrainingCase(name, image, classes)
+
+
+def test_scores_are_the_mean_over_whole_cases() -> None:
+    cases = [slab_case("a", 4, 4), slab_case("b", 2, 6)]
+    scores = validate(Sign(), cases, CONFIG, ALONE, {"slab": (1,)}, Interrupt())
+    assert set(scores) == {"loss", "slab"}
+    assert scores["slab"] == pytest.approx((1 + 2 * 2 / (2 + 6)) / 2)
+    # Of b, 4 slices of 10 are wrong by a difference of 40 in the logits.
+    assert scores["loss"] == pytest.approx((0.5 * 0.5 + 0.5 * 0.4 * 40) / 2, rel=1e-3)
+
+
+def test_a_region_joins_classes() -> None:
+    assert validate(Sign(), [slab_case("a", 3, 5)], CONFIG, ALONE, {"all": (0, 1)}, Interrupt())[
+        "all"
+    ] == pytest.approx(1)
+
+
+def test_numbers_that_are_not_finite_are_refused_with_the_case() -> None:
+    case = slab_case("case7", 4, 4)
+    case.image[0, 0, 0, 0] = np.inf
+    with pytest.raises(TrainingError, match="case case7: validation gave numbers that are not"):
+        validate(Sign(), [case], CONFIG, ALONE, {"slab": (1,)}, Interrupt())
+
+
+def test_an_interrupt_stops_after_the_case() -> None:
+    interrupt = Interrupt()
+    interrupt.asked = True
+    with pytest.raises(KeyboardInterrupt):
+        validate(Sign(), [slab_case("a", 4, 4)] * 2, CONFIG, ALONE, {"slab": (1,)}, interrupt)
