@@ -29,15 +29,6 @@ def _real_data() -> Path | None:
     return Path(folder) if folder else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the command line last.
-
-    After them the process has an alternate signal stack that the kernel cannot write to, so
-    that a test which raises a signal in its own process would crash it.
-    """
-    items.sort(key=lambda item: item.path.name == "test_cli.py")
-
-
 def pytest_report_header() -> str:
     folder = _real_data()
     if folder is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from attnseg import Bundle
+from attnseg.runtime.engines import openvino as openvino_engine
 from attnseg.runtime.engines.choice import ENGINES, installed_engines, open_engine
 from attnseg.runtime.errors import EngineError
 
@@ -129,11 +131,35 @@ def test_bf16_runs_in_bf16_where_the_processor_has_it() -> None:
 def test_a_processor_without_bf16_is_told_so(
     doubling: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Plain(openvino.Core):
+    class Plain:
+        read_model = staticmethod(openvino_engine._core().read_model)
+
         def get_property(self, *_: object) -> list[str]:
             return ["FP32"]
 
-    monkeypatch.setattr(openvino, "Core", Plain)
+    monkeypatch.setattr(openvino_engine, "_core", Plain)
     with pytest.raises(EngineError, match="no bf16 instructions; use --precision fp32"):
         open_engine("openvino", doubling, "bf16", 1)
     assert open_engine("openvino", doubling, "auto", 1).info.precision == "fp32"
+
+
+SIGNAL_AFTER_ENGINES = """
+import signal, sys
+from pathlib import Path
+from attnseg.runtime.engines.choice import open_engine
+
+first, second = (open_engine(sys.argv[1], Path(sys.argv[2]), "fp32", 1) for _ in range(2))
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_signal_after_engines_were_freed_is_handled(doubling: Path, name: str) -> None:
+    command = [sys.executable, "-c", SIGNAL_AFTER_ENGINES, name, str(doubling)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import EngineError
 
 _HINTS = {"bf16": "bf16", "fp32": "f32"}
+
+
+@cache
+def _core() -> Any:
+    """The one `openvino.Core` of the process, never freed.
+
+    Each gives its thread an alternate signal stack and unmaps it when freed. Where two are freed
+    in the order of their making, the thread keeps an unmapped one, and the next signal that
+    Python handles, a Ctrl-C for example, is a crash (seen in OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoEngine:
@@ -33,7 +47,7 @@ class OpenVinoEngine:
                 "engine openvino is not installed; pip install 'attnseg[cpu]'"
             ) from error
         self._ov = ov
-        self._core = ov.Core()
+        self._core = _core()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:
             raise EngineError("this processor has no bf16 instructions; use --precision fp32")
