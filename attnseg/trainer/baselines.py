@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.model import NetworkConfig, encode
 
 _COARSE = 4  # voxels averaged along each axis for DeepMedic's second pathway
 
@@ -66,12 +66,7 @@ class UNet3d(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image `(B, in_channels, X, Y, Z)` to logits `(B, classes, X, Y, Z)`."""
-        skips = []
-        h = image
-        for stage in self.encoder:
-            h = stage(h)
-            skips.append(h)
-            h = self.pool(h)
+        skips, h = encode(image, self.encoder, self.pool)
         h = self.bottleneck(h)
         for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             h = stage(torch.cat([skip, up(h)], dim=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +49,6 @@ from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.networks import Network, build_network
 from attnseg.trainer.task import BRATS
 from attnseg.trainer.validate import mixed_precision, validate
-
-log = logging.getLogger(__name__)
 
 SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
 CACHE = "cache"
@@ -289,7 +286,7 @@ def _finish_epoch(run: _Run, output: Path, feed: BatchFeed, validation: dict[str
     run.best = max(run.best, score)
     if run.devices.first:
         log_epoch(output, row)
-    # last.pt comes last: a run that stops before it takes the whole epoch again.
+    # last.pt comes last: a run that stops before it takes the validation again.
     _save(run, [output / "best.pt", output / "last.pt"][0 if improved else 1 :], feed)
 
 
@@ -317,9 +314,9 @@ def _training_cases(
 
 def _check_patch(config: TrainConfig, device: torch.device) -> None:
     # oneDNN's weight gradient of such convolutions in bfloat16 is noise (seen in torch 2.13).
-    smallest = config.patch // (1 << len(config.network.widths))
-    u_shaped = config.network.architecture != "deepmedic"
-    if device.type == "cpu" and config.precision == "bf16" and u_shaped and smallest == 2:
+    network = config.network
+    two_left = network.architecture != "deepmedic" and config.patch // network.stride == 2
+    if device.type == "cpu" and config.precision == "bf16" and two_left:
         raise TrainingError(
             f"patches of {config.patch} leave 2 voxels at the bottom of the network, where PyTorch "
             "computes wrong gradients in bf16 on a CPU; set precision=fp32 or a larger patch"

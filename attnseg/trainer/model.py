@@ -8,6 +8,7 @@ one of these numbers is quoted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -272,6 +273,19 @@ class DecoderStage(nn.Module):
         return refined
 
 
+def encode(
+    image: Tensor, stages: Iterable[nn.Module], pool: nn.Module
+) -> tuple[list[Tensor], Tensor]:
+    """What each stage of an encoder gives, first to last, and the last of it pooled."""
+    skips = []
+    h = image
+    for stage in stages:
+        h = stage(h)
+        skips.append(h)
+        h = pool(h)
+    return skips, h
+
+
 class AttentionResNetUNet(nn.Module):
     """The network of the paper's section 3.1. Outputs logits, not probabilities."""
 
@@ -297,12 +311,7 @@ class AttentionResNetUNet(nn.Module):
 
         X, Y and Z must be multiples of `config.stride`.
         """
-        skips = []
-        h = image
-        for stage in self.encoder:
-            h = stage(h)
-            skips.append(h)
-            h = self.pool(h)
+        skips, h = encode(image, self.encoder, self.pool)
         h = self.bottleneck(h)
         for stage, skip in zip(self.decoder, reversed(skips), strict=True):
             h = stage(h, skip)
