@@ -410,6 +410,7 @@ def train(
     from attnseg.trainer.cases import open_data_set
     from attnseg.trainer.checkpoint import run_config, run_split
     from attnseg.trainer.config import TrainConfig
+    from attnseg.trainer.devices import first_process
     from attnseg.trainer.loop import train as train_network
     from attnseg.trainer.model import network_settings
     from attnseg.trainer.split import Split, read_split
@@ -433,7 +434,8 @@ def train(
         parts = read_split(split) if split else None
         _refuse_two_splits(split, config.folds)
     best = train_network(open_data_set(data, parts, config), config, output, resume, initial)
-    click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
+    if first_process():
+        click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
 
 
 @contextmanager

@@ -70,6 +70,11 @@ class Devices:
             raise TrainingError(words[0])
 
 
+def first_process() -> bool:
+    """Whether this process writes and prints, for callers that have no `Devices` at hand."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def open_devices() -> Iterator[Devices]:
     """The devices as `torchrun` says in the environment; without it, this process alone."""

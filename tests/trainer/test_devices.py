@@ -145,6 +145,7 @@ def test_an_interrupted_run_of_two_resumes_to_the_end_of_a_whole_one(
     command = [*torchrun, "-m", "attnseg", *train_command(phantoms, tmp_path, TOGETHER)]
     whole = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("Best checkpoint") == 1
     assert len(log_rows(tmp_path)) == 2
     assert_same_end(tmp_path, parts)
 
