@@ -6,8 +6,9 @@ import importlib.util
 import logging
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -448,7 +449,7 @@ def _open_trained(model: Path | None, settings: Mapping[str, Any]) -> Iterator[S
     from attnseg.export.export import export_bundle
 
     with tempfile.TemporaryDirectory() as scratch:
-        export_bundle(model, Path(scratch) / "bundle")
+        export_bundle(model, Path(scratch) / "bundle", samples=lambda _: ())
         yield _open_segmenter(Path(scratch) / "bundle", dict(settings))
 
 
@@ -628,26 +629,180 @@ def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: P
     ctx.exit(1 if scans.problems else 0)
 
 
+def _gate_options(function: _Function) -> _Function:
+    """The options of the parity gate, which `export` and `verify` share."""
+    options = (
+        click.option(
+            "--data",
+            type=_PATH,
+            help="Labelled cases to compare the precisions on.  [default: a synthetic one]",
+        ),
+        click.option("--budget-dice", type=float, help="Largest drift of Dice.  [default: 0.002]"),
+        click.option(
+            "--budget-volume", type=float, help="Largest drift of a volume, in %.  [default: 0.5]"
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @main.command()
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--output", type=_PATH, required=True, help="Folder for the bundle.")
+@click.option("--fp16", is_flag=True, help="An fp16 graph too, and an engine built from it.")
+@click.option(
+    "--io",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Type of the fp16 graph's input and output.",
+)
+@click.option(
+    "--builder",
+    type=click.Choice(["tensorrt-rtx", "tensorrt", "none"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="What builds engines; tensorrt needs the GPU it builds for.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="GPU to build for, such as rtx3090 or sm89; give it again for more.  [default with "
+    "--fp16: rtx3090]",
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Windows at a time."
+)
+@click.option("--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory, at most.")
+@click.option(
+    "--compatible",
+    type=click.Choice(["same", "ampere+"]),
+    default="same",
+    show_default=True,
+    help="GPUs that the engine runs on; ampere+ is for --builder tensorrt.",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="For later versions of --builder tensorrt too."
+)
+@_gate_options
 @click.option("--name", help="Name of the model.")
 @click.option("--description", help="What the model is for.")
 @click.option("--intended-use", help="Who may use it for what.")
-def export(checkpoint: Path, output: Path, **words: str | None) -> None:
-    """Export a checkpoint, or a bundle's weights.safetensors, to a bundle for attnseg run."""
-    _need("export", "torch", "safetensors", "onnx", "onnxscript")
-    from attnseg.export.export import export_bundle
+def export(
+    checkpoint: Path,
+    output: Path,
+    data: Path | None,
+    budget_dice: float | None,
+    budget_volume: float | None,
+    **settings: Any,
+) -> None:
+    """Export a checkpoint, or a bundle's weights.safetensors, to a bundle for attnseg run.
 
-    given = {key: text for key, text in words.items() if text}
-    bundle, parity = export_bundle(checkpoint, output, given)
-    for result in parity:
-        click.echo(
-            f"{result.engine} fp32 against torch: largest difference "
-            f"{result.largest_difference:.1e} of the largest logit, label disagreement "
-            f"{result.label_disagreement:.1e}"
-        )
-    click.echo(f"Bundle: {bundle.folder}. Next: attnseg run scan_dir/ -o out/ --model {output}")
+    Every precision is compared with the trained network before anything is written.
+    """
+    _need("export", "torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common")
+    from attnseg.export.export import export_bundle
+    from attnseg.export.options import make_options
+    from attnseg.export.samples import read_samples
+
+    options = make_options(budget_dice, budget_volume, settings)
+    samples = partial(read_samples, data) if data else None
+    with _export_progress() as progress:
+        exported = export_bundle(checkpoint, output, options, samples, progress)
+    _print_report(exported.report)
+    if exported.in_fp32:
+        click.echo(f"In fp32, as they may overflow: {', '.join(exported.in_fp32)}")
+    click.echo(
+        f"Bundle: {exported.bundle.folder}. Next: attnseg run scan_dir/ -o out/ --model {output}"
+    )
+
+
+@contextmanager
+def _export_progress() -> Iterator[Any]:
+    """An `ExportProgress` that moves a bar: silent steps, and the phases of an engine's build."""
+    from attnseg.export.export import ExportProgress
+
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+
+        def step(name: str) -> None:
+            progress.update(task, description=name, total=None)
+
+        def build(phase: str, done: int, steps: int) -> None:
+            progress.update(task, description=phase, completed=done, total=steps)
+
+        yield ExportProgress(step, build)
+
+
+def _print_report(report: Any) -> None:
+    from attnseg.export.card import PARITY_HEADER, not_run_lines, parity_rows
+
+    _print_table(PARITY_HEADER, parity_rows(report))
+    for line in not_run_lines(report):
+        click.echo(line)
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table()
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+@main.command()
+@click.argument("folder", type=_PATH)
+@_gate_options
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    /,
+    folder: Path,
+    data: Path | None,
+    budget_dice: float | None,
+    budget_volume: float | None,
+) -> None:
+    """Run a bundle's parity gate again, on this machine.
+
+    The exit code is 1 if a precision is over the budget, which is the bundle's own unless given.
+    """
+    _need("export", "torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common")
+    from attnseg.export.options import make_budget
+    from attnseg.export.parity import describe_failure
+    from attnseg.export.samples import read_samples
+    from attnseg.export.verify import verify_bundle
+
+    own = Bundle.load(folder).manifest.budget
+    dice = budget_dice or (own.dice if own else None)
+    budget = make_budget(dice, budget_volume or (own.volume_percent if own else None))
+    samples = partial(read_samples, data) if data else None
+    with _export_progress() as progress:
+        report = verify_bundle(folder, budget, samples, progress.step)
+    _print_report(report)
+    for failed in report.failures():
+        reason = describe_failure(failed, budget)
+        click.echo(f"over the budget: {failed.precision} by {failed.engine}: {reason}", err=True)
+    ctx.exit(1 if report.failures() else 0)
+
+
+@main.command()
+@click.argument("folder", type=_PATH)
+def inspect(folder: Path) -> None:
+    """Show what a bundle holds: files, precisions, targets, sizes, checksums, layers."""
+    from attnseg.inspect import inspect_bundle
+
+    bundle = Bundle.load(folder)
+    found = inspect_bundle(bundle)
+    manifest = bundle.manifest
+    click.echo(f"{manifest.name}: {manifest.description}")
+    click.echo(f"{manifest.intended_use}; made with {manifest.created_with}")
+    click.echo(f"sha256 {bundle.sha256}")
+    _print_table(("file", "role", "precision", "for", "MB", "sha256"), found.files)
+    for line in found.layers:
+        click.echo(line)
 
 
 @main.command()

@@ -38,6 +38,9 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     )
 
 
+WEIGHTS = default_folder() / "weights.safetensors"
+
+
 def test_run_prints_a_summary_and_succeeds(small_scan: Path, tmp_path: Path) -> None:
     result = call("run", small_scan, "-o", tmp_path / "out", *FP32)
     assert result.exit_code == 0, result.output
@@ -101,6 +104,10 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
         (("train", "--data", ".", "-o", "o", "--preset", "x"), "error: preset x does not exist"),
         (("train", "--data", ".", "-o", "o", "--set", "a=b"), "error: unknown training field a"),
         (("export", "x.pt", "-o", "out"), "error: x.pt: does not exist"),
+        (("export", "x.pt", "-o", "out", "--fp16", "--target", "gtx1080"), "error: target gtx1080"),
+        (("export", "x.pt", "-o", "out", "--budget-dice", "0"), "error: budget of dice: "),
+        (("verify", "nowhere"), "error: nowhere: is not a bundle"),
+        (("inspect", "."), "error: .: is not a bundle"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -264,6 +271,20 @@ def test_usage_errors_are_one_line_too(arguments: tuple[str, ...], message: str)
     assert result.stderr.count("\n") == 1
 
 
+def test_fp16_and_an_engine_for_the_rtx_3090_come_from_one_command(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    result = call("export", WEIGHTS, "-o", model, "--fp16", "--target", "rtx3090")
+    assert result.exit_code == 0, result.output
+    assert "simulated by" in result.stdout
+    assert "model-fp16-sm86.tensorrt-rtx): not run here" in result.stdout
+    found = call("inspect", model)
+    assert found.exit_code == 0, found.output
+    assert "40 Conv float16" in found.stdout
+    strict = call("verify", model, "--budget-volume", "1e-9")
+    assert strict.exit_code == 1, strict.output
+    assert "over the budget: fp16 by simulated by onnxruntime" in strict.stderr
+
+
 def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) -> None:
     for name in ("b", "c"):
         target = shutil.copytree(small_scan / "small", small_scan / name)
@@ -280,7 +301,7 @@ def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) 
     words = ("--name", "mine", "--description", "for me", "--intended-use", "none")
     result = call("export", tmp_path / "run" / "best.pt", "-o", tmp_path / "model", *words)
     assert result.exit_code == 0, result.output
-    assert "against torch" in result.stdout
+    assert "fp32 openvino" in result.stdout
     manifest = Bundle.load(tmp_path / "model").manifest
     assert (manifest.name, manifest.description, manifest.intended_use) == (
         "mine",

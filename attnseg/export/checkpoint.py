@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -181,14 +180,3 @@ def encode_weights(model: TrainedModel) -> bytes:
     }
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})
-
-
-def example_windows(model: TrainedModel, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Inputs to compare engines on: `(count, C, P, P, P)` float32, smooth and in z-score range."""
-    rng = np.random.default_rng(seed)
-    edge = model.patch
-    shape = (count, model.network.config.in_channels, edge // 4, edge // 4, edge // 4)
-    coarse = torch.from_numpy(rng.standard_normal(shape, np.float32))
-    smooth = torch.nn.functional.interpolate(coarse, (edge,) * 3, mode="trilinear")
-    noise = rng.standard_normal(smooth.shape, np.float32) * np.float32(0.3)
-    return np.asarray(1.5 * smooth.numpy() + noise, np.float32)

@@ -1,59 +1,59 @@
-"""Parity: an exported graph must give the logits that torch gives."""
+"""The parity gate over a bundle that was made before, perhaps elsewhere."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
+from attnseg.export.checkpoint import load_trained
+from attnseg.export.measure import TorchEngine, measure
+from attnseg.export.parity import ParityReport
+from attnseg.export.samples import SampleSource, make_golden, sample_windows, synthetic_sample
+from attnseg.runtime.bundle import Budget, Bundle
+from attnseg.runtime.errors import BundleError
+from attnseg.runtime.golden import Golden, read_golden
 
-from attnseg.export.checkpoint import TrainedModel, example_windows
-from attnseg.runtime.engines.choice import installed_engines, open_engine
-from attnseg.runtime.errors import EngineError
-from attnseg.runtime.segmenter import available_threads
-
-TOLERANCE = 1e-3  # of fp32 logits, relative to the largest of them
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far an engine's fp32 logits are from torch's.
-
-    Attributes:
-        engine: name and version.
-        largest_difference: over all logits, relative to the largest logit of torch.
-        label_disagreement: share of voxels whose most likely class differs.
-    """
-
-    engine: str
-    largest_difference: float
-    label_disagreement: float
+_REPEATED = 1e-4  # torch on another processor rounds otherwise
 
 
-def compare_with_torch(model: TrainedModel, onnx_file: Path) -> list[Parity]:
-    """Run every installed engine in fp32 on example windows, batches of 1 and 2.
+def _golden(bundle: Bundle, reference: TorchEngine) -> Golden:
+    """The bundle's golden window, or one made now for a bundle that is older than they are."""
+    if not bundle.has("golden"):
+        return make_golden(
+            reference, sample_windows(bundle.manifest, synthetic_sample(bundle.manifest))
+        )
+    golden = read_golden(bundle)
+    difference = golden.difference(reference.infer(golden.image))
+    if not difference <= _REPEATED:
+        raise BundleError(
+            f"{bundle.folder}: the golden window's logits differ by {difference:.1e} of the "
+            "largest from what its weights give: they do not belong together; export it again"
+        )
+    return golden
+
+
+def verify_bundle(
+    folder: Path,
+    budget: Budget | None = None,
+    samples: SampleSource | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ParityReport:
+    """Measure a bundle against the weights that it carries.
+
+    Args:
+        folder: the bundle.
+        budget: None for the bundle's own, or the default where it has none.
+        samples: gives the cases; None for a synthetic one.
+        progress: told what is run next.
 
     Raises:
-        EngineError: no engine is installed, or one differs by more than `TOLERANCE`.
+        BundleError: the bundle is damaged, or its golden window is not of its weights.
+        EngineError: no engine is installed, or one refuses the graph.
     """
-    windows = example_windows(model, 2)
-    with torch.inference_mode():
-        expected = model.network(torch.from_numpy(windows)).numpy()
-    scale = float(np.abs(expected).max())
-    results = []
-    for name in [n for n, version in installed_engines().items() if version]:
-        engine = open_engine(name, onnx_file, "fp32", available_threads())
-        got = np.concatenate([engine.infer(windows).copy(), engine.infer(windows[:1]).copy()])
-        wanted = np.concatenate([expected, expected[:1]])
-        difference = float(np.abs(got - wanted).max()) / scale
-        disagreement = float(np.mean(got.argmax(axis=1) != wanted.argmax(axis=1)))
-        results.append(Parity(f"{name} {engine.info.version}", difference, disagreement))
-        if not difference <= TOLERANCE:
-            raise EngineError(
-                f"{name} differs from torch by {difference:.2e} of the largest logit, more than "
-                f"{TOLERANCE:.0e}; no bundle was written"
-            )
-    if not results:
-        raise EngineError("parity needs an inference engine; pip install 'attnseg[cpu]'")
-    return results
+    bundle = Bundle.load(folder)
+    reference = TorchEngine(load_trained(bundle.file("weights")).network)
+    manifest = bundle.manifest
+    cases = samples(manifest) if samples else [synthetic_sample(manifest)]
+    golden = _golden(bundle, reference)
+    chosen = budget or manifest.budget or Budget()
+    return measure(bundle, reference, golden, cases, chosen, progress)

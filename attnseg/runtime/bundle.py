@@ -9,6 +9,7 @@ normalisation and window all come from here.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.scans import Channel
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 _AXIS = {"L": "L", "R": "L", "A": "A", "P": "A", "S": "S", "I": "S"}
 
@@ -32,6 +33,8 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(gt=0)]
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Role = Literal["onnx", "engine", "weights", "golden", "parity", "card", "sbom", "log"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 class _Record(BaseModel):
@@ -76,19 +79,61 @@ class Validation(_Record):
     method: str
 
 
+class Budget(_Record):
+    """How far each precision may be from the trained network in fp32, on every case and region.
+
+    Attributes:
+        dice: drift of the Dice score.
+        volume_percent: drift of the volume, in percent of it but of 1 ml at least.
+    """
+
+    dice: Annotated[float, Field(gt=0, le=1)] = 0.002
+    volume_percent: Annotated[float, Field(gt=0, le=100)] = 0.5
+
+
+class EngineBuild(_Record):
+    """What built an engine file, and what it runs on.
+
+    Attributes:
+        builder: library.
+        version: of the library; another version may refuse the file.
+        target: compute capability, `sm86` for 8.6.
+        compatibility: `same`, or `ampere+` for that capability and later ones.
+        window: the one size of its input along X, Y and Z.
+        batch: the one number of windows it takes at a time.
+    """
+
+    builder: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    target: Annotated[str, Field(pattern="^sm[0-9]{2,3}$")]
+    compatibility: Literal["same", "ampere+"]
+    window: tuple[Size, Size, Size]
+    batch: Size
+
+
 class FileEntry(_Record):
     """One file of the bundle."""
 
-    role: Literal["onnx", "weights"]
+    role: Role
+    precision: Precision | None
+    engine: EngineBuild | None
     sha256: Sha256
     size_bytes: Size
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.precision is not None) != (self.role in ("onnx", "engine")):
+            raise ValueError("precision belongs to files of role onnx and engine, and to no others")
+        if (self.engine is not None) != (self.role == "engine"):
+            raise ValueError("engine belongs to files of role engine, and to no others")
+        return self
 
 
 class Manifest(_Record):
     """Content of `manifest.json`; the fields are specified in `docs/bundle.md`."""
 
     format: Literal["attnseg-bundle"]
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str
     created_with: str
     description: str
@@ -99,12 +144,13 @@ class Manifest(_Record):
     display: Annotated[tuple[str, ...], Field(min_length=1)]
     orientation: str
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
-    grid: Grid | None = None
+    grid: Grid | None
     normalisation: Normalisation
     inference: Inference
     network: dict[str, Any]
     training: Training | None
     validation: Validation | None
+    budget: Budget | None
     files: dict[str, FileEntry]
 
     @field_validator("normalisation", mode="before")
@@ -138,8 +184,9 @@ class Manifest(_Record):
             raise ValueError("display names a channel that does not exist")
         if sorted("LAS".find(_AXIS.get(c, "?")) for c in self.orientation) != [0, 1, 2]:
             raise ValueError(f"orientation {self.orientation} does not name each axis once")
-        if sum(entry.role == "onnx" for entry in self.files.values()) != 1:
-            raise ValueError("files must hold one file of role onnx")
+        graphs = [entry.precision for entry in self.files.values() if entry.role == "onnx"]
+        if graphs.count("fp32") != 1 or len(set(graphs)) < len(graphs):
+            raise ValueError("files must hold one file of role onnx in fp32, no precision twice")
         for path in self.files:
             if PurePosixPath(path).name != path or "\\" in path or path in ("", "..", MANIFEST):
                 raise ValueError(f"file {path!r} is not a plain file name")
@@ -191,12 +238,25 @@ class Bundle:
         """The bundle that is shipped with attnseg: a research demonstration."""
         return cls.load(default_folder())
 
-    def file(self, role: str) -> Path:
-        """The file with a role, such as `onnx`. Raises `BundleError` if there is none."""
+    def file(self, role: Role, precision: Precision | None = None) -> Path:
+        """The file with a role, for `onnx` in fp32 unless a precision is given.
+
+        Raises:
+            BundleError: there is none.
+        """
+        wanted = precision or ("fp32" if role == "onnx" else None)
         for name, entry in self.manifest.files.items():
-            if entry.role == role:
+            if entry.role == role and wanted in (None, entry.precision):
                 return self.folder / name
-        raise BundleError(f"{self.folder}: has no file of role {role}; export it again")
+        kind = f"{role} {precision}" if precision else role
+        raise BundleError(f"{self.folder}: has no file of role {kind}; export it again")
+
+    def has(self, role: Role, precision: Precision | None = None) -> bool:
+        """Whether there is a file of this role and, if one is given, precision."""
+        return any(
+            entry.role == role and precision in (None, entry.precision)
+            for entry in self.manifest.files.values()
+        )
 
 
 def default_folder() -> Path:
@@ -204,9 +264,25 @@ def default_folder() -> Path:
     return Path(__file__).parent / "models" / "default"
 
 
+def _as_version_2(stored: bytes) -> bytes:
+    """A manifest of version 1, which knew fp32 only, in the words of version 2; others as is."""
+    try:
+        record = json.loads(stored)
+    except ValueError:
+        return stored  # the parser says what is wrong
+    if not isinstance(record, dict) or record.get("format_version") != 1:
+        return stored
+    files = record.get("files")
+    for entry in files.values() if isinstance(files, dict) else ():
+        if isinstance(entry, dict):
+            added = {"precision": "fp32" if entry.get("role") == "onnx" else None, "engine": None}
+            entry.update({name: entry.get(name, value) for name, value in added.items()})
+    return json.dumps({"grid": None, "budget": None, **record, "format_version": 2}).encode()
+
+
 def _parse(file: Path, stored: bytes) -> Manifest:
     try:
-        return Manifest.model_validate_json(stored)
+        return Manifest.model_validate_json(_as_version_2(stored))
     except ConfigError as error:
         raise BundleError(f"{file}: {error}") from error
     except ValidationError as error:
@@ -215,7 +291,7 @@ def _parse(file: Path, stored: bytes) -> Manifest:
         if where == "format_version":
             raise BundleError(
                 f"{file}: format_version {first['input']!r} is not known to this version of "
-                f"attnseg, which reads {FORMAT_VERSION}; install the version that made it"
+                f"attnseg, which reads 1 and {FORMAT_VERSION}; install the version that made it"
             ) from error
         raise BundleError(f"{file}: {where}: {first['msg']}; export the model again") from error
 
@@ -235,9 +311,17 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         )
 
 
-def file_entry(role: Literal["onnx", "weights"], content: bytes) -> FileEntry:
+def file_entry(
+    role: Role,
+    content: bytes,
+    precision: Precision | None = None,
+    engine: EngineBuild | None = None,
+) -> FileEntry:
     """The manifest's entry for a file with this content."""
-    return FileEntry(role=role, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    return FileEntry(
+        role=role, precision=precision, engine=engine, sha256=digest, size_bytes=len(content)
+    )
 
 
 def check_free(folder: Path) -> None:

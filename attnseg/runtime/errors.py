@@ -7,7 +7,8 @@
     ├── BundleError         a bundle that is missing, damaged, or of an unknown format
     ├── EngineError         an inference engine that is missing or refuses the model
     ├── OutputError         a result that could not be written, or would replace another
-    └── TrainingError       a training run that cannot start or go on
+    ├── TrainingError       a training run that cannot start or go on
+    └── ExportError         a model that cannot be exported, or whose export is not equal to it
 
 Each message names the thing, the rule it broke and what to do about it.
 """
@@ -45,3 +46,7 @@ class OutputError(AttnsegError):
 
 class TrainingError(AttnsegError):
     """A training run cannot start or go on."""
+
+
+class ExportError(AttnsegError):
+    """A model cannot be exported, or the export does not compute what the model computes."""

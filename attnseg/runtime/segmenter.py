@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from attnseg.runtime.bundle import Bundle, Inference
 from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.clock import StageClock
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import Engine, EngineInfo
 from attnseg.runtime.engines.choice import open_engine
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.executor import Progress as WindowProgress
@@ -154,12 +154,14 @@ class Segmenter:
         self,
         bundle: Bundle | Path | str | None = None,
         options: SegmentOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Open the engine.
 
         Args:
             bundle: the model, or its folder; None for the shipped one.
             options: how to run it.
+            engine: that runs the network; None for the one that the options name.
 
         Raises:
             BundleError: the bundle is missing or damaged.
@@ -171,7 +173,7 @@ class Segmenter:
             bundle = Bundle.default() if bundle is None else Bundle.load(bundle)
         self.bundle = bundle
         self._plan = plan = _plan(options, bundle.manifest.inference)
-        self._engine = open_engine(
+        self._engine = engine or open_engine(
             options.engine, bundle.file("onnx"), options.precision, plan.threads
         )
 

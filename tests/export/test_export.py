@@ -1,30 +1,47 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.export import verify
+from attnseg.export import export as export_module
+from attnseg.export import measure as measure_module
 from attnseg.export.checkpoint import encode_weights, load_trained
-from attnseg.export.export import export_bundle
+from attnseg.export.export import Exported, ExportOptions, export_bundle
 from attnseg.export.onnx import export_onnx, fold_batch_norms
-from attnseg.runtime.bundle import default_folder
-from attnseg.runtime.engines.choice import ENGINES, open_engine
-from attnseg.runtime.errors import BundleError, EngineError, TrainingError
+from attnseg.export.precision import convert_to_fp16
+from attnseg.export.samples import Sample
+from attnseg.export.tensorrt import BuildOptions
+from attnseg.runtime.bundle import Manifest, default_folder
+from attnseg.runtime.engines.choice import ENGINES
+from attnseg.runtime.errors import BundleError, EngineError, ExportError, TrainingError
+from attnseg.runtime.golden import read_golden
 from attnseg.runtime.grid import Grid
-from attnseg.synthetic import SyntheticCase
+from attnseg.synthetic import SyntheticCase, make_case
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import Network, build_network
 
 WEIGHTS = default_folder() / "weights.safetensors"
+
+
+SM86 = BuildOptions("tensorrt-rtx", "sm86")
+
+
+def one_window(_: Manifest) -> list[Sample]:
+    """A phantom whose brain fits into one window."""
+    phantom = make_case(5, (64, 64, 64))
+    return [Sample("small brain", Volume(phantom.images, phantom.affine), phantom.labels)]
 
 
 def lively_network(config: NetworkConfig) -> Network:
@@ -65,7 +82,7 @@ def test_the_graph_gives_torchs_logits_for_any_batch_and_size(
         with torch.inference_mode():
             expected = network(image).numpy()
         for name in ENGINES:
-            result = open_engine(name, file, "fp32", 1).infer(image.numpy())
+            result = ENGINES[name](file, "fp32", 1).infer(image.numpy())
             np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -99,11 +116,14 @@ def test_the_same_weights_give_the_same_bytes() -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    bundle, parity = export_bundle(WEIGHTS, tmp_path_factory.mktemp("export") / "model")
-    assert {p.engine.split()[0] for p in parity} == set(ENGINES)
-    assert max(p.largest_difference for p in parity) < 1e-4
-    return bundle
+def export_result(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    return export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(SM86,)), one_window)
+
+
+@pytest.fixture(scope="module")
+def exported(export_result: Exported) -> Bundle:
+    return export_result.bundle
 
 
 def test_the_shipped_weights_export_to_the_shipped_bundle(exported: Bundle) -> None:
@@ -115,7 +135,7 @@ def test_the_shipped_weights_export_to_the_shipped_bundle(exported: Bundle) -> N
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     # Files and fields of older versions, which the shipped bundle may be from, say less.
-    common = {"files": {}, "created_with": "", "network": {}}
+    common = {"files": {}, "created_with": "", "network": {}, "budget": None}
     assert exported.manifest.model_copy(update=common) == (
         shipped.manifest.model_copy(update=common)
     )
@@ -149,6 +169,94 @@ def test_the_exported_bundle_segments_as_the_shipped_one(
     np.testing.assert_array_equal(ours, shipped)
 
 
+def test_every_precision_is_measured_and_kept_within_the_budget(export_result: Exported) -> None:
+    report = export_result.report
+    found = {(m.precision, m.engine.split()[0]): m for m in report.measured}
+    assert {("fp32", name) for name in ENGINES} | {("fp16", "simulated")} <= set(found)
+    assert report.failures() == []
+    for name in ENGINES:
+        assert found["fp32", name].logits < 5e-4
+    half = found["fp16", "simulated"]
+    assert 1e-5 < half.logits < 1e-2  # not fp32 under another name
+    assert [d.region for d in half.drifts] == ["WT", "TC", "ET"]
+    assert [(n.precision, "sm86" in n.engine) for n in report.not_run] == [("fp16", True)]
+    assert export_result.in_fp32 == ()
+
+
+def test_the_bundle_says_what_every_file_is(exported: Bundle) -> None:
+    files = exported.manifest.files
+    kinds = {(entry.role, entry.precision) for entry in files.values()}
+    assert kinds == {
+        ("onnx", "fp32"),
+        ("onnx", "fp16"),
+        ("engine", "fp16"),
+        ("weights", None),
+        ("golden", None),
+        ("parity", None),
+        ("card", None),
+    }
+    (engine,) = [entry.engine for entry in files.values() if entry.engine]
+    assert (engine.builder, engine.target, engine.window) == ("tensorrt-rtx", "sm86", (64, 64, 64))
+    assert json.loads(exported.file("parity").read_text())["budget"]["dice"] == 0.002
+    card = exported.file("card").read_text()
+    assert "| fp16 simulated by onnxruntime" in card
+    assert "not run here, no NVIDIA GPU" in card
+
+
+def test_graphs_and_engines_are_the_same_bytes_each_time(exported: Bundle, tmp_path: Path) -> None:
+    options = ExportOptions(fp16=True, engines=(SM86,))
+    again = export_bundle(WEIGHTS, tmp_path / "again", options, one_window).bundle
+    for name, entry in exported.manifest.files.items():
+        if entry.role in ("onnx", "engine", "weights", "golden"):
+            assert again.manifest.files[name] == entry, name
+
+
+def test_the_golden_window_holds_torchs_logits(exported: Bundle) -> None:
+    golden = read_golden(exported)
+    network = load_trained(exported.file("weights")).network
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(golden.image)).numpy()
+    np.testing.assert_array_equal(golden.logits, expected)
+    assert len(np.unique(golden.logits.argmax(axis=1))) > 2  # there is something in it
+
+
+def scaled_layer(content: bytes, factor: float) -> bytes:
+    """The graph with the weights of its tenth convolution scaled."""
+    model = onnx.load_from_string(content)
+    node = [n for n in model.graph.node if n.op_type == "Conv"][9]
+    (weight,) = [i for i in model.graph.initializer if i.name == node.input[1]]
+    values = numpy_helper.to_array(weight)
+    weight.CopyFrom(numpy_helper.from_array((values * factor).astype(values.dtype), weight.name))
+    return bytes(model.SerializeToString())
+
+
+def test_an_fp16_graph_with_a_layer_that_is_wrong_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(content: bytes, *rest: Any) -> bytes:
+        return scaled_layer(convert_to_fp16(content, *rest), 1e4)
+
+    monkeypatch.setattr(export_module, "convert_to_fp16", wrong)
+    with pytest.raises(
+        ExportError,
+        match=r"fp16 .* is over the budget: .* the first wrong layer is \S+ \(Conv\).*no bundle",
+    ):
+        export_bundle(WEIGHTS, tmp_path / "model", ExportOptions(fp16=True), one_window)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_convolution_left_in_fp32_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(content: bytes, in_fp32: list[str], io: str) -> bytes:
+        return convert_to_fp16(content, ["node_conv3d_3"], io)
+
+    monkeypatch.setattr(export_module, "convert_to_fp16", forgetful)
+    with pytest.raises(ExportError, match=r"1 convolutions in fp32 \(node_conv3d_3\)"):
+        export_bundle(WEIGHTS, tmp_path / "model", ExportOptions(fp16=True), one_window)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_graph_that_differs_from_torch_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,16 +265,17 @@ def test_a_graph_that_differs_from_torch_is_not_written(
         other.head.weight.data *= 1.01
         return export_onnx(other)
 
-    monkeypatch.setattr("attnseg.export.export.export_onnx", wrong)
-    with pytest.raises(EngineError, match=r"differs from torch by .* no bundle was written"):
-        export_bundle(WEIGHTS, tmp_path / "model")
+    monkeypatch.setattr(export_module, "export_onnx", wrong)
+    message = r"fp32 by openvino .* logits differ by .* no bundle was written"
+    with pytest.raises(ExportError, match=message):
+        export_bundle(WEIGHTS, tmp_path / "model", samples=one_window)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_parity_needs_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(verify, "installed_engines", lambda: dict.fromkeys(ENGINES))
+    monkeypatch.setattr(measure_module, "installed_engines", lambda: dict.fromkeys(ENGINES))
     with pytest.raises(EngineError, match="parity needs an inference engine"):
-        export_bundle(WEIGHTS, tmp_path / "model")
+        export_bundle(WEIGHTS, tmp_path / "model", samples=one_window)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,6 +28,66 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(manifest))
 
 
+BUILD = {
+    "builder": "tensorrt-rtx",
+    "version": "1.7",
+    "target": "sm86",
+    "compatibility": "same",
+    "window": [64, 64, 64],
+    "batch": 1,
+}
+
+
+def entry(role: str, precision: str | None, engine: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file's entry in a manifest."""
+    kind = {"role": role, "precision": precision, "engine": engine}
+    return {**kind, "sha256": "0" * 64, "size_bytes": 1}
+
+
+def as_version_1(folder: Path) -> None:
+    """Turn the manifest into what the first version of the format was."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["format_version"] = 1
+    for name in ("budget", "grid"):
+        manifest.pop(name, None)
+    kept = ("role", "sha256", "size_bytes")
+    manifest["files"] = {
+        name: {key: found[key] for key in kept}
+        for name, found in manifest["files"].items()
+        if found["role"] in ("onnx", "weights") and found.get("precision") in (None, "fp32")
+    }
+    file.write_text(json.dumps(manifest))
+
+
+def test_a_bundle_of_version_1_is_read_as_one_in_fp32(bundle_folder: Path) -> None:
+    as_version_1(bundle_folder)
+    bundle = Bundle.load(bundle_folder)
+    assert bundle.manifest.budget is None
+    assert bundle.manifest.grid is None
+    kinds = {(e.role, e.precision) for e in bundle.manifest.files.values()}
+    assert kinds == {("onnx", "fp32"), ("weights", None)}
+    edit_manifest(bundle_folder, colour="red")
+    with pytest.raises(BundleError, match="colour: Extra inputs"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_file_is_found_by_role_and_precision(bundle_folder: Path) -> None:
+    (bundle_folder / "half.onnx").write_bytes(b"half")
+    half = file_entry("onnx", b"half", "fp16")
+    files = Bundle.load(bundle_folder).manifest.files
+    kept = {name: e.model_dump() for name, e in files.items()}
+    changes = {"files": {**kept, "half.onnx": half.model_dump()}}
+    upgraded = {"format_version": 2, "budget": None, "grid": None, **changes}
+    edit_manifest(bundle_folder, **upgraded)
+    bundle = Bundle.load(bundle_folder)
+    assert bundle.file("onnx").name == "model.onnx"
+    assert bundle.file("onnx", "fp16").name == "half.onnx"
+    assert bundle.has("onnx", "fp16") and not bundle.has("onnx", "int8")
+    with pytest.raises(BundleError, match="no file of role onnx int8; export it again"):
+        bundle.file("onnx", "int8")
+
+
 def test_the_shipped_bundle_says_what_it_is() -> None:
     manifest = Bundle.default().manifest
     assert manifest.intended_use == "research demonstration, not for clinical use"
@@ -75,7 +135,7 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2 is not known"),
+        ({"format_version": 3}, "format_version 3 is not known"),
         ({"format": "zip"}, "format: "),
         ({"colour": "red"}, "colour: Extra inputs"),
         ({"inference__colour": "red"}, r"inference\.colour"),
@@ -93,7 +153,18 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
         ),
         ({"inference": {"overlap": 0.25}}, r"inference\.window"),
         ({"spacing_mm": [0, 1, 1]}, "spacing_mm"),
-        ({"files": {}}, "one file of role onnx"),
+        ({"files": {}}, "one file of role onnx in fp32"),
+        ({"files": {"a.onnx": entry("onnx", "fp16")}}, "one file of role onnx in fp32"),
+        (
+            {"files": {"a.onnx": entry("onnx", "fp32"), "b.onnx": entry("onnx", "fp32")}},
+            "no precision twice",
+        ),
+        ({"files": {"a": entry("weights", "fp32")}}, "precision belongs to files of role onnx"),
+        ({"files": {"a": entry("onnx", None)}}, "precision belongs to files of role onnx"),
+        ({"files": {"a": entry("engine", "fp16")}}, "engine belongs to files of role engine"),
+        ({"files": {"a": entry("onnx", "fp32", BUILD)}}, "engine belongs to files of role engine"),
+        ({"files": {"a": entry("engine", "fp16", {**BUILD, "target": "8.6"})}}, r"engine\.target"),
+        ({"budget": {"dice": 0, "volume_percent": 1}}, r"budget\.dice"),
         ({"labels": [{"name": "a", "value": 0}, {"name": "b", "value": 0}]}, "labels must start"),
         ({"labels": [{"name": "a", "value": 3}, {"name": "b", "value": 0}]}, "labels must start"),
         ({"inference__window": [60, 64, 64]}, "not a multiple"),
@@ -134,7 +205,7 @@ def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
     manifest = Bundle.default().manifest
     files = {"model.onnx": b"not really"}
     manifest = manifest.model_copy(
-        update={"files": {"model.onnx": file_entry("onnx", b"not really")}}
+        update={"files": {"model.onnx": file_entry("onnx", b"not really", "fp32")}}
     )
     bundle = write_bundle(tmp_path / "deep" / "bundle", manifest, files)
     assert bundle.manifest == manifest

@@ -77,7 +77,7 @@ def bundle(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         histogram_matching=False,
     )
     run = tmp_path_factory.mktemp("run")
-    return export_bundle(train(data, config, run), run / "model")[0]
+    return export_bundle(train(data, config, run), run / "model").bundle
 
 
 def test_an_exported_model_finds_both_organs_of_a_case_not_trained_on(
@@ -116,7 +116,7 @@ def test_the_manifest_is_that_of_the_task(bundle: Bundle) -> None:
 
 
 def test_weights_of_the_bundle_export_again(bundle: Bundle, tmp_path: Path) -> None:
-    again = export_bundle(bundle.file("weights"), tmp_path / "again")[0]
+    again = export_bundle(bundle.file("weights"), tmp_path / "again").bundle
     assert again.file("weights").read_bytes() == bundle.file("weights").read_bytes()
     assert again.manifest == bundle.manifest
 

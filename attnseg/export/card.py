@@ -1,0 +1,97 @@
+"""The model card: what a person should know before the model is used, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attnseg.export.parity import Measured, ParityReport
+from attnseg.runtime.bundle import Manifest
+
+PARITY_HEADER = ("run by", "logits", "labels", "Dice", "volume", "HD95", "budget")
+
+
+def parity_rows(report: ParityReport) -> list[tuple[str, ...]]:
+    """What was measured, under `PARITY_HEADER`: differences, and the worst drifts."""
+    return [_row(measured, report) for measured in report.measured]
+
+
+def _row(measured: Measured, report: ParityReport) -> tuple[str, ...]:
+    drifts = measured.drifts
+    worst = ("", "", "")
+    if drifts:
+        worst = (
+            f"{max(d.dice for d in drifts):.4f}",
+            f"{max(d.volume_percent for d in drifts):.2f} %",
+            f"{max(d.hd95_mm for d in drifts):.1f} mm",
+        )
+    verdict = "kept" if measured.within(report.budget) else "over"
+    return (
+        f"{measured.precision} {measured.engine}",
+        f"{measured.logits:.1e}",
+        f"{measured.labels:.1e}",
+        *worst,
+        verdict if measured.gated else f"{verdict}, not asked",
+    )
+
+
+def not_run_lines(report: ParityReport) -> list[str]:
+    """A line for each file that no engine of the machine could run."""
+    return [f"{n.precision} {n.engine}: not run here, {n.reason}" for n in report.not_run]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _training(manifest: Manifest) -> str:
+    training, validation = manifest.training, manifest.validation
+    if training is None or validation is None:
+        return "Nothing is known of its training.\n"
+    dice = ", ".join(f"{region} {value:.3f}" for region, value in validation.dice.items())
+    phantoms = f" and {training.synthetic_cases} phantoms" if training.synthetic_cases else ""
+    return (
+        f"Trained on {len(training.train_cases)} cases{phantoms} of {training.data}, for "
+        f"{training.epochs} epochs on {training.device}. Dice on "
+        f"{len(training.validation_cases)} other cases: {dice} ({validation.method}).\n"
+    )
+
+
+def model_card(manifest: Manifest, report: ParityReport) -> str:
+    """The card of a bundle.
+
+    Args:
+        manifest: what the model takes and gives, and where it comes from.
+        report: of the parity gate.
+    """
+    channels = ", ".join(channel.name for channel in manifest.channels)
+    labels = [(str(label.value), label.name) for label in manifest.labels]
+    spacing = " x ".join(f"{s:g}" for s in manifest.spacing_mm)
+    budget = report.budget
+    cases = sorted({drift.case for m in report.measured for drift in m.drifts})
+    return "\n".join(
+        (
+            f"# {manifest.name}",
+            "",
+            manifest.description,
+            "",
+            f"**Intended use:** {manifest.intended_use}.",
+            "",
+            f"Takes {channels} at {spacing} mm and gives one label per voxel:",
+            "",
+            _table(("value", "class"), labels),
+            "",
+            _training(manifest),
+            "## Precision",
+            "",
+            f"Every precision against {report.reference}: logits (share of the largest) and "
+            "labels on the golden window, and the worst change of Dice, volume and HD95 over the "
+            f"regions of {', '.join(cases) or 'no case'}. The budget is {budget.dice:g} Dice and "
+            f"{budget.volume_percent:g} % volume; `attnseg verify` measures it again.",
+            "",
+            _table(PARITY_HEADER, parity_rows(report)),
+            "",
+            *(f"- {line}" for line in not_run_lines(report)),
+            "",
+        )
+    )

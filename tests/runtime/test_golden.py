@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnseg import Bundle
+from attnseg.runtime.bundle import file_entry, write_bundle
+from attnseg.runtime.errors import BundleError
+from attnseg.runtime.golden import Golden, encode_golden, read_golden
+
+
+def golden() -> Golden:
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((1, 4, 16, 16, 16)).astype(np.float16).astype(np.float32)
+    return Golden(image, rng.standard_normal((1, 4, 16, 16, 16)).astype(np.float32))
+
+
+def bundle_with(folder: Path, content: bytes | None) -> Bundle:
+    files = {"model.onnx": b"graph"}
+    entries = {"model.onnx": file_entry("onnx", b"graph", "fp32")}
+    if content is not None:
+        files["golden.npz"] = content
+        entries["golden.npz"] = file_entry("golden", content)
+    manifest = Bundle.default().manifest.model_copy(update={"files": entries})
+    return write_bundle(folder / "bundle", manifest, files)
+
+
+def test_a_golden_window_is_read_back_as_it_was(tmp_path: Path) -> None:
+    stored = read_golden(bundle_with(tmp_path, encode_golden(golden())))
+    np.testing.assert_array_equal(stored.image, golden().image)
+    np.testing.assert_array_equal(stored.logits, golden().logits)
+    assert encode_golden(golden()) == encode_golden(golden())
+
+
+def test_differences_by_hand() -> None:
+    logits = np.zeros((1, 2, 2, 2, 2), np.float32)
+    logits[0, 0] = 4
+    window = Golden(np.zeros((1, 1, 2, 2, 2), np.float32), logits)
+    other = logits.copy()
+    other[0, :, 0, 0, 0] = (1, 2)  # off by 3 of 4, and another class in 1 voxel of 8
+    assert window.difference(other) == 0.75
+    assert window.disagreement(other) == 1 / 8
+    assert (window.difference(logits), window.disagreement(logits)) == (0, 0)
+
+
+def test_a_bundle_without_golden_window_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no file of role golden; export it again"):
+        read_golden(bundle_with(tmp_path, None))
+
+
+def _npz(**arrays: Any) -> bytes:
+    import io
+
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"junk",
+        encode_golden(golden())[:500],
+        _npz(image=np.zeros(3)),
+        _npz(image=np.array([{}], object), logits=np.zeros(3)),
+    ],
+    ids=["junk", "truncated", "half", "pickle"],
+)
+def test_a_file_that_is_no_golden_window_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(BundleError, match=r"golden\.npz: holds no golden window"):
+        read_golden(bundle_with(tmp_path, content))
+
+
+def test_a_window_of_another_model_is_refused(tmp_path: Path) -> None:
+    small = np.zeros((1, 2, 16, 16, 16), np.float32)
+    with pytest.raises(BundleError, match="not those of a window of 4 channels and 4 classes"):
+        read_golden(bundle_with(tmp_path, encode_golden(Golden(small, small))))
