@@ -27,6 +27,7 @@ from attnseg.runtime.folder import CaseResult, segment_folder
 from attnseg.runtime.outputs import prepare_output, write_files
 from attnseg.runtime.scans import Case, find_cases, find_scans
 from attnseg.runtime.segmenter import Segmenter, SegmentOptions
+from attnseg.runtime.signature import check_signature
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -191,8 +192,12 @@ def _segment_options(function: _Function) -> _Function:
     return function
 
 
-def _open_segmenter(model: Path | None, settings: dict[str, Any]) -> Segmenter:
+def _open_segmenter(
+    model: Path | None, settings: dict[str, Any], key: Path | None = None
+) -> Segmenter:
     bundle = Bundle.load(model) if model else Bundle.default()
+    if key:
+        check_signature(bundle, key)
     return Segmenter(bundle, SegmentOptions(**settings))
 
 
@@ -264,6 +269,13 @@ def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: 
 @_bundle_option
 @_segment_options
 @click.option("--overwrite", is_flag=True, help="Take finished cases again.")
+@click.option(
+    "--require-signature",
+    "key",
+    type=_PATH,
+    metavar="PUBLIC_KEY",
+    help="Run only a bundle that is signed by this key (PEM, Ed25519).",
+)
 @click.option("--t1", type=_PATH, help="File of this channel, instead of SCAN_DIR.")
 @click.option("--t1ce", type=_PATH, help="File of this channel.")
 @click.option("--t2", type=_PATH, help="File of this channel.")
@@ -284,6 +296,7 @@ def run(
     output: Path,
     model: Path | None,
     overwrite: bool,
+    key: Path | None,
     channels: dict[str, Path],
     **settings: Any,
 ) -> None:
@@ -297,7 +310,7 @@ def run(
     if twice := set(files) & set(channels):
         raise click.UsageError(f"channel {twice.pop()} was given twice")
     files.update(channels)
-    segmenter = _open_segmenter(model, settings)
+    segmenter = _open_segmenter(model, settings, key)
     inputs = segmenter.bundle.manifest.channels
     scans = find_scans(scan_dir, files, inputs)
     prepare_output(output)
@@ -687,6 +700,7 @@ def _gate_options(function: _Function) -> _Function:
     "--version-compatible", is_flag=True, help="For later versions of --builder tensorrt too."
 )
 @_gate_options
+@click.option("--sign", type=_PATH, help="PEM file of an Ed25519 private key to sign with.")
 @click.option("--name", help="Name of the model.")
 @click.option("--description", help="What the model is for.")
 @click.option("--intended-use", help="Who may use it for what.")

@@ -36,6 +36,7 @@ OPTIONAL = (
     "onnxruntime",
     "openvino",
     "safetensors",
+    "cryptography",
     "matplotlib",
     "tensorboard",
     "cupy",

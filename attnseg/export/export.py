@@ -50,6 +50,7 @@ from attnseg.runtime.bundle import (
 )
 from attnseg.runtime.golden import Golden, encode_golden
 from attnseg.runtime.segmenter import available_threads
+from attnseg.runtime.signature import Signer
 
 ONNX_FILE, FP16_FILE, WEIGHTS_FILE = "model.onnx", "model-fp16.onnx", "weights.safetensors"
 GOLDEN_FILE, PARITY_FILE, CARD_FILE = "golden.npz", "parity.json", "README.md"
@@ -66,6 +67,7 @@ class ExportOptions:
         engines: TensorRT engines to build, from the fp16 graph if there is one.
         budget: that every file has to keep.
         words: fields of `Description` that differ from those stored with the weights.
+        signer: signs the bundle.
     """
 
     fp16: bool = False
@@ -73,6 +75,7 @@ class ExportOptions:
     engines: tuple[BuildOptions, ...] = ()
     budget: Budget = field(default_factory=Budget)
     words: Mapping[str, str] = field(default_factory=dict)
+    signer: Signer | None = None
 
 
 @dataclass(frozen=True)
@@ -246,12 +249,13 @@ def export_bundle(
     report = replace(report, not_run=not_run({n: f.entry for n, f in files.items()}))
     files[PARITY_FILE] = _file("parity", _encode_report(report, ranges, in_fp32))
     files[CARD_FILE] = _file("card", model_card(manifest, report).encode())
-    return Exported(_write(folder, manifest, files), report, tuple(in_fp32))
+    return Exported(_write(folder, manifest, files, options.signer), report, tuple(in_fp32))
 
 
-def _write(folder: Path, manifest: Manifest, files: _Files) -> Bundle:
+def _write(folder: Path, manifest: Manifest, files: _Files, signer: Signer | None = None) -> Bundle:
     named = manifest.model_copy(update={"files": {n: f.entry for n, f in files.items()}})
-    return write_bundle(folder, named, {name: file.content for name, file in files.items()})
+    contents = {name: file.content for name, file in files.items()}
+    return write_bundle(folder, named, contents, signer.sign if signer else None)
 
 
 def _encode_report(

@@ -11,6 +11,7 @@ from attnseg.export.export import ExportOptions
 from attnseg.export.tensorrt import BuildOptions, check_options, parse_target
 from attnseg.runtime.bundle import Budget
 from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.signature import Signer
 
 DEFAULT_TARGET = "rtx3090"
 
@@ -38,7 +39,8 @@ def make_options(
         dice: of the budget.
         volume_percent: of the budget.
         settings: `fp16`, `io`, `builder`, `targets`, `batch`, `workspace` in MB, `compatible`,
-            `version_compatible`, `name`, `description`, `intended_use`.
+            `version_compatible`, `sign`, `name`, `description`,
+            `intended_use`.
 
     Raises:
         ConfigError: a target or a budget does not exist, or options contradict each other.
@@ -70,4 +72,5 @@ def make_options(
         engines,
         make_budget(dice, volume_percent),
         {key: text for key, text in words.items() if text},
+        Signer(settings["sign"]) if settings["sign"] else None,
     )

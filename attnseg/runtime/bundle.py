@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -25,6 +25,7 @@ from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.scans import Channel
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"
 FORMAT_VERSION: Literal[2] = 2
 
 _AXIS = {"L": "L", "R": "L", "A": "A", "P": "A", "S": "S", "I": "S"}
@@ -188,7 +189,11 @@ class Manifest(_Record):
         if graphs.count("fp32") != 1 or len(set(graphs)) < len(graphs):
             raise ValueError("files must hold one file of role onnx in fp32, no precision twice")
         for path in self.files:
-            if PurePosixPath(path).name != path or "\\" in path or path in ("", "..", MANIFEST):
+            if (
+                PurePosixPath(path).name != path
+                or "\\" in path
+                or path in ("", "..", MANIFEST, SIGNATURE)
+            ):
                 raise ValueError(f"file {path!r} is not a plain file name")
         if any(size % self.inference.window_multiple for size in self.inference.window):
             raise ValueError("window is not a multiple of window_multiple")
@@ -330,13 +335,19 @@ def check_free(folder: Path) -> None:
         raise BundleError(f"{folder}: exists and is not empty; choose another folder")
 
 
-def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+def write_bundle(
+    folder: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> Bundle:
     """Write a bundle whole or not at all.
 
     Args:
         folder: where to; may exist only when it is empty.
         manifest: its `files` must name just what `files` holds.
         files: content by file name.
+        sign: gives the signature of the manifest's bytes, to be stored beside it.
 
     Raises:
         BundleError: the folder is taken, or could not be written.
@@ -348,8 +359,10 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -
         partial.mkdir(parents=True)
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        text = manifest.model_dump_json(indent=2) + "\n"
-        (partial / MANIFEST).write_text(text, encoding="utf-8")
+        stored = (manifest.model_dump_json(indent=2) + "\n").encode()
+        (partial / MANIFEST).write_bytes(stored)
+        if sign:
+            (partial / SIGNATURE).write_bytes(sign(stored))
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)

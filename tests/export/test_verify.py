@@ -105,6 +105,7 @@ SETTINGS = {
     "workspace": None,
     "compatible": "same",
     "version_compatible": False,
+    "sign": None,
     "name": None,
     "description": "",
     "intended_use": "research",
