@@ -1,11 +1,11 @@
-"""Who made a bundle: a detached Ed25519 signature (RFC 8032) of its manifest.
+r"""Who made a bundle: a detached Ed25519 signature (RFC 8032) of its manifest.
 
 The manifest holds the checksum of every file, so its signature is one of the whole bundle. The
 signature is the 64 bytes of `manifest.json.sig`; openssl makes and checks the same:
 
     openssl genpkey -algorithm ed25519 -out key.pem
     openssl pkey -in key.pem -pubout -out key.pub
-    openssl pkeyutl -verify -pubin -inkey key.pub -rawin \\
+    openssl pkeyutl -verify -pubin -inkey key.pub -rawin \
         -in manifest.json -sigfile manifest.json.sig
 """
 
