@@ -20,7 +20,7 @@ from rich.table import Table
 
 from attnseg._version import __version__
 from attnseg.demo import make_demo_scan, score_demo
-from attnseg.doctor import examine
+from attnseg.doctor import EXPORT_MODULES, examine
 from attnseg.runtime.bundle import Bundle
 from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError
 from attnseg.runtime.folder import CaseResult, segment_folder
@@ -458,7 +458,7 @@ def _open_trained(model: Path | None, settings: Mapping[str, Any]) -> Iterator[S
     if model is None or model.is_dir():
         yield _open_segmenter(model, dict(settings))
         return
-    _need("export", "torch", "safetensors", "onnx", "onnxscript")
+    _need("export", *EXPORT_MODULES)
     from attnseg.export.export import export_bundle
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -553,7 +553,7 @@ def ablate(
 
     Give the same command again to go on with an ablation that was stopped.
     """
-    _need("export", "torch", "matplotlib", "tensorboard", "safetensors", "onnx", "onnxscript")
+    _need("export", "matplotlib", "tensorboard", *EXPORT_MODULES)
     from attnseg.trainer.ablate import ablate as run_ablation
     from attnseg.trainer.cases import open_data_set
     from attnseg.trainer.config import TrainConfig
@@ -716,7 +716,7 @@ def export(
 
     Every precision is compared with the trained network before anything is written.
     """
-    _need("export", "torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common")
+    _need("export", *EXPORT_MODULES)
     from attnseg.export.export import export_bundle
     from attnseg.export.options import make_options
     from attnseg.export.samples import read_samples
@@ -783,7 +783,7 @@ def verify(
 
     The exit code is 1 if a precision is over the budget, which is the bundle's own unless given.
     """
-    _need("export", "torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common")
+    _need("export", *EXPORT_MODULES)
     from attnseg.export.options import make_budget
     from attnseg.export.parity import describe_failure
     from attnseg.export.samples import read_samples

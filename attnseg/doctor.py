@@ -16,6 +16,8 @@ from attnseg.runtime.engines.choice import installed_engines, open_engine
 from attnseg.runtime.errors import AttnsegError
 from attnseg.runtime.segmenter import available_threads
 
+EXPORT_MODULES = ("torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common", "cyclonedx")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -95,6 +97,6 @@ def examine(model: Path | None = None) -> list[Finding]:
         finding,
         *engines,
         _part("attnseg train", ("torch",), "train"),
-        _part("attnseg export", ("torch", "safetensors", "onnx", "onnxscript"), "export"),
+        _part("attnseg export", EXPORT_MODULES, "export"),
         _gpu(),
     ]

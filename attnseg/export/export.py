@@ -33,6 +33,7 @@ from attnseg.export.precision import (
     simulate_fp16,
 )
 from attnseg.export.samples import SampleSource, make_golden, sample_windows, synthetic_sample
+from attnseg.export.sbom import bill_of_materials
 from attnseg.export.tensorrt import BuildOptions, Progress, build_engine
 from attnseg.runtime.bundle import (
     FORMAT_VERSION,
@@ -54,6 +55,7 @@ from attnseg.runtime.signature import Signer
 
 ONNX_FILE, FP16_FILE, WEIGHTS_FILE = "model.onnx", "model-fp16.onnx", "weights.safetensors"
 GOLDEN_FILE, PARITY_FILE, CARD_FILE = "golden.npz", "parity.json", "README.md"
+SBOM_FILE = "sbom.cdx.json"
 AUDIT_WINDOWS = 8  # of the first sample
 
 
@@ -246,7 +248,9 @@ def export_bundle(
     precision: Precision = "fp16" if options.fp16 else "fp32"
     content, window = files[source].content, manifest.inference.window
     files.update(_build_engines(content, precision, window, options, in_fp32, progress))
-    report = replace(report, not_run=not_run({n: f.entry for n, f in files.items()}))
+    entries = {name: file.entry for name, file in files.items()}
+    report = replace(report, not_run=not_run(entries))
+    files[SBOM_FILE] = _file("sbom", bill_of_materials(manifest, entries))
     files[PARITY_FILE] = _file("parity", _encode_report(report, ranges, in_fp32))
     files[CARD_FILE] = _file("card", model_card(manifest, report).encode())
     return Exported(_write(folder, manifest, files, options.signer), report, tuple(in_fp32))

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
@@ -194,6 +196,7 @@ def test_the_bundle_says_what_every_file_is(exported: Bundle) -> None:
         ("golden", None),
         ("parity", None),
         ("card", None),
+        ("sbom", None),
     }
     (engine,) = [entry.engine for entry in files.values() if entry.engine]
     assert (engine.builder, engine.target, engine.window) == ("tensorrt-rtx", "sm86", (64, 64, 64))
@@ -203,11 +206,23 @@ def test_the_bundle_says_what_every_file_is(exported: Bundle) -> None:
     assert "not run here, no NVIDIA GPU" in card
 
 
+def test_the_bill_of_materials_is_valid_and_names_files_and_packages(exported: Bundle) -> None:
+    text = exported.file("sbom").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    parts = {part["name"]: part for part in json.loads(text)["components"]}
+    for name, entry in exported.manifest.files.items():
+        if entry.role in ("onnx", "engine", "weights", "golden"):
+            assert parts[name]["hashes"] == [{"alg": "SHA-256", "content": entry.sha256}]
+    assert parts["torch"]["version"] == torch.__version__
+    assert {"onnx", "onnxconverter-common", "tensorrt-rtx-cu13-libs"} <= set(parts)
+    assert "timestamp" not in text
+
+
 def test_graphs_and_engines_are_the_same_bytes_each_time(exported: Bundle, tmp_path: Path) -> None:
     options = ExportOptions(fp16=True, engines=(SM86,))
     again = export_bundle(WEIGHTS, tmp_path / "again", options, one_window).bundle
     for name, entry in exported.manifest.files.items():
-        if entry.role in ("onnx", "engine", "weights", "golden"):
+        if entry.role in ("onnx", "engine", "weights", "golden", "sbom"):
             assert again.manifest.files[name] == entry, name
 
 
