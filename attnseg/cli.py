@@ -350,8 +350,8 @@ def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: An
 
 def _parse_settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
     pairs = [value.partition("=") for value in values]
-    if any(not (name and text) for name, _, text in pairs):
-        raise click.BadParameter("give FIELD=VALUE, such as learning_rate=1e-3")
+    if any(not (name and equals) for name, equals, _ in pairs):
+        raise click.BadParameter("give FIELD=VALUE, such as learning_rate=1e-3.")
     return {name: text for name, _, text in pairs}
 
 
@@ -382,6 +382,31 @@ def _show_log() -> None:
     logging.getLogger("attnseg").setLevel(logging.INFO)
 
 
+def _refuse_data_folder(data: Path, output: Path) -> None:
+    if output.exists() and output.resolve() == data.resolve():
+        raise ConfigError(f"{output}: is the folder of the data; choose another with -o")
+
+
+def _network_choices(
+    model: str | None, attention: str | None, multi_scale: bool | None, settings: dict[str, str]
+) -> dict[str, str]:
+    """The settings, with those that have an option of their own."""
+    chosen = dict(settings)
+    onoff = None if multi_scale is None else str(multi_scale)
+    options = {"attention": attention, "multi_scale": onoff}
+    for name, value in options.items():
+        if value is not None and name in settings:
+            raise ConfigError(f"{name} was given as an option and by --set; leave one out")
+        if value is not None:
+            chosen[name] = value
+    if model == "resunet" and (attention not in (None, "none") or multi_scale):
+        raise ConfigError(
+            "resunet is the network without attention and multi-scale module; give --model "
+            "attnresunet --no-multi-scale --attention ... for one part of it"
+        )
+    return chosen
+
+
 def _refuse_two_splits(split: Path | None, folds: int) -> None:
     if split and folds:
         raise ConfigError("--split and --set folds both make the split; leave one out")
@@ -390,7 +415,11 @@ def _refuse_two_splits(split: Path | None, folds: int) -> None:
 @main.command()
 @_training_options
 @click.option("-o", "--output", type=_PATH, required=True, help="Folder for the run.")
-@click.option("--preset", help="Size of the paper's network: paper or wide16.  [default: paper]")
+@click.option(
+    "--preset",
+    help="paper: all of its section 3.3, so volumes are resized to 192x192x128 too; wide16: a "
+    "wider network.  [default: the paper's network at full resolution]",
+)
 @click.option(
     "--model",
     help="unet3d, deepmedic, resunet or attnresunet, the paper's own.  [default: attnresunet]",
@@ -427,13 +456,12 @@ def train(
     from attnseg.trainer.devices import first_process
     from attnseg.trainer.loop import train as train_network
     from attnseg.trainer.model import network_settings
+    from attnseg.trainer.paper import PROTOCOL
     from attnseg.trainer.split import Split, read_split
 
     _show_log()
-    if attention is not None:
-        settings["attention"] = attention
-    if multi_scale is not None:
-        settings["multi_scale"] = str(multi_scale)
+    settings = _network_choices(model, attention, multi_scale, settings)
+    _refuse_data_folder(data, output)
     if resume and (preset or model or split or initial or settings):
         raise ConfigError(
             "--resume goes on with the run's own configuration and split; leave --preset, --model, "
@@ -444,7 +472,8 @@ def train(
         config = run_config(output)
         parts: Split | None = run_split(output)
     else:
-        config = TrainConfig(network_settings(model, preset)).with_settings(settings)
+        protocol = PROTOCOL if preset == "paper" and "spacing_mm" not in settings else {}
+        config = TrainConfig(network_settings(model, preset)).with_settings(protocol | settings)
         parts = read_split(split) if split else None
         _refuse_two_splits(split, config.folds)
     best = train_network(open_data_set(data, parts, config), config, output, resume, initial)
@@ -491,6 +520,7 @@ def _named_progress(count: int) -> Iterator[Callable[[str], None]]:
     show_default=True,
     help="Cases that the model was not trained on, that it was, or all.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace an evaluation in OUTPUT.")
 @_segment_options
 @click.pass_context
 def evaluate(
@@ -501,6 +531,7 @@ def evaluate(
     output: Path,
     against: Path | None,
     which: str,
+    overwrite: bool,
     **settings: Any,
 ) -> None:
     """Score a model on labelled cases, as attnseg run would segment them.
@@ -509,9 +540,14 @@ def evaluate(
     """
     _need("train", "torch", "matplotlib")
     from attnseg.trainer.cases import find_labelled_cases
-    from attnseg.trainer.evaluate import cases_to_evaluate
+    from attnseg.trainer.evaluate import CASES, cases_to_evaluate
     from attnseg.trainer.evaluate import evaluate as evaluate_cases
 
+    _refuse_data_folder(data, output)
+    if (output / CASES).exists() and not overwrite:
+        raise ConfigError(
+            f"{output}: holds an evaluation already; add --overwrite or choose another folder"
+        )
     scans = find_labelled_cases(data)
     with _open_trained(model, settings) as segmenter:
         cases = cases_to_evaluate(scans, segmenter.bundle.manifest, which)
@@ -520,8 +556,12 @@ def evaluate(
             result = evaluate_cases(cases, segmenter, scans.task, output, against, advance)
     for name, reason in result.failed.items():
         click.echo(f"{name}: {_in_one_line(reason)}", err=True)
+    for name, warnings in result.warnings.items():
+        for warning in warnings:
+            click.echo(f"{name}: warning: {warning}", err=True)
     _print_scores(result.scores)
-    click.echo(f"Means over {len(result.scores)} cases; spread and more in {output / 'summary.md'}")
+    of = f"{len(result.scores)} of {len(cases)} cases" if result.failed else f"{len(cases)} case(s)"
+    click.echo(f"Means over {of}; spread and more in {output / 'summary.md'}")
     ctx.exit(1 if result.failed else 0)
 
 
@@ -563,6 +603,7 @@ def ablate(
     _show_log()
     config = TrainConfig(network_settings(None, preset)).with_settings(settings)
     _refuse_two_splits(split, config.folds)
+    _refuse_data_folder(data, output)
     data_set = open_data_set(data, read_split(split) if split else None, config)
     prepare_output(output)
     text = run_ablation(data_set, config, output, lambda path: _open_trained(path, {}))
@@ -617,11 +658,17 @@ def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: P
     from attnseg.export.checkpoint import load_trained
     from attnseg.runtime.executor import WindowOptions
     from attnseg.runtime.volume import read_volume
-    from attnseg.trainer.explain import attention_weights, draw_weights, encode_weights_table
+    from attnseg.trainer.explain import (
+        attention_weights,
+        check_attention,
+        draw_weights,
+        encode_weights_table,
+    )
 
     if model is None or model.is_dir():
         model = (Bundle.load(model) if model else Bundle.default()).file("weights")
     trained = load_trained(model)
+    check_attention(trained.network)
     scans = find_cases(scan_dir, trained.preparation.task.channels)
     prepare_output(output)
     edge = trained.patch

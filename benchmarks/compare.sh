@@ -23,7 +23,7 @@ row() { # NAME, then what makes the row
 }
 
 mkdir -p "$output/cache"
-row attnresunet-gap --preset paper "$@"
+row attnresunet-gap "$@"
 row wide16 --preset wide16 "$@"
 row multi-scale-only --attention none "$@"
 row attention-only --no-multi-scale "$@"
@@ -31,5 +31,5 @@ row resunet --model resunet "$@"
 row attnresunet-se --attention se "$@"
 row unet3d --model unet3d "$@"
 row deepmedic --model deepmedic "$@"
-row resized "$@" --set resize=192,192,128
+row resized --preset paper "$@"
 python -m benchmarks.comparison "$output"/{attnresunet-gap,wide16,multi-scale-only,attention-only,resunet,attnresunet-se,unet3d,deepmedic,resized} -o "$output/comparison"

@@ -103,6 +103,16 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
         (("train", "--data", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
         (("train", "--data", ".", "-o", "o", "--preset", "x"), "error: preset x does not exist"),
         (("train", "--data", ".", "-o", "o", "--set", "a=b"), "error: unknown training field a"),
+        (("train", "--data", ".", "-o", "."), "error: .: is the folder of the data; choose"),
+        (("evaluate", "--data", ".", "-o", "."), "error: .: is the folder of the data; choose"),
+        (
+            ("train", "--data", ".", "-o", "o", "--attention", "se", "--set", "attention=gap"),
+            "error: attention was given as an option and by --set",
+        ),
+        (
+            ("train", "--data", ".", "-o", "o", "--model", "resunet", "--attention", "se"),
+            "error: resunet is the network without attention",
+        ),
         (("export", "x.pt", "-o", "out"), "error: x.pt: does not exist"),
         (("export", "x.pt", "-o", "out", "--fp16", "--target", "gtx1080"), "error: target gtx1080"),
         (("export", "x.pt", "-o", "out", "--budget-dice", "0"), "error: budget of dice: "),

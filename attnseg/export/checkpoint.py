@@ -153,7 +153,7 @@ def load_trained(path: Path) -> TrainedModel:
         TrainingError: the file is missing, damaged, or not one of attnseg's.
     """
     if path.is_dir():
-        raise TrainingError(f"{path}: is a folder; give the weights.safetensors in it")
+        raise TrainingError(f"{path}: is a folder; give the best.pt or weights.safetensors in it")
     if not path.is_file():
         raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
     if path.suffix == ".safetensors":

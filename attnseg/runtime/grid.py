@@ -22,6 +22,8 @@ from attnseg.runtime.normalise import Box
 from attnseg.runtime.volume import Volume
 from attnseg.runtime.windows import Shape
 
+LARGEST_GRID = 1 << 30  # voxels, 4 GiB a channel: beyond it somebody mistook the unit
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -43,12 +45,21 @@ class Grid:
             raise ConfigError(f"a grid needs three positive numbers, got {values}")
 
     def shape_for(self, volume: Volume) -> Shape:
-        """Voxels that `volume` has on this grid."""
+        """Voxels that `volume` has on this grid.
+
+        Raises:
+            ConfigError: they are more than any scan has.
+        """
         if self.shape is not None:
             return self.shape
         assert self.spacing_mm is not None
         sizes = zip(volume.shape, volume.spacing_mm, self.spacing_mm, strict=True)
         x, y, z = (max(2, round(n * own / wanted)) for n, own, wanted in sizes)
+        if x * y * z > LARGEST_GRID:
+            raise ConfigError(
+                f"spacing_mm {self.spacing_mm} makes {x} x {y} x {z} voxels of a scan, more than "
+                f"{LARGEST_GRID}; give a larger spacing"
+            )
         return x, y, z
 
 

@@ -93,19 +93,19 @@ def _table(data: DataSet, config: TrainConfig, output: Path, scores: dict[str, C
     regions = list(data.task.regions)
     header = [
         "",
-        "parameters, M (paper)",
+        "M params (paper)",
         "GMAC (paper)",
-        *(f"Dice {region}" for region in regions),
-        *(f"HD95 {region}, mm" for region in regions),
+        f"Dice {' / '.join(regions)}",
+        "HD95, mm",
         "epoch",
     ]
     rows = []
     for name, variant in ABLATION.items():
         state = load_checkpoint(output / name / "best.pt")
         cost, paper = cost_of(checkpoint_config(state).network), variant.paper
-        dice = [f"{column(scores[name], r, 'dice').mean():.3f}" for r in regions]
-        hd95 = [f"{column(scores[name], r, 'hd95_mm').mean():.1f}" for r in regions]
-        rows.append([name, *_costs(cost, paper), *dice, *hd95, str(state["epoch"])])
+        dice = " / ".join(f"{column(scores[name], r, 'dice').mean():.3f}" for r in regions)
+        hd95 = " / ".join(f"{column(scores[name], r, 'hd95_mm').mean():.1f}" for r in regions)
+        rows.append([name, *_costs(cost, paper), dice, hd95, str(state["epoch"])])
     part = data.split["validation"]
     return (
         f"# Ablation on {data.name}\n\n{len(data.split['train'])} training cases, {len(part)} "

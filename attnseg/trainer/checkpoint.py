@@ -33,8 +33,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
         raise TrainingError(
-            f"{path}: could not be written ({error}); free some space and use --resume"
+            f"{path}: could not be written ({reason}); free some space and use --resume"
         ) from error
 
 
@@ -44,6 +45,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: the file is missing, damaged or not one of attnseg's.
     """
+    if path.is_dir():
+        raise TrainingError(f"{path}: is a folder; give the best.pt in it")
     if not path.is_file():
         raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
     try:
@@ -64,7 +67,7 @@ def load_run(run: Path) -> dict[str, Any]:
     last = run / "last.pt"
     if not last.exists():
         raise TrainingError(
-            f"{last}: does not exist, so there is no run to resume; leave --resume out"
+            f"{last}: does not exist, so there is no run to resume; start one in a new folder"
         )
     return load_checkpoint(last)
 
@@ -102,7 +105,7 @@ def initial_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
     Raises:
         TrainingError: the file is missing, damaged, or its network is another.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file():
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.grid import LARGEST_GRID
 from attnseg.runtime.normalise import Foreground
 from attnseg.trainer.model import NetworkConfig
 
@@ -139,8 +141,10 @@ class TrainConfig:
                 len(gamma) == 2 and 0 < gamma[0] <= gamma[1] < math.inf,
             ),
             "resize": (
-                "three numbers of voxels, or empty",
-                len(self.resize) in (0, 3) and all(v >= 2 for v in self.resize),
+                f"three numbers of voxels, at most {LARGEST_GRID} in all, or empty",
+                len(self.resize) in (0, 3)
+                and all(v >= 2 for v in self.resize)
+                and math.prod(self.resize) <= LARGEST_GRID,
             ),
             "spacing_mm": (
                 "three positive numbers, or empty, and not given with resize",
@@ -198,9 +202,9 @@ class TrainConfig:
         network: dict[str, Any] = {}
         for name, text in settings.items():
             if name not in own and name not in _NETWORK_SETTINGS:
-                raise ConfigError(
-                    f"unknown training field {name}; the fields are in docs/training.md"
-                )
+                choices = (*sorted(own), *_NETWORK_SETTINGS)
+                near = get_close_matches(name, choices, 1) or choices
+                raise ConfigError(f"unknown training field {name}; choose {', '.join(near)}")
             if name in own:
                 changes[name] = _parse(name, text, getattr(self, name))
             else:
@@ -210,7 +214,12 @@ class TrainConfig:
 
 _LISTS = ("gamma", "resize", "spacing_mm")
 _NETWORK_SETTINGS = ("widths", "bottleneck", "attention", "multi_scale")
-_EXAMPLES = {"resize": "192,192,128", "spacing_mm": "1,1,1"}
+_EXAMPLES = {
+    "resize": "192,192,128",
+    "spacing_mm": "1,1,1",
+    "widths": "12,24,48,96",
+    "gamma": "0.8,1.2",
+}
 
 
 def _parse(name: str, text: str, current: object) -> Any:
@@ -224,5 +233,5 @@ def _parse(name: str, text: str, current: object) -> Any:
             text
         )
     except (KeyError, ValueError) as error:
-        example = _EXAMPLES.get(name, current)
+        example = "true or false" if isinstance(current, bool) else _EXAMPLES.get(name, current)
         raise ConfigError(f"{name}={text}: expected a value such as {example}") from error

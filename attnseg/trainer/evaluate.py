@@ -45,11 +45,13 @@ class Evaluation:
     Attributes:
         scores: by case and structure: the regions first, then each class.
         failed: what is wrong with each case that could not be segmented.
+        warnings: what a reader should know of a case, such as an unusual spacing.
         summary: the text of `summary.md`.
     """
 
     scores: CaseScores
     failed: Mapping[str, str]
+    warnings: Mapping[str, Sequence[str]]
     summary: str
 
 
@@ -104,13 +106,15 @@ class _Result:
     volume: Volume
     found: NDArray[np.uint8]
     truth: NDArray[np.uint8]
+    warnings: tuple[str, ...]
 
 
 def _segment(case: LabelledCase, segmenter: Segmenter, task: Task) -> _Result:
     values = np.array([value for _, value in task.labels], np.uint8)
     truth = values[read_classes(case, task).channels[0]]
     volume = read_volume(case.case.files)
-    return _Result(case.name, volume, segmenter.segment(volume).labels, truth)
+    segmented = segmenter.segment(volume)
+    return _Result(case.name, volume, segmented.labels, truth, segmented.warnings)
 
 
 class _Scoring:
@@ -121,12 +125,15 @@ class _Scoring:
         self._regions = list(manifest.regions)
         self.scores: dict[str, dict[str, Scores]] = {}
         self.failed: dict[str, str] = {}
+        self.warnings: dict[str, tuple[str, ...]] = {}
         self.worst: list[_Result] = []
 
     def add(self, result: _Result) -> None:
         self.scores[result.name] = score_structures(
             result.found, result.truth, self._structures, result.volume.spacing_mm
         )
+        if result.warnings:
+            self.warnings[result.name] = result.warnings
         self.worst.append(result)
         self.worst.sort(key=lambda r: _mean_dice(self.scores[r.name], self._regions))
         del self.worst[_WORST:]
@@ -186,7 +193,7 @@ def evaluate(
             SUMMARY: summary.encode(),
         },
     )
-    return Evaluation(scores, failed, summary)
+    return Evaluation(scores, failed, scoring.warnings, summary)
 
 
 def _encode_scores(scores: CaseScores) -> bytes:

@@ -40,14 +40,20 @@ class StageWeights:
     weights: NDArray[np.float32]
 
 
-def _attention_of(network: Network) -> list[nn.Module]:
-    """The attention of each stage, first stage first."""
+def check_attention(network: Network) -> None:
+    """Raise `ConfigError` for a network without attention."""
     kind = network.config.attention
     if not isinstance(network, AttentionResNetUNet) or kind == "none":
         raise ConfigError(
             f"the model has no attention ({network.config.architecture}, {kind}); give one with "
             "gap, se or cbam"
         )
+
+
+def _attention_of(network: Network) -> list[nn.Module]:
+    """The attention of each stage, first stage first."""
+    check_attention(network)
+    assert isinstance(network, AttentionResNetUNet)
     return [stage.attention for stage in reversed(network.decoder)]  # type: ignore[misc]
 
 

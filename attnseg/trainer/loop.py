@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,12 +49,14 @@ from attnseg.trainer.devices import Devices, open_devices
 from attnseg.trainer.interrupt import Interrupt, noted_interrupts
 from attnseg.trainer.logs import LOG, cut_log, draw_log, log_epoch
 from attnseg.trainer.loss import segmentation_loss
-from attnseg.trainer.networks import Network, build_network
+from attnseg.trainer.networks import Network, build_network, count_parameters
 from attnseg.trainer.task import BRATS
 from attnseg.trainer.validate import mixed_precision, validate
 
 SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
 CACHE = "cache"
+_LOCK = ".lock"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -244,7 +249,7 @@ def _progress_bar(devices: Devices) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        disable=not devices.first,
+        disable=not (devices.first and sys.stdout.isatty()),
     )
 
 
@@ -388,7 +393,7 @@ def train(
         KeyboardInterrupt: the run was asked to stop, by Ctrl-C or SIGTERM; it was saved, so
             that `resume` goes on with the next step.
     """
-    if not resume and (output / "last.pt").exists():
+    if not resume and any((output / name).exists() for name in ("last.pt", "best.pt")):
         raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
     stored = load_run(output) if resume else None
     if stored:
@@ -398,11 +403,12 @@ def train(
     config = replace(config, network=network)
     _check_phantoms(config, data)
     weights = initial_weights(initial, build_network(network)) if initial else None
-    output.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    with open_devices() as devices:
+    with open_devices() as devices, _run_folder(output, devices):
         _check_patch(config, devices.device)
         run, training, validation = _run_for(data, config, stored, devices, cache or output / CACHE)
+        if devices.first:
+            log.info(_announcement(run, training, validation))
         if devices.first:
             cut_log(output, run.epoch)
         if weights and not stored:
@@ -410,6 +416,46 @@ def train(
         with noted_interrupts() as interrupt:
             _train_epochs(run, training, validation, output, interrupt)
     return output / "best.pt"
+
+
+@contextmanager
+def _run_folder(output: Path, devices: Devices) -> Iterator[None]:
+    """The folder of a run, for this run alone; gone again if it stays empty."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / _LOCK, timeout=0)
+    try:
+        with devices.together():
+            try:
+                if devices.first:
+                    lock.acquire()
+            except Timeout as error:
+                raise TrainingError(
+                    f"{output}: is being trained by another process; wait for it, or choose "
+                    "another folder"
+                ) from error
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+            (output / _LOCK).unlink(missing_ok=True)
+        for folder in (output / CACHE, output):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _announcement(
+    run: _Run, training: Sequence[TrainingCase], validation: Sequence[TrainingCase]
+) -> str:
+    config, millions = run.config, count_parameters(run.model) / 1e6
+    plan = f"{config.epochs} epochs of {run.steps_per_epoch} steps"
+    if run.epoch >= config.epochs:
+        plan = f"all {config.epochs} epochs are done; to train on, start a new run with --init"
+    elif run.step:
+        plan += f", of which {run.step} steps are done"
+    return (
+        f"{len(training)} training and {len(validation)} validation cases, {millions:.2f} M "
+        f"parameters, {run.devices.name}: {plan}"
+    )
 
 
 def _start_from(run: _Run, weights: Mapping[str, Tensor]) -> None:

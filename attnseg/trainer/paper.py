@@ -53,6 +53,9 @@ class Variant:
     paper: Cost
 
 
+PROTOCOL = {"resize": "192,192,128"}
+"""Settings of the paper's section 3.3 that are not defaults: `--preset paper` adds them."""
+
 ABLATION: dict[str, Variant] = {
     "baseline": Variant(False, False, Cost(3.4, 12.8)),
     "attention": Variant(True, False, Cost()),

@@ -85,7 +85,11 @@ def read_split(path: Path) -> Split:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be read ({error.strerror}); give JSON with lists train and validation"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"{path}: is not a split file; expected JSON with lists train and validation"
         ) from error

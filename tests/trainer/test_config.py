@@ -41,10 +41,11 @@ def test_the_networks_own_fields_are_set_alike() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"speed": "3"}, "unknown training field speed"),
+        ({"speed": "3"}, "unknown training field speed; choose batch_size, .*widths"),
+        ({"epoch": "3"}, "unknown training field epoch; choose epochs$"),
         ({"network": "x"}, "unknown training field network"),
         ({"epochs": "many"}, "epochs=many: expected a value such as 200"),
-        ({"mirror": "yes"}, "mirror=yes: expected"),
+        ({"mirror": "yes"}, "mirror=yes: expected a value such as true or false"),
         ({"epochs": "0"}, "epochs must be at least 1, got 0"),
         ({"patch": "60"}, "patch must be a multiple of 16 from 32 on, got 60"),
         ({"patch": "16"}, "patch must be a multiple of 16 from 32 on, got 16"),
@@ -58,7 +59,11 @@ def test_the_networks_own_fields_are_set_alike() -> None:
         ({"weight_decay": "-1"}, "weight_decay must be at least 0"),
         ({"learning_rate": "inf"}, "learning_rate must be positive and finite"),
         ({"elastic_spacing_voxels": "0"}, "elastic_spacing_voxels must be at least 1"),
-        ({"resize": "10,10"}, r"resize must be three numbers of voxels, or empty, got \(10, 10\)"),
+        (
+            {"resize": "10,10"},
+            r"resize must be three numbers of voxels, .*, or empty, got \(10, 10\)",
+        ),
+        ({"resize": "2000,2000,2000"}, "resize must be three numbers of voxels, at most 10737"),
         ({"resize": "10,10,1"}, "resize must be three numbers of voxels"),
         ({"resize": "9.5,9,9"}, "resize=9.5,9,9: expected a value such as 192,192,128"),
         ({"spacing_mm": "1,1"}, "spacing_mm must be three positive numbers"),
@@ -71,7 +76,7 @@ def test_the_networks_own_fields_are_set_alike() -> None:
         ({"folds": "5", "fold": "5"}, "fold must be at least 0 and below folds, got 5"),
         ({"fold": "1"}, "fold must be at least 0 and below folds, got 1"),
         ({"widths": "3,6"}, "widths must be even"),
-        ({"widths": "4,wide"}, "widths=4,wide: expected a value such as"),
+        ({"widths": "4,wide"}, "widths=4,wide: expected a value such as 12,24,48,96$"),
         ({"attention": "eca"}, "attention must be one of none, gap, se, cbam"),
         ({"in_channels": "3"}, "unknown training field in_channels"),
         ({"steps_per_epoch": "-5"}, "steps_per_epoch must be at least 0"),
@@ -93,3 +98,10 @@ def test_a_config_survives_its_dictionary() -> None:
         assert TrainConfig.from_dict(stored) == config
     with pytest.raises(ConfigError, match="unknown training field colour"):
         TrainConfig.from_dict({"colour": "red"})
+
+
+def test_an_empty_value_takes_a_list_back_to_none() -> None:
+    config = TrainConfig().with_settings({"resize": "64,64,64"})
+    assert config.with_settings({"resize": ""}).resize == ()
+    with pytest.raises(ConfigError, match="epochs=: expected a value such as 200"):
+        config.with_settings({"epochs": ""})

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import math
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -354,6 +357,48 @@ def test_a_folder_with_a_run_is_not_trained_over(plain: Whole, data: DataSet) ->
     with pytest.raises(TrainingError, match="holds a run already; add --resume"):
         train(data, TINY, plain.output)
     assert (plain.output / "last.pt").read_bytes() == before
+
+
+def test_a_best_checkpoint_alone_is_not_trained_over(data: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "best.pt").write_bytes(b"dear")
+    with pytest.raises(TrainingError, match="holds a run already"):
+        train(data, ONE_STEP, tmp_path)
+    assert (tmp_path / "best.pt").read_bytes() == b"dear"
+
+
+def test_two_processes_do_not_train_in_one_folder(data: DataSet, tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(TrainingError, match="is being trained by another process; wait for it"),
+    ):
+        train(data, ONE_STEP, tmp_path)
+    train(data, ONE_STEP, tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(phantoms: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(phantoms, broken)
+    label = next(broken.rglob("*_seg.nii.gz"))
+    image = nib.load(label)
+    nib.save(nib.Nifti1Image(np.full(image.shape, 9, np.uint8), image.affine), label)
+    names = sorted(folder.name for folder in broken.iterdir())
+    split = {"train": names[1:], "validation": names[:1]}
+    with pytest.raises(TrainingError, match="holds labels"):
+        train(open_data_set(broken, split, ONE_STEP), ONE_STEP, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_what_it_is_about_to_do(
+    data: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="attnseg"):
+        train(data, ONE_STEP, tmp_path)
+        train(data, ONE_STEP, tmp_path, resume=True)
+    first, *_, last = [m for m in caplog.messages if "training and" in m]
+    cases = r"\d+ training and \d+ validation cases, 0\.\d\d M parameters"
+    assert re.fullmatch(rf"{cases}, .*: 1 epochs of 1 steps", first)
+    assert last.endswith("all 1 epochs are done; to train on, start a new run with --init")
 
 
 def test_resume_needs_a_checkpoint(data: DataSet, tmp_path: Path) -> None:
