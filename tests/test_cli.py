@@ -333,7 +333,10 @@ def check_evaluation(data: Path, folder: Path) -> None:
     common = ("--data", data, "--model", folder / "model", *FP32)
     result = call("evaluate", *common, "-o", folder / "evaluation")
     assert result.exit_code == 0, result.output
-    assert "Means over 1 cases" in result.stdout
+    assert "Means over 1 case(s)" in result.stdout
+    taken = call("evaluate", *common, "-o", folder / "evaluation")
+    assert taken.exit_code == 1
+    assert "holds an evaluation already; add --overwrite" in taken.stderr
     assert {f.name for f in (folder / "evaluation").iterdir()} == {
         "cases.csv",
         "summary.md",

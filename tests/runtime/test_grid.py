@@ -177,7 +177,7 @@ def ball_manifest(grid: Grid | None) -> Manifest:
             ),
             "training": None,
             "validation": None,
-            "files": {"model.onnx": file_entry("onnx", b"onnx")},
+            "files": {"model.onnx": file_entry("onnx", b"onnx", "fp32")},
         }
     )
 
@@ -266,18 +266,11 @@ def test_a_manifest_survives_its_file(tmp_path: Path, grid: Grid | None) -> None
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
-    """A bundle whose manifest says something else; None takes a field out."""
+    """A bundle whose manifest says something else."""
     folder = write_bundle(tmp_path / "m", ball_manifest(None), {"model.onnx": b"onnx"}).folder
     stored = {**json.loads((folder / "manifest.json").read_text()), **changes}
-    stored = {name: value for name, value in stored.items() if name != "grid" or value is not None}
     (folder / "manifest.json").write_text(json.dumps(stored))
     return folder
-
-
-def test_a_manifest_from_before_grids_has_none(tmp_path: Path) -> None:
-    folder = edited(tmp_path, grid=None)
-    assert "grid" not in json.loads((folder / "manifest.json").read_text())
-    assert Bundle.load(folder).manifest.grid is None
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def open_empty(_: Path) -> Iterator[SimpleNamespace]:
         bundle=Bundle.default(),
         engine_info=EngineInfo("fake", "1", "fp32", "cpu"),
         settings={},
-        segment=lambda volume: SimpleNamespace(labels=empty(volume)),
+        segment=lambda volume: SimpleNamespace(labels=empty(volume), warnings=()),
     )
 
 
@@ -77,7 +77,7 @@ def test_each_row_is_trained_and_evaluated_and_stands_in_the_table(
         assert (tmp_path / name / "evaluation" / "cases.csv").exists()
         assert f"| {name} |" in text
     assert "(3.6) |" in text
-    assert "| 0.000 | 0.000 | 0.000 | 373.1 |" in text
+    assert "| 0.000 / 0.000 / 0.000 | 373.1 / 373.1 / 373.1 |" in text
 
 
 def test_an_ablation_that_was_stopped_goes_on_where_it_was(

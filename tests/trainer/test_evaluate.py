@@ -33,14 +33,17 @@ SHAPE = (40, 44, 36)
 class FakeSegmenter:
     """Gives labels that the test chooses, in place of a network's."""
 
-    def __init__(self, labels_of: Callable[[Volume], np.ndarray]) -> None:
+    def __init__(
+        self, labels_of: Callable[[Volume], np.ndarray], warnings: tuple[str, ...] = ()
+    ) -> None:
+        self._warnings = warnings
         self.bundle = Bundle.default()
         self.engine_info = EngineInfo("fake", "1", "fp32", "cpu")
         self.settings = {"tta": "none"}
         self._labels_of = labels_of
 
     def segment(self, volume: Volume) -> SimpleNamespace:
-        return SimpleNamespace(labels=self._labels_of(volume))
+        return SimpleNamespace(labels=self._labels_of(volume), warnings=self._warnings)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,12 @@ def test_a_case_that_fails_is_named_and_the_others_are_scored(cases, truth, tmp_
     assert result.failed == {cases[0].name: "case1_t1.nii.gz: holds only zeros"}
     assert len(result.scores) == 3
     assert f"Failed: {cases[0].name}: case1_t1.nii.gz" in result.summary
+
+
+def test_warnings_are_kept_by_case(cases, truth, tmp_path: Path) -> None:
+    assert evaluate(cases, FakeSegmenter(truth), BRATS, tmp_path).warnings == {}
+    warned = evaluate(cases, FakeSegmenter(truth, ("spacing is odd",)), BRATS, tmp_path).warnings
+    assert warned == {case.name: ("spacing is odd",) for case in cases}
 
 
 def test_no_case_at_all_is_an_error_that_says_why(cases, tmp_path: Path) -> None:
