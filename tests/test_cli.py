@@ -357,7 +357,7 @@ def test_summary_prints_costs_beside_the_papers_and_says_why_they_differ() -> No
     result = call("summary", "--preset", "paper")
     assert result.exit_code == 0, result.output
     both = next(line for line in result.stdout.splitlines() if "both" in line)
-    assert [cell.strip() for cell in both.split("│")[2:6]] == ["3.468", "3.6", "12.61", "13.1"]
+    assert [cell.strip() for cell in both.split("│")[2:6]] == ["3.493", "3.6", "12.75", "13.1"]
     words = " ".join(result.stdout.split("┘")[1].split())
     assert words.count(". ") == 1  # two sentences
     assert words.startswith("The paper prints neither widths nor strides")
