@@ -227,9 +227,11 @@ def export_bundle(
         WEIGHTS_FILE: _file("weights", encode_weights(model)),
     }
     manifest = _manifest(model, options.budget, files)
-    cases = samples(manifest) if samples else [synthetic_sample(manifest)]
-    windows = sample_windows(manifest, cases[0] if cases else synthetic_sample(manifest))
-    golden = make_golden(reference, windows)
+    phantom = synthetic_sample(manifest)
+    cases = samples(manifest) if samples else [phantom]
+    # The golden window travels in the bundle, so it never shows a patient.
+    golden = make_golden(reference, sample_windows(manifest, phantom))
+    windows = sample_windows(manifest, cases[0] if cases else phantom)
     files[GOLDEN_FILE] = _file("golden", encode_golden(golden))
     ranges: list[TensorRange] = []
     in_fp32: list[str] = []

@@ -23,7 +23,7 @@ from attnseg.export.checkpoint import encode_weights, load_trained
 from attnseg.export.export import Exported, ExportOptions, export_bundle
 from attnseg.export.onnx import export_onnx, fold_batch_norms
 from attnseg.export.precision import convert_to_fp16
-from attnseg.export.samples import Sample
+from attnseg.export.samples import Sample, sample_windows, synthetic_sample
 from attnseg.export.tensorrt import BuildOptions
 from attnseg.runtime.bundle import Manifest, default_folder
 from attnseg.runtime.engines.choice import ENGINES
@@ -233,6 +233,15 @@ def test_the_golden_window_holds_torchs_logits(exported: Bundle) -> None:
         expected = network(torch.from_numpy(golden.image)).numpy()
     np.testing.assert_array_equal(golden.logits, expected)
     assert len(np.unique(golden.logits.argmax(axis=1))) > 2  # there is something in it
+
+
+def test_no_case_of_the_gate_travels_in_the_bundle(exported: Bundle) -> None:
+    shown = read_golden(exported).image
+    for sample in one_window(exported.manifest):
+        windows = sample_windows(exported.manifest, sample)
+        assert not any(np.allclose(shown[0], window, atol=1e-2) for window in windows)
+    phantom = sample_windows(exported.manifest, synthetic_sample(exported.manifest))
+    assert any(np.allclose(shown[0], window, atol=1e-2) for window in phantom)
 
 
 def scaled_layer(content: bytes, factor: float) -> bytes:

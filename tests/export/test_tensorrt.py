@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from onnx import TensorProto, helper
@@ -77,6 +80,31 @@ def test_an_fp16_engine_is_half_as_large(fp32_graph: bytes, fp16_graph: bytes) -
 
     full, half = (build_engine(g, WINDOW, SM86).log for g in (fp32_graph, fp16_graph))
     assert 0.4 < weights(half) / weights(full) < 0.6
+
+
+FAILING_BUILD = """
+import sys
+from pathlib import Path
+from attnseg.export.tensorrt import BuildOptions, build_engine
+from attnseg.runtime.errors import ExportError
+
+try:
+    build_engine(Path(sys.argv[1]).read_bytes(), (16, 16, 16), BuildOptions("tensorrt-rtx", "sm75"))
+except ExportError as error:
+    print(error)
+"""
+
+
+def test_turing_runs_fp16_only_and_is_told_so(
+    fp32_graph: bytes, fp16_graph: bytes, tmp_path: Path
+) -> None:
+    turing = BuildOptions("tensorrt-rtx", "sm75")
+    assert build_engine(fp16_graph, WINDOW, turing).build.target == "sm75"
+    # In a process of its own: after this failure TensorRT-RTX 1.7 builds the next target as Turing.
+    (tmp_path / "graph").write_bytes(fp32_graph)
+    command = [sys.executable, "-c", FAILING_BUILD, str(tmp_path / "graph")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"sm75: .*FP32 3D .*; this GPU needs --fp16", done.stdout)
 
 
 def test_an_engine_with_the_weights_of_fp32_is_refused(
