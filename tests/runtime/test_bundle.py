@@ -188,8 +188,8 @@ def test_a_manifest_that_breaks_the_format_is_refused(
 
 @pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "a/b", "a\\b", "..", ""])
 def test_file_names_cannot_leave_the_folder(bundle_folder: Path, name: str) -> None:
-    entry = {"role": "onnx", "sha256": "0" * 64, "size_bytes": 1}
-    edit_manifest(bundle_folder, files={name: entry})
+    entry = {"role": "onnx", "precision": "fp32", "engine": None, "sha256": "0" * 64}
+    edit_manifest(bundle_folder, files={name: entry | {"size_bytes": 1}})
     with pytest.raises(BundleError, match="is not a plain file name"):
         Bundle.load(bundle_folder)
 

@@ -100,7 +100,9 @@ def test_every_option_finds_the_same_tumour(
 ) -> None:
     expected = segmenter.segment(volume).labels > 0
     result = Segmenter(options=options).segment(volume).labels > 0
-    assert dice(result, expected) > 0.85
+    # A turn that is not undone or a window put elsewhere falls far below; another window than the
+    # one trained on changes what the attention averages over, and so the border of the tumour.
+    assert dice(result, expected) > 0.75
 
 
 def test_engines_agree_on_nearly_every_voxel(segmenter: Segmenter, volume: Volume) -> None:
