@@ -152,13 +152,14 @@ def _segment_options(function: _Function) -> _Function:
             "--engine",
             default="auto",
             show_default=True,
-            help="auto (the fastest installed), openvino or onnxruntime.",
+            help="auto (the fastest that runs here), tensorrt, tensorrt-rtx, onnxruntime-cuda, "
+            "openvino or onnxruntime.",
         ),
         click.option(
             "--precision",
             default="auto",
             show_default=True,
-            help="auto (bf16 where the processor has it), bf16 or fp32.",
+            help="auto (the engine's fastest), fp16, bf16, fp32 or int8.",
         ),
         click.option(
             "--tta",
@@ -198,7 +199,10 @@ def _open_segmenter(
     bundle = Bundle.load(model) if model else Bundle.default()
     if key:
         check_signature(bundle, key)
-    return Segmenter(bundle, SegmentOptions(**settings))
+    segmenter = Segmenter(bundle, SegmentOptions(**settings))
+    for refusal in segmenter.refusals:
+        click.echo(f"not used: {refusal}", err=True)
+    return segmenter
 
 
 def _run_cases(
@@ -708,9 +712,12 @@ def _gate_options(function: _Function) -> _Function:
 
 
 @main.command()
-@click.argument("checkpoint", type=_PATH)
+@click.argument("model", type=_PATH)
 @click.option("-o", "--output", type=_PATH, required=True, help="Folder for the bundle.")
+@click.option("--spec", type=_PATH, help="JSON that says what an ONNX file takes and gives.")
 @click.option("--fp16", is_flag=True, help="An fp16 graph too, and an engine built from it.")
+@click.option("--int8", is_flag=True, help="An int8 graph too, and an engine built from it.")
+@click.option("--calibrate", type=_PATH, metavar="FOLDER", help="Scans to find int8 ranges on.")
 @click.option(
     "--io",
     type=click.Choice(["fp16", "fp32"]),
@@ -730,7 +737,7 @@ def _gate_options(function: _Function) -> _Function:
     "targets",
     multiple=True,
     help="GPU to build for, such as rtx3090 or sm89; give it again for more.  [default with "
-    "--fp16: rtx3090]",
+    "--fp16 or --int8: rtx3090; with --builder tensorrt: this machine's]",
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Windows at a time."
@@ -746,22 +753,25 @@ def _gate_options(function: _Function) -> _Function:
 @click.option(
     "--version-compatible", is_flag=True, help="For later versions of --builder tensorrt too."
 )
+@click.option("--timing-cache", type=_PATH, help="File of measured kernels for --builder tensorrt.")
 @_gate_options
 @click.option("--sign", type=_PATH, help="PEM file of an Ed25519 private key to sign with.")
 @click.option("--name", help="Name of the model.")
 @click.option("--description", help="What the model is for.")
 @click.option("--intended-use", help="Who may use it for what.")
 def export(
-    checkpoint: Path,
+    model: Path,
     output: Path,
     data: Path | None,
     budget_dice: float | None,
     budget_volume: float | None,
     **settings: Any,
 ) -> None:
-    """Export a checkpoint, or a bundle's weights.safetensors, to a bundle for attnseg run.
+    """Export a model to a bundle for attnseg run.
 
-    Every precision is compared with the trained network before anything is written.
+    MODEL is a checkpoint (best.pt), the weights.safetensors of a bundle, or an ONNX file of a 3-D
+    model that was trained elsewhere, with --spec. Every precision is compared with the model before
+    anything is written.
     """
     _need("export", *EXPORT_MODULES)
     from attnseg.export.export import export_bundle
@@ -771,7 +781,7 @@ def export(
     options = make_options(budget_dice, budget_volume, settings)
     samples = partial(read_samples, data) if data else None
     with _export_progress() as progress:
-        exported = export_bundle(checkpoint, output, options, samples, progress)
+        exported = export_bundle(model, output, options, samples, progress)
     _print_report(exported.report)
     if exported.in_fp32:
         click.echo(f"In fp32, as they may overflow: {', '.join(exported.in_fp32)}")
@@ -872,10 +882,11 @@ def inspect(folder: Path) -> None:
 def doctor(ctx: click.Context, model: Path | None) -> None:
     """Say what this machine can run, and what to install for the rest."""
     findings = examine(model)
+    width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         advice = f": {finding.advice}" if finding.advice else ""
         mark = "ok" if finding.well else "--"
-        click.echo(f"{mark}  {finding.subject:<20}{finding.state}{advice}")
+        click.echo(f"{mark}  {finding.subject:<{width}}  {finding.state}{advice}")
     engines = [f for f in findings if f.subject.startswith("engine")]
     ctx.exit(0 if any(f.well for f in engines) else 1)
 

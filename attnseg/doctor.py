@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from attnseg._version import __version__
 from attnseg.runtime.bundle import Bundle
-from attnseg.runtime.engines.choice import installed_engines, open_engine
-from attnseg.runtime.errors import AttnsegError
+from attnseg.runtime.engines.choice import EngineRequest, Way, ways
+from attnseg.runtime.engines.cpu import ENGINES
+from attnseg.runtime.errors import AttnsegError, EngineError
+from attnseg.runtime.gpu import find_gpu
 from attnseg.runtime.segmenter import available_threads
 
+_USED = "used by --engine auto"
 EXPORT_MODULES = ("torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common", "cyclonedx")
 
 
@@ -49,20 +52,32 @@ def _model(folder: Path | None) -> tuple[Finding, Bundle | None]:
     return Finding("model", True, state), bundle
 
 
-def _engine(name: str, version: str | None, bundle: Bundle | None) -> Finding:
-    subject = f"engine {name}"
-    if version is None:
-        return Finding(subject, False, "not installed", "pip install 'attnseg[cpu]'")
-    if bundle is None:
-        return Finding(subject, False, f"{version}, not tried without a model")
+def _subject(way: Way) -> str:
+    return f"engine {way.name}" + (f" ({way.file.name})" if way.brought else "")
+
+
+def _engine(way: Way, bundle: Bundle) -> Finding:
+    """Open it, and on the processor run it too; on a GPU it was checked when it was opened."""
     edge = bundle.manifest.inference.window_multiple
     window = np.zeros((1, len(bundle.manifest.channels), edge, edge, edge), np.float32)
     try:
-        engine = open_engine(name, bundle.file("onnx"), "auto", available_threads())
-        engine.infer(window)
+        engine = way.open()
+        if way.name in ENGINES:
+            engine.infer(window)
     except AttnsegError as error:
-        return Finding(subject, False, str(error))
-    return Finding(subject, True, f"{version}, runs the model in {engine.info.precision}")
+        return Finding(_subject(way), False, str(error))
+    info = engine.info
+    return Finding(_subject(way), True, f"{info.version}, runs the model in {info.precision}")
+
+
+def _engines(bundle: Bundle | None) -> list[Finding]:
+    if bundle is None:
+        return [Finding("engines", False, "not tried without a model")]
+    window = bundle.manifest.inference.window
+    request = EngineRequest(window=window, threads=available_threads())
+    found = [_engine(way, bundle) for way in ways(bundle, request)]
+    first = next((f.subject for f in found if f.well), None)
+    return [replace(f, advice=_USED) if f.subject == first else f for f in found]
 
 
 def _part(subject: str, modules: tuple[str, ...], extra: str) -> Finding:
@@ -74,11 +89,10 @@ def _part(subject: str, modules: tuple[str, ...], extra: str) -> Finding:
 
 
 def _gpu() -> Finding:
-    if Path("/proc/driver/nvidia/version").exists():
-        state = "an NVIDIA driver is loaded; this version runs on the CPU only"
-    else:
-        state = "no NVIDIA driver; this version runs on the CPU only"
-    return Finding("gpu", True, state)
+    try:
+        return Finding("gpu", True, str(find_gpu()))
+    except EngineError as error:
+        return Finding("gpu", False, str(error))
 
 
 def examine(model: Path | None = None) -> list[Finding]:
@@ -91,12 +105,11 @@ def examine(model: Path | None = None) -> list[Finding]:
         One finding per subject; `--engine auto` takes the first engine that is well.
     """
     finding, bundle = _model(model)
-    engines = [_engine(name, version, bundle) for name, version in installed_engines().items()]
     return [
         _machine(),
+        _gpu(),
         finding,
-        *engines,
+        *_engines(bundle),
         _part("attnseg train", ("torch",), "train"),
         _part("attnseg export", EXPORT_MODULES, "export"),
-        _gpu(),
     ]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from attnseg import Bundle, Segmenter, SegmentOptions
 from attnseg.demo import make_demo_scan
-from attnseg.runtime.engines.choice import open_engine
+from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.normalise import brain_box, normalise
 from attnseg.runtime.picture import render_picture

@@ -1,23 +1,23 @@
-"""Checkpoint to bundle: export, compare every precision with torch, and only then write."""
+"""Model to bundle: export, compare every precision with the model, and only then write."""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg._version import __version__
 from attnseg.export.card import model_card
-from attnseg.export.checkpoint import TrainedModel, encode_weights, load_trained
-from attnseg.export.measure import TorchEngine, measure, not_run
-from attnseg.export.onnx import export_onnx
+from attnseg.export.measure import measure_engines, measure_graphs
 from attnseg.export.parity import (
+    Gate,
     Measured,
     ParityReport,
     check_budget,
@@ -32,16 +32,22 @@ from attnseg.export.precision import (
     nodes_at_risk,
     simulate_fp16,
 )
-from attnseg.export.samples import SampleSource, make_golden, sample_windows, synthetic_sample
+from attnseg.export.quantise import quantise
+from attnseg.export.samples import (
+    SampleSource,
+    calibration_windows,
+    make_golden,
+    sample_windows,
+    synthetic_sample,
+)
 from attnseg.export.sbom import bill_of_materials
-from attnseg.export.tensorrt import BuildOptions, Progress, build_engine
+from attnseg.export.source import ONNX_FILE, open_source
+from attnseg.export.tensorrt import BuildOptions, Progress
+from attnseg.export.worker import build_apart
 from attnseg.runtime.bundle import (
-    FORMAT_VERSION,
     Budget,
     Bundle,
     FileEntry,
-    Inference,
-    Label,
     Manifest,
     Precision,
     Role,
@@ -53,7 +59,7 @@ from attnseg.runtime.golden import Golden, encode_golden
 from attnseg.runtime.segmenter import available_threads
 from attnseg.runtime.signature import Signer
 
-ONNX_FILE, FP16_FILE, WEIGHTS_FILE = "model.onnx", "model-fp16.onnx", "weights.safetensors"
+FP16_FILE, INT8_FILE, WEIGHTS_FILE = "model-fp16.onnx", "model-int8.onnx", "weights.safetensors"
 GOLDEN_FILE, PARITY_FILE, CARD_FILE = "golden.npz", "parity.json", "README.md"
 SBOM_FILE = "sbom.cdx.json"
 AUDIT_WINDOWS = 8  # of the first sample
@@ -68,8 +74,10 @@ class ExportOptions:
         io: type of the fp16 graph's input and output.
         engines: TensorRT engines to build, from the fp16 graph if there is one.
         budget: that every file has to keep.
-        words: fields of `Description` that differ from those stored with the weights.
+        words: name, description and intended use that differ from those stored with the model.
         signer: signs the bundle.
+        spec: what the runtime has to know of an ONNX file.
+        calibration: scans for an int8 graph.
     """
 
     fp16: bool = False
@@ -78,6 +86,8 @@ class ExportOptions:
     budget: Budget = field(default_factory=Budget)
     words: Mapping[str, str] = field(default_factory=dict)
     signer: Signer | None = None
+    spec: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,38 +111,6 @@ def _file(role: Role, content: bytes, precision: Precision | None = None) -> _Fi
     return _File(content, file_entry(role, content, precision))
 
 
-def _manifest(model: TrainedModel, budget: Budget, files: _Files) -> Manifest:
-    edge, description, preparation = model.patch, model.description, model.preparation
-    task = preparation.task
-    return Manifest(
-        format="attnseg-bundle",
-        format_version=FORMAT_VERSION,
-        name=description.name,
-        created_with=f"attnseg {__version__}",
-        description=description.description,
-        intended_use=description.intended_use,
-        channels=task.channels,
-        labels=tuple(Label(name=name, value=value) for name, value in task.labels),
-        regions=dict(task.regions),
-        display=task.display,
-        orientation=task.orientation,
-        spacing_mm=task.spacing_mm,
-        grid=preparation.grid,
-        normalisation=preparation.normalisation,
-        inference=Inference(
-            window=(edge, edge, edge),
-            overlap=model.overlap,
-            window_multiple=model.network.config.stride,
-            min_voxels=task.min_voxels,
-        ),
-        network=model.network.config.to_dict(),
-        training=model.training,
-        validation=model.validation,
-        budget=budget,
-        files={name: file.entry for name, file in files.items()},
-    )
-
-
 def _audit(
     content: bytes, windows: NDArray[np.float32], threads: int
 ) -> tuple[list[TensorRange], list[str]]:
@@ -146,19 +124,30 @@ def _engine_name(options: BuildOptions, precision: str) -> str:
     return f"model-{precision}-{options.target}.{options.builder}"
 
 
+def _log_without_times(text: str) -> str:
+    """A build log that is the same each time, as the bundle's bytes are."""
+    return re.sub(r"\d[\d.e+-]* ?(?=(?:seconds|ms)\b)", "- ", text)
+
+
 def _build_engines(
-    content: bytes,
-    precision: Precision,
+    files: _Files,
     window: tuple[int, int, int],
     options: ExportOptions,
     in_fp32: Sequence[str],
     progress: ExportProgress,
-) -> Iterator[tuple[str, _File]]:
-    for wanted in options.engines:
+) -> _Files:
+    """Engines from every graph of less than fp32, or from fp32 if it is the only one."""
+    graphs = [file for file in files.values() if file.entry.role == "onnx"]
+    chosen = [graph for graph in graphs if graph.entry.precision != "fp32"] or graphs
+    built: _Files = {}
+    for graph, wanted in product(chosen, options.engines):
         progress.step(f"{wanted.builder} engine for {wanted.target}")
-        built = build_engine(content, window, wanted, tuple(in_fp32), progress.build)
-        entry = file_entry("engine", built.content, precision, built.build)
-        yield _engine_name(wanted, precision), _File(built.content, entry)
+        engine = build_apart(graph.content, window, wanted, tuple(in_fp32), progress.build)
+        name = _engine_name(wanted, str(graph.entry.precision))
+        entry = file_entry("engine", engine.content, graph.entry.precision, engine.build)
+        built[name] = _File(engine.content, entry)
+        built[f"{name}.log"] = _file("log", _log_without_times(engine.log).encode())
+    return built
 
 
 def _wrong_layer(files: _Files, failed: Measured, golden: Golden, threads: int) -> str:
@@ -193,40 +182,39 @@ class Exported:
 
 
 def export_bundle(
-    checkpoint: Path,
+    model: Path,
     folder: Path,
     options: ExportOptions | None = None,
     samples: SampleSource | None = None,
     progress: ExportProgress | None = None,
 ) -> Exported:
-    """Export a checkpoint to a bundle.
+    """Export a model to a bundle.
 
     Args:
-        checkpoint: `.pt` of the trainer, or `weights.safetensors` of a bundle.
+        model: `.pt` of the trainer, `weights.safetensors` of a bundle, or `.onnx` (which needs
+            `options.spec`).
         folder: the bundle to write; must not exist or be empty.
         options: what goes into it.
         samples: gives the cases that every precision is compared on; None for a synthetic one.
         progress: told what is done.
 
     Raises:
+        ConfigError: options contradict each other, or the spec breaks a rule.
         TrainingError: the checkpoint cannot be read.
-        ExportError: a precision is over the budget, an engine could not be built or has not
-            kept its precision; nothing is written.
+        ExportError: the ONNX file cannot be exported, a precision is over the budget, an engine
+            could not be built or has not kept its precision; nothing is written.
         EngineError: no engine is installed, or one refuses the graph; nothing is written.
         BundleError: the folder is taken or cannot be written.
     """
     check_free(folder)
     options, progress = options or ExportOptions(), progress or ExportProgress()
     threads = available_threads()
-    model = load_trained(checkpoint)
-    model = replace(model, description=replace(model.description, **options.words))
-    reference = TorchEngine(model.network)
     progress.step("graph")
-    files: _Files = {
-        ONNX_FILE: _file("onnx", export_onnx(model.network), "fp32"),
-        WEIGHTS_FILE: _file("weights", encode_weights(model)),
-    }
-    manifest = _manifest(model, options.budget, files)
+    source = open_source(model, options.spec, options.words, options.budget)
+    manifest, reference = source.manifest, source.reference
+    files: _Files = {ONNX_FILE: _file("onnx", source.graph, "fp32")}
+    if source.weights is not None:
+        files[WEIGHTS_FILE] = _file("weights", source.weights)
     phantom = synthetic_sample(manifest)
     cases = samples(manifest) if samples else [phantom]
     # The golden window travels in the bundle, so it never shows a patient.
@@ -237,25 +225,33 @@ def export_bundle(
     in_fp32: list[str] = []
     if options.fp16:
         progress.step("range audit")
-        ranges, in_fp32 = _audit(files[ONNX_FILE].content, windows, threads)
-        content = convert_to_fp16(files[ONNX_FILE].content, in_fp32, options.io)
+        ranges, in_fp32 = _audit(source.graph, windows, threads)
+        content = convert_to_fp16(source.graph, in_fp32, options.io)
         check_convolutions(content, in_fp32)
         files[FP16_FILE] = _file("onnx", content, "fp16")
+    if options.calibration:
+        progress.step("calibration")
+        scans = calibration_windows(options.calibration, manifest)
+        files[INT8_FILE] = _file("onnx", quantise(source.graph, scans), "int8")
     with tempfile.TemporaryDirectory() as scratch:
-        draft = _write(Path(scratch) / "draft", manifest, files)
-        report = measure(draft, reference, golden, cases, options.budget, progress.step)
-    failures = report.failures()
-    check_budget(report, _wrong_layer(files, failures[0], golden, threads) if failures else "")
-    source = FP16_FILE if options.fp16 else ONNX_FILE
-    precision: Precision = "fp16" if options.fp16 else "fp32"
-    content, window = files[source].content, manifest.inference.window
-    files.update(_build_engines(content, precision, window, options, in_fp32, progress))
+        draft = _write(Path(scratch) / "graphs", manifest, files)
+        gate = Gate(draft, reference, golden, cases, progress.step)
+        report = measure_graphs(gate, draft, options.budget)
+        _refuse_failures(report, files, golden, threads)
+        files |= _build_engines(files, manifest.inference.window, options, in_fp32, progress)
+        whole = _write(Path(scratch) / "engines", manifest, files)
+        report = measure_engines(gate, whole, report)
+        _refuse_failures(report, files, golden, threads)
     entries = {name: file.entry for name, file in files.items()}
-    report = replace(report, not_run=not_run(entries))
     files[SBOM_FILE] = _file("sbom", bill_of_materials(manifest, entries))
     files[PARITY_FILE] = _file("parity", _encode_report(report, ranges, in_fp32))
     files[CARD_FILE] = _file("card", model_card(manifest, report).encode())
     return Exported(_write(folder, manifest, files, options.signer), report, tuple(in_fp32))
+
+
+def _refuse_failures(report: ParityReport, files: _Files, golden: Golden, threads: int) -> None:
+    failures = report.failures()
+    check_budget(report, _wrong_layer(files, failures[0], golden, threads) if failures else "")
 
 
 def _write(folder: Path, manifest: Manifest, files: _Files, signer: Signer | None = None) -> Bundle:

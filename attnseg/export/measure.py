@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnseg.export.parity import Candidate, Gate, NotRun, ParityReport, SimulatedFp16
-from attnseg.export.samples import Sample
-from attnseg.runtime.bundle import Budget, Bundle, FileEntry
-from attnseg.runtime.engines.base import Engine, EngineInfo
-from attnseg.runtime.engines.choice import ENGINES, installed_engines
-from attnseg.runtime.errors import EngineError
-from attnseg.runtime.golden import Golden
+from attnseg.export.parity import (
+    Candidate,
+    Gate,
+    Measured,
+    NotRun,
+    ParityReport,
+    SimulatedFp16,
+)
+from attnseg.runtime.bundle import Budget, Bundle
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.choice import EngineRequest, Way, ways
+from attnseg.runtime.engines.cpu import ENGINES, installed_engines
+from attnseg.runtime.errors import EngineError, ExportError, MismatchError
 from attnseg.runtime.segmenter import available_threads
 from attnseg.trainer.networks import Network
 
@@ -33,8 +40,17 @@ class TorchEngine:
             return np.asarray(self._network(torch.from_numpy(batch)).numpy())
 
 
-def _candidates(bundle: Bundle, threads: int) -> Iterator[Candidate]:
-    """Everything that this machine can run, made one by one as each holds memory."""
+def _open(name: str, file: Path, precision: str, threads: int) -> Iterator[Candidate]:
+    try:
+        engine = ENGINES[name](file, precision, threads)
+    except EngineError:
+        return  # the processor has no bf16
+    # bf16 is a way to run the fp32 file, not a file
+    yield Candidate(precision, engine, gated=precision != "bf16")
+
+
+def _graphs(bundle: Bundle, threads: int) -> Iterator[Candidate]:
+    """The graphs, by what runs them on a processor; made one by one, as each holds memory."""
     installed = [name for name, version in installed_engines().items() if version]
     if not installed:
         raise EngineError("parity needs an inference engine; pip install 'attnseg[cpu]'")
@@ -42,54 +58,60 @@ def _candidates(bundle: Bundle, threads: int) -> Iterator[Candidate]:
     for name in installed:
         yield Candidate("fp32", ENGINES[name](graph, "fp32", threads))
     if "openvino" in installed:
-        try:
-            engine = ENGINES["openvino"](graph, "bf16", threads)
-        except EngineError:
-            pass  # the processor has no bf16
-        else:
-            yield Candidate("bf16", engine, gated=False)  # a way to run, not a file
+        yield from _open("openvino", graph, "bf16", threads)
     if bundle.has("onnx", "fp16"):
         content = bundle.file("onnx", "fp16").read_bytes()
         yield Candidate("fp16", SimulatedFp16(content, threads))
+    if bundle.has("onnx", "int8"):
+        yield from _open("onnxruntime", bundle.file("onnx", "int8"), "int8", threads)
 
 
-def not_run(files: Mapping[str, FileEntry]) -> tuple[NotRun, ...]:
-    """The engines among these files, none of which is run by this version, and why."""
-    gpu = Path("/proc/driver/nvidia/version").exists()
-    reason = "engines are not run by this version" if gpu else "no NVIDIA GPU on this machine"
-    return tuple(
-        NotRun(
-            entry.precision,
-            f"{entry.engine.builder} {entry.engine.version}, {entry.engine.target} ({name})",
-            reason,
-        )
-        for name, entry in files.items()
-        if entry.engine and entry.precision
-    )
+def _try(way: Way) -> Candidate | NotRun:
+    try:
+        return Candidate(way.precision, way.open())
+    except MismatchError as error:
+        raise ExportError(f"{way.name} ({way.file.name}): {error}") from error
+    except EngineError as error:
+        return NotRun(way.precision, f"{way.name} ({way.file.name})", str(error))
 
 
-def measure(
-    bundle: Bundle,
-    reference: Engine,
-    golden: Golden,
-    samples: Sequence[Sample],
-    budget: Budget,
-    progress: Callable[[str], None],
-) -> ParityReport:
-    """Compare every precision that can run here with the reference.
+def _measure_ways(
+    gate: Gate, bundle: Bundle, name: str
+) -> tuple[tuple[Measured, ...], tuple[NotRun, ...]]:
+    request = EngineRequest(name, window=bundle.manifest.inference.window)
+    measured, not_run = [], []
+    for way in ways(bundle, request):  # one by one, as each holds memory
+        tried = _try(way)
+        if isinstance(tried, NotRun):
+            not_run.append(tried)
+        else:
+            measured.append(gate.measure(tried))
+    return tuple(measured), tuple(not_run)
 
-    Args:
-        bundle: the model.
-        reference: the trained network in fp32.
-        golden: a window with the reference's logits.
-        samples: cases.
-        budget: that the bundle's files have to keep.
-        progress: told what is run next.
+
+def measure_graphs(gate: Gate, bundle: Bundle, budget: Budget) -> ParityReport:
+    """Compare the ONNX files with the reference, on the processor and on a GPU if there is one.
 
     Raises:
         EngineError: no engine is installed, or one refuses the graph.
+        ExportError: ONNX Runtime on the GPU gives other logits.
     """
-    gate = Gate(bundle, reference, golden, samples, progress)
-    measured = tuple(gate.measure(c) for c in _candidates(bundle, available_threads()))
-    name = f"{reference.info.name} {reference.info.version} {reference.info.precision}"
-    return ParityReport(name, budget, measured, not_run(bundle.manifest.files))
+    on_cpu = tuple(gate.measure(c) for c in _graphs(bundle, available_threads()))
+    on_gpu, not_run = _measure_ways(gate, bundle, "onnxruntime-cuda")
+    return ParityReport(gate.reference, budget, (*on_cpu, *on_gpu), not_run)
+
+
+def measure_engines(gate: Gate, bundle: Bundle, report: ParityReport) -> ParityReport:
+    """The report with the bundle's engine files, each measured or marked as not run.
+
+    Raises:
+        ExportError: an engine gives other logits.
+    """
+    for name in ("tensorrt", "tensorrt-rtx"):
+        measured, not_run = _measure_ways(gate, bundle, name)
+        report = replace(
+            report,
+            measured=(*report.measured, *measured),
+            not_run=(*report.not_run, *not_run),
+        )
+    return report

@@ -8,12 +8,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from attnseg.export.export import ExportOptions
-from attnseg.export.tensorrt import BuildOptions, check_options, parse_target
+from attnseg.export.tensorrt import BuildOptions, check_machine, check_options, parse_target
 from attnseg.runtime.bundle import Budget
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import ConfigError, EngineError
+from attnseg.runtime.gpu import find_gpu
 from attnseg.runtime.signature import Signer
 
 DEFAULT_TARGET = "rtx3090"
+
+
+def _default_target(builder: str) -> str:
+    """TensorRT-RTX builds for the paper's card, TensorRT for the GPU that it needs anyway."""
+    if builder != "tensorrt":
+        return DEFAULT_TARGET
+    try:
+        return find_gpu().target
+    except EngineError as error:
+        raise ConfigError(
+            f"tensorrt needs the GPU that it builds for: {error}; tensorrt-rtx needs none"
+        ) from error
 
 
 def make_budget(dice: float | None, volume_percent: float | None) -> Budget:
@@ -39,8 +52,8 @@ def make_options(
         dice: of the budget.
         volume_percent: of the budget.
         settings: `fp16`, `io`, `builder`, `targets`, `batch`, `workspace` in MB, `compatible`,
-            `version_compatible`, `sign`, `name`, `description`,
-            `intended_use`.
+            `version_compatible`, `timing_cache`, `int8`, `calibrate`, `spec`, `sign`, `name`,
+            `description`, `intended_use`.
 
     Raises:
         ConfigError: a target or a budget does not exist, or options contradict each other.
@@ -48,8 +61,10 @@ def make_options(
     builder, targets = settings["builder"], settings["targets"]
     if targets and builder == "none":
         raise ConfigError("--target names a GPU to build for, --builder none builds nothing")
-    if settings["fp16"] and builder != "none":
-        targets = targets or (DEFAULT_TARGET,)
+    if settings["int8"] != (settings["calibrate"] is not None):
+        raise ConfigError("--int8 and --calibrate FOLDER (scans like those to come) go together")
+    if (settings["fp16"] or settings["int8"]) and builder != "none":
+        targets = targets or (_default_target(builder),)
     workspace = settings["workspace"]
     names = dict.fromkeys(parse_target(target, builder) for target in targets)
     engines = tuple(
@@ -60,11 +75,13 @@ def make_options(
             None if workspace is None else workspace * 1_000_000,
             settings["compatible"],
             settings["version_compatible"],
+            None if settings["timing_cache"] is None else str(settings["timing_cache"]),
         )
         for name in names
     )
     for engine in engines:
         check_options(engine)
+        check_machine(engine)
     words = {key: settings[key] for key in ("name", "description", "intended_use")}
     return ExportOptions(
         settings["fp16"],
@@ -73,4 +90,6 @@ def make_options(
         make_budget(dice, volume_percent),
         {key: text for key, text in words.items() if text},
         Signer(settings["sign"]) if settings["sign"] else None,
+        settings["spec"],
+        settings["calibrate"],
     )

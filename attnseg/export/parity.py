@@ -161,6 +161,8 @@ class Gate:
         """
         self._bundle, self._golden, self._samples = bundle, golden, samples
         self._progress = progress or (lambda _: None)
+        info = reference.info
+        self.reference = f"{info.name} {info.version} {info.precision}"
         self._expected = [self._segment(reference, sample) for sample in samples]
 
     def _segment(self, engine: Engine, sample: Sample) -> NDArray[np.uint8]:

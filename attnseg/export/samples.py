@@ -15,6 +15,7 @@ from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.executor import WindowOptions, pad_image
 from attnseg.runtime.golden import Golden
 from attnseg.runtime.prepare import prepare
+from attnseg.runtime.scans import find_cases
 from attnseg.runtime.volume import Volume, read_volume
 from attnseg.synthetic import MODALITIES, make_case
 from attnseg.trainer.cases import LabelledCase, find_labelled_cases, read_classes
@@ -22,6 +23,8 @@ from attnseg.trainer.evaluate import cases_to_evaluate
 from attnseg.trainer.task import Task
 
 PHANTOM_SEED = 11  # not among those of training, which start at 1000, and of the demo
+CALIBRATION_CASES = 8
+CALIBRATION_WINDOWS = 8  # all their activations are in memory at once
 PHANTOM_SHAPE = (96, 112, 88)
 
 
@@ -60,6 +63,25 @@ def _read_sample(case: LabelledCase, task: Task) -> Sample:
     values = np.array([value for _, value in task.labels], np.uint8)
     truth = values[read_classes(case, task).channels[0]]
     return Sample(case.name, read_volume(case.case.files), truth)
+
+
+def calibration_windows(scans: Path, manifest: Manifest) -> list[NDArray[np.float32]]:
+    """Windows `(C, X, Y, Z)` of the cases below a folder, labelled or not, spread over all.
+
+    Raises:
+        ScanError: there is no case, or one is incomplete or cannot be read.
+    """
+    found = find_cases(scans, manifest.channels)
+    for problem in found.problems.values():
+        raise problem
+    cases = found.cases[:: max(1, len(found.cases) // CALIBRATION_CASES)][:CALIBRATION_CASES]
+    windows: list[NDArray[np.float32]] = []
+    for case in cases:
+        of_case = sample_windows(manifest, Sample(case.name, read_volume(case.files)))
+        of_case = of_case[np.any(of_case, axis=(1, 2, 3, 4))]
+        count = max(1, CALIBRATION_WINDOWS // len(cases))
+        windows += list(of_case[:: max(1, len(of_case) // count)][:count])
+    return windows
 
 
 def synthetic_sample(manifest: Manifest) -> Sample:

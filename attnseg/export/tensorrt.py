@@ -9,16 +9,19 @@ then gives the same bytes each time, which with a range of sizes it does not.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from attnseg.runtime.bundle import EngineBuild
-from attnseg.runtime.errors import ConfigError, ExportError
+from attnseg.runtime.errors import ConfigError, EngineError, ExportError
+from attnseg.runtime.gpu import find_gpu
 
 Builder = Literal["tensorrt", "tensorrt-rtx"]
 Progress = Callable[[str, int, int], None]
@@ -53,6 +56,8 @@ class BuildOptions:
         workspace_bytes: scratch memory that a layer may use; None for no limit.
         compatibility: `ampere+` also runs on later GPUs (TensorRT only), more slowly.
         version_compatible: also runs with later versions of the library (TensorRT only).
+        timing_cache: file of measured kernels, read and written (TensorRT only); the second build
+            of a like network takes seconds.
     """
 
     builder: Builder
@@ -61,6 +66,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     compatibility: Literal["same", "ampere+"] = "same"
     version_compatible: bool = False
+    timing_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,21 @@ def _configure(
     return config
 
 
+def _use_timings(config: Any, file: Path) -> Any:
+    """The timing cache of a file, or a new one where the file is another GPU's or version's."""
+    for known in (file.read_bytes() if file.exists() else b"", b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    raise ExportError(f"{file}: TensorRT takes no timing cache here; leave --timing-cache out")
+
+
+def _keep_timings(cache: Any, file: Path) -> None:
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_bytes(bytes(cache.serialize()))
+    os.replace(part, file)
+
+
 def _layers(network: Any) -> Iterator[Any]:
     for index in range(network.num_layers):
         yield network.get_layer(index)
@@ -192,11 +213,15 @@ def _fp32_layers(trt: Any, network: Any) -> list[str]:
     ]
 
 
+def _is_fp16(content: bytes) -> bool:
+    """Whether a graph holds fp16 weights, whatever its input's type."""
+    graph = onnx.load_from_string(content).graph
+    return any(i.data_type == TensorProto.FLOAT16 for i in graph.initializer)
+
+
 def _weight_bytes(content: bytes) -> int:
     graph = onnx.load_from_string(content).graph
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
-    arrays = [numpy_helper.to_array(i) for i in graph.initializer if i.data_type in floats]
-    return sum(array.nbytes for array in arrays)
+    return sum(numpy_helper.to_array(initializer).nbytes for initializer in graph.initializer)
 
 
 def check_engine_weights(log: str, graph_bytes: int) -> None:
@@ -227,6 +252,31 @@ def _version_advice(options: BuildOptions, reason: str) -> str:
     return "export with --builder none to do without engine"
 
 
+def check_machine(options: BuildOptions) -> None:
+    """Refuse what cannot be built on this machine: TensorRT builds on the GPU it builds for.
+
+    Raises:
+        ConfigError: the GPU is missing or another.
+        ExportError: the library is missing.
+    """
+    load_builder(options.builder)
+    if options.builder == "tensorrt-rtx":
+        return
+    target = options.target
+    advice = "build there, or with --builder tensorrt-rtx"
+    try:
+        gpu = find_gpu()
+    except EngineError as error:
+        raise ConfigError(
+            f"tensorrt needs the GPU that it builds for: {error}; {advice}"
+        ) from error
+    if gpu.target != target:
+        raise ConfigError(
+            f"tensorrt builds for the GPU it runs on, {gpu.target} ({gpu.name}), not for {target}; "
+            + advice
+        )
+
+
 def check_options(options: BuildOptions) -> None:
     """Refuse what TensorRT-RTX cannot do before anything is built.
 
@@ -237,6 +287,8 @@ def check_options(options: BuildOptions) -> None:
         raise ConfigError("tensorrt-rtx builds for one target at a time; give --target twice")
     if options.builder == "tensorrt-rtx" and options.version_compatible:
         raise ConfigError("tensorrt-rtx has no version compatibility; give --builder tensorrt")
+    if options.builder == "tensorrt-rtx" and options.timing_cache:
+        raise ConfigError("tensorrt-rtx measures no kernels; give --timing-cache with tensorrt")
 
 
 def build_engine(
@@ -261,6 +313,7 @@ def build_engine(
             workspace, or has not kept the graph's precision.
     """
     check_options(options)
+    check_machine(options)
     trt = load_builder(options.builder)
     lines: list[tuple[str, str]] = []
     log = _logger(trt, lines)
@@ -268,11 +321,13 @@ def build_engine(
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
     _parse(trt, network, log, content)
-    if network.get_input(0).dtype == trt.DataType.HALF or in_fp32:
+    if _is_fp16(content):
         grown = sorted(set(_fp32_layers(trt, network)) - set(in_fp32))
         if grown:
             raise ExportError(f"TensorRT reads {', '.join(grown[:3])} of the fp16 graph as fp32")
     config = _configure(trt, builder, network, window, options)
+    timings = Path(options.timing_cache) if options.timing_cache is not None else None
+    cache = _use_timings(config, timings) if timings else None  # must outlive the build
     if progress:
         config.progress_monitor = monitor = _monitor(trt, progress)  # it is not kept alive
     serialized = builder.build_serialized_network(network, config)
@@ -284,6 +339,8 @@ def build_engine(
             f"{options.builder} could not build for {options.target}: {reason}; "
             f"{_version_advice(options, reason)}"
         )
+    if timings:
+        _keep_timings(cache, timings)
     text = "".join(f"{severity}: {message}\n" for severity, message in lines)
     if options.target != "sm75":  # has no fp32 3-D convolutions to grow to, and pads its weights
         check_engine_weights(text, _weight_bytes(content))
@@ -294,6 +351,7 @@ def build_engine(
             version=trt.__version__,
             target=options.target,
             compatibility=options.compatibility,
+            version_compatible=options.version_compatible,
             window=window,
             batch=options.batch,
         ),

@@ -6,17 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnseg.export.checkpoint import load_trained
-from attnseg.export.measure import TorchEngine, measure
-from attnseg.export.parity import ParityReport
+from attnseg.export.measure import TorchEngine, measure_engines, measure_graphs
+from attnseg.export.parity import Gate, ParityReport
 from attnseg.export.samples import SampleSource, make_golden, sample_windows, synthetic_sample
 from attnseg.runtime.bundle import Budget, Bundle
+from attnseg.runtime.engines.base import Engine
+from attnseg.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.golden import Golden, read_golden
+from attnseg.runtime.segmenter import available_threads
 
 _REPEATED = 1e-4  # torch on another processor rounds otherwise
 
 
-def _golden(bundle: Bundle, reference: TorchEngine) -> Golden:
+def _reference(bundle: Bundle) -> Engine:
+    """The trained network, or ONNX Runtime for a model that came as an ONNX file."""
+    if bundle.has("weights"):
+        return TorchEngine(load_trained(bundle.file("weights")).network)
+    return OnnxRuntimeEngine(bundle.file("onnx"), "fp32", available_threads())
+
+
+def _golden(bundle: Bundle, reference: Engine) -> Golden:
     """The bundle's golden window, or one made now for a bundle that is older than they are."""
     if not bundle.has("golden"):
         return make_golden(
@@ -38,7 +48,7 @@ def verify_bundle(
     samples: SampleSource | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Measure a bundle against the weights that it carries.
+    """Measure a bundle against the weights that it carries, or else its fp32 graph.
 
     Args:
         folder: the bundle.
@@ -49,11 +59,12 @@ def verify_bundle(
     Raises:
         BundleError: the bundle is damaged, or its golden window is not of its weights.
         EngineError: no engine is installed, or one refuses the graph.
+        ExportError: an engine on a GPU gives other logits.
     """
     bundle = Bundle.load(folder)
-    reference = TorchEngine(load_trained(bundle.file("weights")).network)
-    manifest = bundle.manifest
+    reference, manifest = _reference(bundle), bundle.manifest
     cases = samples(manifest) if samples else [synthetic_sample(manifest)]
     golden = _golden(bundle, reference)
     chosen = budget or manifest.budget or Budget()
-    return measure(bundle, reference, golden, cases, chosen, progress)
+    gate = Gate(bundle, reference, golden, cases, progress)
+    return measure_engines(gate, bundle, measure_graphs(gate, bundle, chosen))

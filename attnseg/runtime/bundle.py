@@ -100,6 +100,7 @@ class EngineBuild(_Record):
         version: of the library; another version may refuse the file.
         target: compute capability, `sm86` for 8.6.
         compatibility: `same`, or `ampere+` for that capability and later ones.
+        version_compatible: later versions of the library run it too.
         window: the one size of its input along X, Y and Z.
         batch: the one number of windows it takes at a time.
     """
@@ -108,6 +109,7 @@ class EngineBuild(_Record):
     version: str
     target: Annotated[str, Field(pattern="^sm[0-9]{2,3}$")]
     compatibility: Literal["same", "ampere+"]
+    version_compatible: bool
     window: tuple[Size, Size, Size]
     batch: Size
 

@@ -6,6 +6,7 @@
     │   └── VolumeError     a scan file that cannot be read or whose content is not an image
     ├── BundleError         a bundle that is missing, damaged, or of an unknown format
     ├── EngineError         an inference engine that is missing or refuses the model
+    │   └── MismatchError   an engine that does not compute what the trained network computes
     ├── OutputError         a result that could not be written, or would replace another
     ├── TrainingError       a training run that cannot start or go on
     └── ExportError         a model that cannot be exported, or whose export is not equal to it
@@ -38,6 +39,10 @@ class BundleError(AttnsegError):
 
 class EngineError(AttnsegError):
     """An inference engine is not installed, or refuses the model."""
+
+
+class MismatchError(EngineError):
+    """An engine gives other logits on the golden window than the trained network gave."""
 
 
 class OutputError(AttnsegError):

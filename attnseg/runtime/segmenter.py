@@ -17,7 +17,7 @@ from attnseg.runtime.bundle import Bundle, Inference
 from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.clock import StageClock
 from attnseg.runtime.engines.base import Engine, EngineInfo
-from attnseg.runtime.engines.choice import open_engine
+from attnseg.runtime.engines.choice import EngineRequest, choose_engine
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.executor import Progress as WindowProgress
 from attnseg.runtime.executor import WindowOptions, sliding_window
@@ -39,8 +39,9 @@ class SegmentOptions:
     """How to segment. None stands for the bundle's own value.
 
     Attributes:
-        engine: `auto` takes the fastest installed, or `openvino`, `onnxruntime`.
-        precision: `auto` takes bf16 where the processor has it, or `bf16`, `fp32`.
+        engine: `auto` takes the fastest that runs here, or `tensorrt`, `tensorrt-rtx`,
+            `onnxruntime-cuda`, `openvino`, `onnxruntime`.
+        precision: `auto` takes the engine's fastest, or `fp16`, `bf16`, `fp32`, `int8`.
         tta: passes: `none`, `paper` (identity, mirror, quarter turn) or `mirror8`.
         fuse: how passes are joined, `vote` or `mean`.
         window: edge of the cubic window in voxels, or `full` for one pass over the box.
@@ -145,6 +146,10 @@ class Segmenter:
 
     Not safe for several threads at once; use one per thread.
 
+    Attributes:
+        bundle: the model.
+        refusals: engine files of the bundle that cannot run here, and why.
+
     Example:
         >>> segmenter = Segmenter()
         >>> labels = segmenter.segment(Volume(channels, affine)).labels
@@ -173,9 +178,14 @@ class Segmenter:
             bundle = Bundle.default() if bundle is None else Bundle.load(bundle)
         self.bundle = bundle
         self._plan = plan = _plan(options, bundle.manifest.inference)
-        self._engine = engine or open_engine(
-            options.engine, bundle.file("onnx"), options.precision, plan.threads
-        )
+        self.refusals: tuple[str, ...] = ()
+        if engine is None:
+            window = plan.window.window
+            request = EngineRequest(options.engine, options.precision, window, plan.threads)
+            chosen = choose_engine(bundle, request)
+            self.refusals = tuple(str(r) for r in chosen.refusals if r.way.brought)
+            engine = chosen.engine
+        self._engine = engine
 
     @property
     def engine_info(self) -> EngineInfo:

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 
 from attnseg import Bundle
+from attnseg.export import options as options_module
+from attnseg.export import tensorrt as tensorrt_builder
 from attnseg.export.export import ExportOptions, export_bundle
 from attnseg.export.options import make_budget, make_options
 from attnseg.export.samples import read_samples, sample_windows, synthetic_sample
 from attnseg.export.verify import verify_bundle
 from attnseg.inspect import inspect_bundle
 from attnseg.runtime.bundle import Budget, file_entry, write_bundle
-from attnseg.runtime.errors import BundleError, ConfigError, TrainingError
+from attnseg.runtime.errors import BundleError, ConfigError, EngineError, TrainingError
 from attnseg.runtime.golden import Golden, encode_golden, read_golden
+from attnseg.runtime.gpu import Gpu
 from attnseg.synthetic import make_case, write_case
 from tests.export.test_export import SM86, WEIGHTS, one_window
 
@@ -30,7 +33,8 @@ def test_a_bundle_is_measured_again_with_its_own_budget(bundle: Bundle) -> None:
     assert report.failures() == []
     assert report.budget.dice == 0.01
     assert {m.precision for m in report.measured} >= {"fp32", "fp16"}
-    assert len(report.not_run) == 1
+    engines = {x.engine.split()[0] for x in (*report.measured, *report.not_run)}
+    assert {"onnxruntime-cuda", "tensorrt-rtx"} <= engines
 
 
 def test_a_golden_window_of_other_weights_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -96,6 +100,10 @@ def test_other_tasks_are_measured_on_noise_with_every_voxel_in_it(bundle: Bundle
     assert sample_windows(manifest, sample).shape == (1, 2, 64, 64, 64)
 
 
+def no_gpu() -> Gpu:
+    raise EngineError("no NVIDIA driver on this machine")
+
+
 SETTINGS = {
     "fp16": False,
     "io": "fp16",
@@ -105,6 +113,10 @@ SETTINGS = {
     "workspace": None,
     "compatible": "same",
     "version_compatible": False,
+    "timing_cache": None,
+    "int8": False,
+    "calibrate": None,
+    "spec": None,
     "sign": None,
     "name": None,
     "description": "",
@@ -126,6 +138,26 @@ def test_options_of_the_command_line() -> None:
     assert make_options(None, None, none).engines == ()
     with pytest.raises(ConfigError, match="--builder none builds nothing"):
         make_options(None, None, {**none, "targets": ("sm86",)})
+    for alone in ({"int8": True}, {"calibrate": Path("scans")}):
+        with pytest.raises(ConfigError, match=r"--int8 and --calibrate FOLDER .* go together"):
+            make_options(None, None, {**SETTINGS, **alone})
+
+
+def test_tensorrt_builds_for_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**SETTINGS, "fp16": True, "builder": "tensorrt"}
+    monkeypatch.setattr(tensorrt_builder, "load_builder", lambda _: None)
+    for module in (options_module, tensorrt_builder):
+        monkeypatch.setattr(module, "find_gpu", no_gpu)
+    with pytest.raises(ConfigError, match="needs the GPU that it builds for: no NVIDIA driver"):
+        make_options(None, None, settings)
+    with pytest.raises(ConfigError, match=r"no NVIDIA driver.*with --builder tensorrt-rtx"):
+        make_options(None, None, {**settings, "targets": ("sm86",)})
+    for module in (options_module, tensorrt_builder):
+        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("H200", "sm90", 1, "13.0"))
+    (engine,) = make_options(None, None, {**settings, "timing_cache": Path("t.cache")}).engines
+    assert (engine.target, engine.timing_cache) == ("sm90", "t.cache")
+    with pytest.raises(ConfigError, match=r"runs on, sm90 \(H200\), not for sm86"):
+        make_options(None, None, {**settings, "targets": ("sm86",)})
 
 
 def test_budgets_that_nothing_could_keep_are_refused() -> None:

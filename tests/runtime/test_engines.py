@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from attnseg import Bundle
 from attnseg.runtime.engines import openvino as openvino_engine
-from attnseg.runtime.engines.choice import ENGINES, installed_engines, open_engine
+from attnseg.runtime.engines.cpu import ENGINES, installed_engines, open_engine
 from attnseg.runtime.errors import EngineError
 
 
@@ -64,7 +64,7 @@ def test_auto_takes_the_first_that_is_installed(
 ) -> None:
     assert open_engine("auto", doubling, "fp32", 1).info.name == "openvino"
     monkeypatch.setattr(
-        "attnseg.runtime.engines.choice.installed_engines",
+        "attnseg.runtime.engines.cpu.installed_engines",
         lambda: {"openvino": None, "onnxruntime": "1"},
     )
     assert open_engine("auto", doubling, "fp32", 1).info.name == "onnxruntime"
@@ -74,7 +74,7 @@ def test_without_an_engine_the_extra_is_named(
     doubling: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "attnseg.runtime.engines.choice.installed_engines", lambda: dict.fromkeys(ENGINES)
+        "attnseg.runtime.engines.cpu.installed_engines", lambda: dict.fromkeys(ENGINES)
     )
     with pytest.raises(EngineError, match=r"pip install 'attnseg\[cpu\]'"):
         open_engine("auto", doubling, "auto", 1)
@@ -103,7 +103,7 @@ def test_auto_falls_through_to_an_engine_that_opens(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(
-        "attnseg.runtime.engines.choice.installed_engines",
+        "attnseg.runtime.engines.cpu.installed_engines",
         lambda: {"openvino": "broken", "onnxruntime": "1"},
     )
     assert open_engine("auto", doubling, "auto", 1).info.name == "onnxruntime"
@@ -146,7 +146,7 @@ def test_a_processor_without_bf16_is_told_so(
 SIGNAL_AFTER_ENGINES = """
 import signal, sys
 from pathlib import Path
-from attnseg.runtime.engines.choice import open_engine
+from attnseg.runtime.engines.cpu import open_engine
 
 first, second = (open_engine(sys.argv[1], Path(sys.argv[2]), "fp32", 1) for _ in range(2))
 del first

@@ -202,14 +202,10 @@ class CountingEngine(LinearEngine):
         return super().infer(batch)
 
 
-def ball_segmenter(
-    monkeypatch: pytest.MonkeyPatch, grid: Grid | None, **options: Any
-) -> tuple[Segmenter, CountingEngine]:
+def ball_segmenter(grid: Grid | None, **options: Any) -> tuple[Segmenter, CountingEngine]:
     engine = CountingEngine()
-    monkeypatch.setattr("attnseg.runtime.segmenter.open_engine", lambda *_: engine)
     bundle = Bundle(Path("ball"), ball_manifest(grid), "0" * 64)
-    monkeypatch.setattr(Bundle, "file", lambda *_: Path("model.onnx"))
-    return Segmenter(bundle, SegmentOptions(**options)), engine
+    return Segmenter(bundle, SegmentOptions(**options), engine), engine
 
 
 GRIDS = [Grid(shape=(40, 32, 24)), Grid(shape=(20, 20, 20)), Grid(spacing_mm=(1.5, 1.0, 1.0))]
@@ -218,12 +214,10 @@ GRIDS = [Grid(shape=(40, 32, 24)), Grid(shape=(20, 20, 20)), Grid(spacing_mm=(1.
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("orientation", ["LPS", "SAR"])
 @pytest.mark.parametrize("tta", ["none", "mirror8"])
-def test_labels_come_back_on_the_scans_own_grid(
-    monkeypatch: pytest.MonkeyPatch, grid: Grid, orientation: str, tta: str
-) -> None:
+def test_labels_come_back_on_the_scans_own_grid(grid: Grid, orientation: str, tta: str) -> None:
     scan = ball(orientation)
-    plain = ball_segmenter(monkeypatch, None, tta=tta)[0].segment(scan)
-    result = ball_segmenter(monkeypatch, grid, tta=tta)[0].segment(scan)
+    plain = ball_segmenter(None, tta=tta)[0].segment(scan)
+    result = ball_segmenter(grid, tta=tta)[0].segment(scan)
     assert result.labels.shape == scan.shape
     assert set(np.unique(result.labels)) == {0, 7}
     common = np.count_nonzero(result.labels & plain.labels)
@@ -241,18 +235,16 @@ def test_labels_come_back_on_the_scans_own_grid(
     [(None, (32, 28, 16)), (GRIDS[0], (40, 32, 24)), (GRIDS[2], (20, 28, 28))],
 )
 def test_the_network_sees_the_grid_in_the_models_orientation(
-    monkeypatch: pytest.MonkeyPatch, grid: Grid | None, shape: tuple[int, int, int]
+    grid: Grid | None, shape: tuple[int, int, int]
 ) -> None:
-    segmenter, engine = ball_segmenter(monkeypatch, grid, window="full")
+    segmenter, engine = ball_segmenter(grid, window="full")
     segmenter.segment(ball("SAR"))
     assert engine.shapes == [(1, 1, *shape)]  # padded to multiples of 4
 
 
-def test_another_spacing_is_warned_of_unless_the_scan_is_brought_to_the_models(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_another_spacing_is_warned_of_unless_the_scan_is_brought_to_the_models() -> None:
     for grid, count in ((None, 1), (Grid(shape=(8, 8, 8)), 1), (GRIDS[2], 0)):
-        result = ball_segmenter(monkeypatch, grid)[0].segment(ball("LPS"))
+        result = ball_segmenter(grid)[0].segment(ball("LPS"))
         found = [w for w in result.warnings if "spacing is 1 x 1 x 2 mm" in w]
         assert len(found) == count
 

@@ -192,10 +192,9 @@ class Stub:
         return logits
 
 
-def stubbed(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[Segmenter, Stub]:
+def stubbed(**options: object) -> tuple[Segmenter, Stub]:
     stub = Stub()
-    monkeypatch.setattr("attnseg.runtime.segmenter.open_engine", lambda *_: stub)
-    return Segmenter(options=SegmentOptions(min_voxels=0, **options)), stub
+    return Segmenter(options=SegmentOptions(min_voxels=0, **options), engine=stub), stub
 
 
 BLOCK = Volume(
@@ -204,27 +203,25 @@ BLOCK = Volume(
 
 
 @pytest.mark.parametrize(("tta", "count"), [("none", 1), ("paper", 3), ("mirror8", 8)])
-def test_every_pass_runs_every_window(
-    monkeypatch: pytest.MonkeyPatch, tta: str, count: int
-) -> None:
-    segmenter, stub = stubbed(monkeypatch, tta=tta)
+def test_every_pass_runs_every_window(tta: str, count: int) -> None:
+    segmenter, stub = stubbed(tta=tta)
     result = segmenter.segment(BLOCK)
     assert result.windows == 2
     assert stub.shapes == [(1, 4, 64, 64, 64)] * 2 * count
 
 
-def test_the_full_window_runs_once_and_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    segmenter, stub = stubbed(monkeypatch, window="full")
+def test_the_full_window_runs_once_and_is_padded() -> None:
+    segmenter, stub = stubbed(window="full")
     segmenter.segment(BLOCK)
     assert stub.shapes == [(1, 4, 80, 64, 64)]
 
 
-def test_vote_and_mean_are_two_things(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vote_and_mean_are_two_things() -> None:
     # Identity says 1 then 2 along the model's X; the mirror says 2 then 1. One vote each, so the
     # tie goes to the surer class 2 everywhere, by vote and by mean. With the rotation, a third
     # vote that is unsure about class 1 wins the vote where it agrees, and not the mean.
-    by_vote = stubbed(monkeypatch, tta="paper", fuse="vote", window="full")[0].segment(BLOCK)
-    by_mean = stubbed(monkeypatch, tta="paper", fuse="mean", window="full")[0].segment(BLOCK)
+    by_vote = stubbed(tta="paper", fuse="vote", window="full")[0].segment(BLOCK)
+    by_mean = stubbed(tta="paper", fuse="mean", window="full")[0].segment(BLOCK)
     assert set(np.unique(by_mean.labels)) == {2}
     assert set(np.unique(by_vote.labels)) == {1, 2}
 
@@ -235,8 +232,8 @@ def test_a_window_that_is_no_number_nor_full_is_refused(window: object) -> None:
         Segmenter(options=SegmentOptions(window=window))
 
 
-def test_a_window_may_be_a_numpy_integer(monkeypatch: pytest.MonkeyPatch) -> None:
-    segmenter, stub = stubbed(monkeypatch, window=np.int64(32))
+def test_a_window_may_be_a_numpy_integer() -> None:
+    segmenter, stub = stubbed(window=np.int64(32))
     segmenter.segment(BLOCK)
     assert set(stub.shapes) == {(1, 4, 32, 32, 32)}
 

@@ -1,73 +1,200 @@
-"""Which engine runs: the one asked for, or the fastest that is installed."""
+"""Which engine runs a bundle: the fastest that this machine can run, and why not the others.
+
+The order is: an engine of the bundle that was built for this GPU by TensorRT, by TensorRT-RTX, then
+ONNX Runtime on the GPU, then the processor. What runs on a GPU is first run on the bundle's golden
+window, and is refused unless it gives what the trained network gave.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from attnseg.runtime.bundle import Bundle, FileEntry
+from attnseg.runtime.engines import cpu
 from attnseg.runtime.engines.base import Engine
-from attnseg.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from attnseg.runtime.engines.openvino import OpenVinoEngine
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.engines.onnxruntime import OnnxRuntimeCudaEngine
+from attnseg.runtime.engines.tensorrt import open_tensorrt
+from attnseg.runtime.errors import BundleError, EngineError, MismatchError
+from attnseg.runtime.golden import read_golden
+from attnseg.runtime.windows import Shape
 
-# Fastest first, as measured by benchmarks/pipeline.py on a CPU.
-ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {
-    "openvino": OpenVinoEngine,
-    "onnxruntime": OnnxRuntimeEngine,
-}
-PRECISIONS = ("auto", "bf16", "fp32")
+GPU_ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+NAMES = (*GPU_ENGINES, *cpu.ENGINES)
+PRECISIONS = ("auto", "fp16", "bf16", "fp32", "int8")
 
-
-def installed_engines() -> dict[str, str | None]:
-    """Version of each engine, None where it is not installed; fastest first."""
-    return {name: _version(name) for name in ENGINES}
+# Shares of the largest logit. Simulated fp16 is at 1e-3 for the shipped model; fp32 on a GPU adds
+# up in another order. More than this is another network, or a broken one.
+GOLDEN_TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "int8": 0.2}
 
 
-def _version(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return None
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # installed under another distribution's name, such as onnxruntime-gpu
+@dataclass(frozen=True)
+class EngineRequest:
+    """What is asked for.
 
-
-def _first_that_opens(names: Sequence[str], model: Path, precision: str, threads: int) -> Engine:
-    """The first engine that opens; if none does, the first one's error."""
-    errors: list[EngineError] = []
-    for name in names:
-        try:
-            return open_engine(name, model, precision, threads)
-        except EngineError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
-    """Open an engine on an ONNX file.
-
-    Args:
-        name: `auto` or a name of `ENGINES`.
-        model: the ONNX file.
-        precision: `auto`, `bf16` or `fp32`.
+    Attributes:
+        name: `auto` or one of `NAMES`.
+        precision: `auto` or one of `PRECISIONS`.
+        window: along X, Y, Z in voxels that it must take; None for any size.
         threads: of the processor that it may use.
+    """
+
+    name: str = "auto"
+    precision: str = "auto"
+    window: Shape | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a bundle: a file by an engine.
+
+    Attributes:
+        name: of the engine.
+        file: of the bundle.
+        precision: of the network, or `auto` where the engine chooses.
+        open: opens the engine, or raises `EngineError`.
+        brought: whether the file is an engine that was built for one kind of GPU.
+    """
+
+    name: str
+    file: Path
+    precision: str
+    open: Callable[[], Engine]
+    brought: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A way that does not work here, and why."""
+
+    way: Way
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.way.name} ({self.way.file.name}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The engine that runs, the way it was opened, and the faster ways that were refused."""
+
+    engine: Engine
+    way: Way
+    refusals: tuple[Refusal, ...]
+
+
+def _check(request: EngineRequest) -> None:
+    if request.name not in ("auto", *NAMES):
+        raise EngineError(f"engine {request.name} does not exist; choose auto, {', '.join(NAMES)}")
+    if request.precision not in PRECISIONS:
+        raise EngineError(
+            f"precision {request.precision} does not exist; choose {', '.join(PRECISIONS)}"
+        )
+
+
+def _checked(bundle: Bundle, precision: str, engine: Engine) -> Engine:
+    """The engine, if it gives on the golden window what the trained network gave."""
+    if not bundle.has("golden"):
+        raise EngineError("the bundle has no golden window to check it with; export it again")
+    try:
+        golden = read_golden(bundle)
+    except BundleError as error:
+        raise EngineError(str(error)) from error
+    logits = engine.infer(golden.image)
+    difference = golden.difference(logits) if logits.shape == golden.logits.shape else np.inf
+    if not difference <= GOLDEN_TOLERANCE[precision]:
+        raise MismatchError(
+            f"its logits on the golden window differ by {difference:.1e} of the largest from the "
+            f"trained network's, more than {GOLDEN_TOLERANCE[precision]:g}; export the model again"
+        )
+    return engine
+
+
+def _engine_file(bundle: Bundle, name: str, entry: FileEntry, request: EngineRequest) -> Way:
+    build, file, precision = entry.engine, bundle.folder / name, str(entry.precision)
+    assert build is not None, "the manifest has it for files of role engine"
+
+    def open_it() -> Engine:
+        engine = open_tensorrt(file, build, precision, request.window)
+        return _checked(bundle, precision, engine)
+
+    return Way(build.builder, file, precision, open_it, brought=True)
+
+
+def _engine_files(bundle: Bundle, builder: str, request: EngineRequest) -> Iterator[Way]:
+    for name, entry in bundle.manifest.files.items():
+        if entry.engine and entry.engine.builder == builder:
+            yield _engine_file(bundle, name, entry, request)
+
+
+def _onnxruntime_cuda(bundle: Bundle, request: EngineRequest) -> Iterator[Way]:
+    half = bundle.has("onnx", "fp16") and request.precision in ("auto", "fp16")
+    precision = "fp16" if half else "fp32"
+    file = bundle.file("onnx", "fp16" if half else "fp32")
+
+    def open_it() -> Engine:
+        return _checked(bundle, precision, OnnxRuntimeCudaEngine(file, precision))
+
+    yield Way("onnxruntime-cuda", file, precision, open_it)
+
+
+def _processor(bundle: Bundle, name: str, request: EngineRequest) -> Way:
+    int8 = request.precision == "int8" and bundle.has("onnx", "int8")
+    file = bundle.file("onnx", "int8" if int8 else "fp32")
+    precision, threads = request.precision, request.threads
+    return Way(name, file, precision, lambda: cpu.open_engine(name, file, precision, threads))
+
+
+def ways(bundle: Bundle, request: EngineRequest) -> list[Way]:
+    """Every way to run a bundle that fits a request, the fastest first, none of them tried.
 
     Raises:
-        EngineError: the engine does not exist, is not installed, has no such precision, or
-            refuses the file; with `auto`, none is installed.
+        EngineError: the engine or the precision does not exist.
     """
-    if name == "auto":
-        installed = [n for n, version in installed_engines().items() if version]
+    _check(request)
+    found = [
+        *_engine_files(bundle, "tensorrt", request),
+        *_engine_files(bundle, "tensorrt-rtx", request),
+        *_onnxruntime_cuda(bundle, request),
+    ]
+    found = [way for way in found if request.precision in ("auto", way.precision)]
+    found += [_processor(bundle, name, request) for name in cpu.ENGINES]
+    return [way for way in found if request.name in ("auto", way.name)]
+
+
+def _nothing(request: EngineRequest, refusals: list[Refusal]) -> EngineError:
+    """Why there is no engine at all."""
+    if request.name == "auto":
+        installed = [name for name, version in cpu.installed_engines().items() if version]
         if not installed:
-            raise EngineError(
+            return EngineError(
                 "no inference engine is installed; pip install 'attnseg[cpu]' brings "
-                + " and ".join(ENGINES)
+                + " and ".join(cpu.ENGINES)
             )
-        return _first_that_opens(installed, model, precision, threads)
-    if name not in ENGINES:
-        raise EngineError(f"engine {name} does not exist; choose auto, {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise EngineError(f"precision {precision} does not exist; choose {', '.join(PRECISIONS)}")
-    return ENGINES[name](model, precision, threads)
+        refusals = [refusal for refusal in refusals if refusal.way.name in installed][:1]
+    if not refusals:
+        built = f" in {request.precision}" if request.precision != "auto" else ""
+        return EngineError(
+            f"the bundle has no file for engine {request.name}{built}; attnseg export makes one "
+            "(--fp16, --builder, --target)"
+        )
+    return EngineError("; ".join(refusal.reason for refusal in refusals))
+
+
+def choose_engine(bundle: Bundle, request: EngineRequest) -> Chosen:
+    """Open the fastest engine that runs a bundle here.
+
+    Raises:
+        EngineError: none does, or the one asked for does not; it says why.
+    """
+    refusals: list[Refusal] = []
+    for way in ways(bundle, request):
+        try:
+            return Chosen(way.open(), way, tuple(refusals))
+        except EngineError as error:
+            refusals.append(Refusal(way, str(error)))
+    raise _nothing(request, refusals)

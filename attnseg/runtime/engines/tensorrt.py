@@ -1,0 +1,245 @@
+"""TensorRT 10 and 11 and TensorRT-RTX: one adapter, as their bindings agree.
+
+An engine file has one window and one batch size. Its input and output lie in device memory that the
+adapter owns; windows come and go through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.bundle import EngineBuild
+from attnseg.runtime.cuda.device import CudaDevice, Device
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.errors import EngineError
+from attnseg.runtime.gpu import Gpu, capability, find_gpu
+from attnseg.runtime.windows import Shape
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
+_AMPERE = 80
+
+
+def load_library(builder: str) -> Any:
+    """The bindings' module.
+
+    Raises:
+        EngineError: it is not installed, or its libraries do not load.
+    """
+    try:
+        return importlib.import_module(MODULES[builder])
+    except ImportError as error:
+        raise EngineError(
+            f"{builder} is not installed; pip install 'attnseg[{EXTRAS[builder]}]'"
+        ) from error
+
+
+@cache
+def _logger(builder: str) -> Any:
+    """The one logger of a library: it keeps a pointer to the first that it is given, for ever."""
+    trt = load_library(builder)
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                self.error = " ".join(message.split())
+
+    return Log()
+
+
+def _runs_on(build: EngineBuild, gpu: Gpu) -> bool:
+    if build.compatibility == "ampere+":
+        return int(gpu.target[2:]) >= max(_AMPERE, int(build.target[2:]))
+    return gpu.target == build.target
+
+
+def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None) -> None:
+    """Refuse an engine file that this machine or request does not fit.
+
+    Args:
+        build: of the file.
+        version: of the library that is installed.
+        gpu: of this machine.
+        window: that is asked for; None for any size.
+
+    Raises:
+        EngineError: it was built for another window, GPU or version; says what to do.
+    """
+    if window != build.window:
+        asked = "x".join(map(str, window)) if window else "any size"
+        raise EngineError(
+            f"engine takes windows of {'x'.join(map(str, build.window))}, {asked} is asked for; "
+            "leave --window out or use a CPU engine"
+        )
+    if not _runs_on(build, gpu):
+        here = f"--builder tensorrt on {gpu.name}"
+        raise EngineError(
+            f"engine was built for compute capability {capability(build.target)}, this GPU is "
+            f"{gpu.capability}; run attnseg export "
+            + (here if build.builder == "tensorrt" else f"--target {gpu.target}")
+        )
+    same = build.version == version
+    if build.version_compatible:
+        same = [int(n) for n in build.version.split(".")[:2]] <= [
+            int(n) for n in version.split(".")[:2]
+        ]
+    if not same:
+        raise EngineError(
+            f"engine was built with {build.builder} {build.version}, installed is {version}; run "
+            f"attnseg export --builder {build.builder} again, or pip install that version"
+        )
+
+
+def open_tensorrt(
+    file: Path, build: EngineBuild, precision: str, window: Shape | None
+) -> TensorRtEngine:
+    """Open an engine file of a bundle on this machine's GPU.
+
+    Raises:
+        EngineError: there is no GPU or no library, the file is for another one, or the library
+            refuses it.
+    """
+    gpu = find_gpu()
+    library = load_library(build.builder)
+    check_build(build, library.__version__, gpu, window)
+    return TensorRtEngine(file, build, precision, CudaDevice(), library, _cache_file(file, build))
+
+
+def _cache_file(file: Path, build: EngineBuild) -> Path | None:
+    """Where TensorRT-RTX keeps the kernels that it compiled for an engine on this machine."""
+    if build.builder != "tensorrt-rtx":
+        return None
+    from platformdirs import user_cache_path
+
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return Path(user_cache_path("attnseg")) / f"{digest}-{build.version}.runtime-cache"
+
+
+class TensorRtEngine:
+    """Runs an engine file by TensorRT or TensorRT-RTX."""
+
+    def __init__(
+        self,
+        file: Path,
+        build: EngineBuild,
+        precision: str,
+        device: Device,
+        library: Any,
+        cache_file: Path | None = None,
+    ) -> None:
+        """Load the file on a device.
+
+        Args:
+            file: the engine.
+            build: what it takes.
+            precision: of its network.
+            device: where it runs.
+            library: `tensorrt` or `tensorrt_rtx_bindings`.
+            cache_file: for what TensorRT-RTX compiles at the first run; None for no cache.
+
+        Raises:
+            EngineError: the library refuses the file, or it is not of one input and one output.
+        """
+        self._file, self._device, self._library = file, device, library
+        self._log = _logger(build.builder)
+        self._cache_file = cache_file
+        self._cache: Any = None
+        self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
+        runtime = library.Runtime(self._log)
+        self._engine = runtime.deserialize_cuda_engine(file.read_bytes())
+        if self._engine is None:
+            raise self._failure("refuses it")
+        self._context = self._create_context()
+        if self._context is None:
+            raise self._failure("cannot run it")
+        self._runtime = runtime  # must outlive the engine
+        self._connect(build)
+
+    def _failure(self, what: str) -> EngineError:
+        reason = self._log.error or "no reason given"
+        return EngineError(f"{self._file.name}: {self.info.name} {what} ({reason})")
+
+    def _create_context(self) -> Any:
+        if self._cache_file is None:
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        self._cache = config.create_runtime_cache()
+        if self._cache_file.exists():
+            # A cache of another driver or GPU is refused by the library and made anew.
+            self._cache.deserialize(self._cache_file.read_bytes())
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
+
+    def _connect(self, build: EngineBuild) -> None:
+        """Give the engine its window, and memory for input and output."""
+        library, engine = self._library, self._engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        ends = {
+            mode: [name for name in names if engine.get_tensor_mode(name) == mode]
+            for mode in (library.TensorIOMode.INPUT, library.TensorIOMode.OUTPUT)
+        }
+        inputs, outputs = ends.values()
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise EngineError(f"{self._file.name}: has not one input and one output")
+        channels = engine.get_tensor_shape(inputs[0])[1]
+        if not self._context.set_input_shape(inputs[0], (build.batch, channels, *build.window)):
+            raise self._failure("does not take the window of the manifest")
+        self._arrays = [self._host_array(name) for name in (inputs[0], outputs[0])]
+        self._buffers = [self._device.allocate(array.nbytes) for array in self._arrays]
+        for name, buffer in zip((inputs[0], outputs[0]), self._buffers, strict=True):
+            if not self._context.set_tensor_address(name, buffer.pointer):
+                raise self._failure("does not take its memory")
+
+    def _host_array(self, name: str) -> NDArray[Any]:
+        types = {self._library.DataType.HALF: np.float16, self._library.DataType.FLOAT: np.float32}
+        kind = types.get(self._engine.get_tensor_dtype(name))
+        if kind is None:
+            raise EngineError(f"{self._file.name}: its {name} is neither fp16 nor fp32")
+        return np.zeros(tuple(self._context.get_tensor_shape(name)), kind)
+
+    def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `attnseg.runtime.engines.base.Engine.infer`."""
+        image, logits = self._arrays
+        if batch.shape[1:] != image.shape[1:]:
+            raise EngineError(
+                f"{self.info.name} failed on a batch of shape {batch.shape} (the engine takes "
+                f"{image.shape})"
+            )
+        result = np.empty((len(batch), *logits.shape[1:]), np.float32)
+        for start in range(0, len(batch), len(image)):
+            part = batch[start : start + len(image)]
+            image[: len(part)] = part
+            self._device.upload(image, self._buffers[0])
+            if not self._context.execute_async_v3(self._device.stream):
+                raise self._failure("failed")
+            self._device.download(self._buffers[1], logits)
+            result[start : start + len(part)] = logits[: len(part)]
+        self._keep_cache()
+        return result
+
+    def _keep_cache(self) -> None:
+        """Write what was compiled, once; without a place for it the next start is slower only."""
+        if self._cache is None or self._cache_file is None:
+            return
+        cache, self._cache = self._cache, None
+        part = self._cache_file.with_name(f"{self._cache_file.name}.{os.getpid()}.part")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(bytes(cache.serialize()))
+            os.replace(part, self._cache_file)
+        except OSError:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
