@@ -9,6 +9,7 @@ then gives the same bytes each time, which with a range of sizes it does not.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from attnseg.runtime.bundle import EngineBuild
@@ -42,7 +44,8 @@ TARGETS = {
 }
 """GPUs by the names that people use."""
 
-_WEIGHTS_SLACK = 1.25  # padding and constants that the compiler adds
+_WEIGHTS_SLACK = 1.25  # constants that the compiler adds
+_PADDED_TO = 32  # channels: kernels take no fewer at a time
 
 
 @dataclass(frozen=True)
@@ -219,9 +222,17 @@ def _is_fp16(content: bytes) -> bool:
     return any(i.data_type == TensorProto.FLOAT16 for i in graph.initializer)
 
 
+def _padded_bytes(array: NDArray[Any]) -> int:
+    """Room that weights `(out, in, x, y, z)` take with both counts of channels padded."""
+    if array.ndim < 2:
+        return array.nbytes
+    channels = [-(-count // _PADDED_TO) * _PADDED_TO for count in array.shape[:2]]
+    return math.prod((*channels, *array.shape[2:])) * array.itemsize
+
+
 def _weight_bytes(content: bytes) -> int:
     graph = onnx.load_from_string(content).graph
-    return sum(numpy_helper.to_array(initializer).nbytes for initializer in graph.initializer)
+    return sum(_padded_bytes(numpy_helper.to_array(i)) for i in graph.initializer)
 
 
 def check_engine_weights(log: str, graph_bytes: int) -> None:
@@ -229,7 +240,7 @@ def check_engine_weights(log: str, graph_bytes: int) -> None:
 
     Args:
         log: of the builder, which states the weights' size; if it does not, nothing is checked.
-        graph_bytes: of the weights in the graph that the engine was built from.
+        graph_bytes: of the weights in the graph that the engine was built from, padded.
 
     Raises:
         ExportError: it did.

@@ -88,13 +88,12 @@ def test_turing_runs_fp16_only_and_is_told_so(fp32_graph: bytes, fp16_graph: byt
         build_apart(fp32_graph, WINDOW, turing)
 
 
-def test_an_engine_with_the_weights_of_fp32_is_refused(
-    fp32_graph: bytes, fp16_graph: bytes
-) -> None:
-    log = build_engine(fp32_graph, WINDOW, SM86).log
-    check_engine_weights(log, builder._weight_bytes(fp32_graph))
+def test_an_engine_with_the_weights_of_fp32_is_refused() -> None:
+    exact = export_onnx(lively_network(NetworkConfig(3, 5, (32, 64), 96)))
+    log = build_engine(exact, WINDOW, SM86).log
+    check_engine_weights(log, builder._weight_bytes(exact))
     with pytest.raises(ExportError, match="was not built in the graph's precision"):
-        check_engine_weights(log, builder._weight_bytes(fp16_graph))
+        check_engine_weights(log, builder._weight_bytes(convert_to_fp16(exact)))
 
 
 def test_a_convolution_that_tensorrt_reads_as_fp32_is_refused(fp32_graph: bytes) -> None:

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.export.export import ExportOptions, export_bundle
+from attnseg.export.foreign import read_foreign, read_spec
+from attnseg.export.tensorrt import BuildOptions
+from attnseg.export.verify import verify_bundle
+from attnseg.runtime.errors import ConfigError, ExportError
+
+SPEC: dict[str, Any] = {
+    "name": "liver-ct",
+    "channels": [{"name": "ct", "suffixes": ["_ct"]}],
+    "labels": [
+        {"name": "background", "value": 0},
+        {"name": "liver", "value": 1},
+        {"name": "tumour", "value": 2},
+    ],
+    "normalisation": {"foreground": "all", "landmarks": None},
+    "inference": {"window": [32, 32, 32], "window_multiple": 2, "overlap": 0.5},
+}
+
+
+class Plain(nn.Module):
+    """A network as others write them, without anything of attnseg."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv3d(1, 8, 3, stride=2, padding=1)
+        self.norm = nn.InstanceNorm3d(8, affine=True)
+        self.up = nn.ConvTranspose3d(8, 8, 2, stride=2)
+        self.head = nn.Conv3d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.leaky_relu(self.norm(self.down(x)), 0.01)
+        return self.head(torch.relu(self.up(hidden)))
+
+
+@pytest.fixture(scope="module")
+def network() -> Plain:
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(network: Plain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("foreign") / "any_model.onnx"
+    axes = {"input": {0: "n", 2: "x", 3: "y", 4: "z"}}
+    example = torch.zeros(1, 1, 32, 32, 32)
+    with warnings.catch_warnings():  # of the old exporter, which most files come from
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["input"], "dynamic_axes": axes}
+        torch.onnx.export(network, (example,), path, dynamo=False, **names)
+    return path
+
+
+def spec_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "model.json"
+    path.write_text(json.dumps({k: v for k, v in {**SPEC, **changes}.items() if v is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("exported")
+    engines = (BuildOptions("tensorrt-rtx", "sm86"),)
+    options = ExportOptions(fp16=True, engines=engines, spec=spec_file(folder))
+    return export_bundle(graph, folder / "model", options).bundle
+
+
+def test_a_model_trained_elsewhere_gives_torchs_labels(bundle: Bundle, network: Plain) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(40, 20, (32, 32, 32)).astype(np.float32)
+    result = Segmenter(bundle, SegmentOptions(precision="fp32")).segment(Volume([image], np.eye(4)))
+    z_scores = (image - image.mean()) / image.std()
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(z_scores)[None, None])[0].numpy()
+    assert np.mean(result.labels == logits.argmax(axis=0)) > 0.999
+    assert set(result.volumes_ml) == {"liver", "tumour"}
+
+
+def test_its_bundle_is_whole_and_is_measured_again(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.network) == ("liver-ct", {"onnx": "any_model.onnx"})
+    assert (manifest.inference.window, manifest.inference.overlap) == ((32, 32, 32), 0.5)
+    roles = {entry.role for entry in manifest.files.values()}
+    assert roles == {"onnx", "engine", "golden", "parity", "card", "sbom", "log"}
+    report = verify_bundle(bundle.folder)
+    assert report.failures() == []
+    assert {m.precision for m in report.measured} >= {"fp32", "fp16"}
+    assert "Nothing is known of its training." in bundle.file("card").read_text()
+
+
+def test_it_runs_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from attnseg.cli import main
+
+    image = np.random.default_rng(1).normal(40, 20, (40, 36, 33)).astype(np.float32)
+    (tmp_path / "scan").mkdir()
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "scan" / "a_ct.nii.gz")
+    arguments = ["run", tmp_path / "scan", "-o", tmp_path / "out", "--model", bundle.folder]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert nib.load(tmp_path / "out" / "a_seg.nii.gz").shape == image.shape
+
+
+def test_an_onnx_file_and_its_spec_need_each_other(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"any_model\.onnx: .*give --spec model\.json"):
+        export_bundle(graph, tmp_path / "model")
+    with pytest.raises(ConfigError, match="--spec is for ONNX files"):
+        export_bundle(Path("best.pt"), tmp_path / "model", ExportOptions(spec=spec_file(tmp_path)))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": None}, r"model\.json: channels: Field required"),
+        ({"labels": []}, r"labels: "),
+        ({"name": None}, "name: Field required"),
+        ({"windw": 3}, "windw: Extra inputs"),
+        ({"inference": {"window": [32, 32]}}, r"inference\.window"),
+        ({"inference": {"window": [33, 32, 32], "window_multiple": 2}}, "not a multiple"),
+        ({"orientation": "RRS"}, "does not name each axis once"),
+        ({"regions": {"all": [7]}}, "names a label that does not exist"),
+    ],
+)
+def test_a_spec_that_breaks_a_rule_names_it(
+    graph: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    options = ExportOptions(spec=spec_file(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=message) as caught:
+        export_bundle(graph, tmp_path / "model", options)
+    assert "\n" not in str(caught.value)
+    assert "model.json" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "spec: ")])
+def test_a_spec_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_spec(tmp_path / "model.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_spec(tmp_path / "gone.json")
+
+
+def save(folder: Path, shape: list[Any], kind: int = TensorProto.FLOAT, **node: Any) -> Path:
+    """A file whose one node gives its input, three times over if it is a Concat."""
+    out = [shape[0], 3, *shape[2:]]
+    names = ["image"] * 3 if node.get("op_type", "Concat") == "Concat" else ["image"]
+    fields = {"op_type": "Concat", "axis": 1, **node}
+    ends = [
+        helper.make_tensor_value_info(name, kind, dims)
+        for name, dims in (("image", shape), ("logits", out))
+    ]
+    made = helper.make_node(inputs=names, outputs=["logits"], **fields)
+    graph = helper.make_graph([made], "g", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+    path = folder / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"),
+    [
+        ([1, 1, 32, 32], TensorProto.FLOAT, "is a 2-D model .*attnseg runs 3-D models"),
+        ([1, 1], TensorProto.FLOAT, "is no model of images"),
+        ([1, 1, 32, 32, 32], TensorProto.FLOAT16, "image is float16; give the fp32 model"),
+        ([1, 2, 32, 32, 32], TensorProto.FLOAT, "image has 2 channels, the spec names 1"),
+        ([1, 1, 48, 32, 32], TensorProto.FLOAT, "takes 48x32x32 voxels.* window is 32x32x32"),
+        ([4, 1, 32, 32, 32], TensorProto.FLOAT, "takes 4 windows at a time"),
+    ],
+)
+def test_a_graph_that_does_not_fit_is_refused(
+    tmp_path: Path, shape: list[int], kind: int, message: str
+) -> None:
+    path = save(tmp_path, shape, kind)
+    # Two channels three times over are six logits; the input is what is refused first.
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3 * shape[1]
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=message):
+        read_foreign(path, read_spec(spec_file(tmp_path)))
+
+
+def test_an_operator_that_is_not_onnxs_own_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, ["n", 1, "x", "y", "z"], op_type="Magic", domain="mine")
+    options = ExportOptions(spec=spec_file(tmp_path))
+    with pytest.raises(ExportError, match=r"m\.onnx: ONNX Runtime cannot run it .*Magic") as caught:
+        export_bundle(path, tmp_path / "model", options)
+    assert "standard ONNX operators" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_files_that_are_no_graphs_are_refused(tmp_path: Path, graph: Path) -> None:
+    spec = read_spec(spec_file(tmp_path))
+    with pytest.raises(ExportError, match="does not exist"):
+        read_foreign(tmp_path / "gone.onnx", spec)
+    (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:-50])
+    with pytest.raises(ExportError, match=r"cut\.onnx: is damaged or not valid ONNX"):
+        read_foreign(tmp_path / "cut.onnx", spec)
+
+
+def test_every_node_gets_a_name(tmp_path: Path) -> None:
+    path = save(tmp_path, ["n", 1, "x", "y", "z"])
+    content = read_foreign(path, read_spec(spec_file(tmp_path)))
+    assert [n.name for n in onnx.load_from_string(content).graph.node] == ["Concat_0"]
