@@ -91,6 +91,7 @@ def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
             calibrate_method=CalibrationMethod.Percentile,
             extra_options={
                 "ActivationSymmetric": True,
+                "QuantizeBias": False,  # TensorRT takes biases in float only
                 "WeightSymmetric": True,
                 "CalibPercentile": _PERCENTILE,
             },

@@ -227,7 +227,7 @@ def _padded_bytes(array: NDArray[Any]) -> int:
     if array.ndim < 2:
         return array.nbytes
     channels = [-(-count // _PADDED_TO) * _PADDED_TO for count in array.shape[:2]]
-    return math.prod((*channels, *array.shape[2:])) * array.itemsize
+    return int(math.prod((*channels, *array.shape[2:])) * array.itemsize)
 
 
 def _weight_bytes(content: bytes) -> int:

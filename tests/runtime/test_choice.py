@@ -149,6 +149,8 @@ def test_a_named_engine_or_precision_is_the_only_one_tried(
         (EngineRequest("cudnn"), "engine cudnn does not exist; choose auto, tensorrt"),
         (EngineRequest(precision="int4"), "precision int4 does not exist; choose auto, fp16"),
         (EngineRequest("tensorrt"), "no file for engine tensorrt; attnseg export makes one"),
+        (EngineRequest(precision="int8"), "no int8 graph; attnseg export --int8 makes one"),
+        (EngineRequest(precision="fp16"), "runs bf16 and fp32, got precision fp16"),
         (EngineRequest("tensorrt", "int8"), "no file for engine tensorrt in int8; attnseg export"),
     ],
 )

@@ -143,10 +143,16 @@ def _onnxruntime_cuda(bundle: Bundle, request: EngineRequest) -> Iterator[Way]:
 
 
 def _processor(bundle: Bundle, name: str, request: EngineRequest) -> Way:
-    int8 = request.precision == "int8" and bundle.has("onnx", "int8")
-    file = bundle.file("onnx", "int8" if int8 else "fp32")
     precision, threads = request.precision, request.threads
-    return Way(name, file, precision, lambda: cpu.open_engine(name, file, precision, threads))
+    has_int8 = bundle.has("onnx", "int8")
+    file = bundle.file("onnx", "int8" if precision == "int8" and has_int8 else "fp32")
+
+    def open_it() -> Engine:
+        if precision == "int8" and not has_int8:
+            raise EngineError("the bundle has no int8 graph; attnseg export --int8 makes one")
+        return cpu.open_engine(name, file, precision, threads)
+
+    return Way(name, file, precision, open_it)
 
 
 def ways(bundle: Bundle, request: EngineRequest) -> list[Way]:
@@ -175,14 +181,14 @@ def _nothing(request: EngineRequest, refusals: list[Refusal]) -> EngineError:
                 "no inference engine is installed; pip install 'attnseg[cpu]' brings "
                 + " and ".join(cpu.ENGINES)
             )
-        refusals = [refusal for refusal in refusals if refusal.way.name in installed][:1]
+        refusals = [refusal for refusal in refusals if refusal.way.name in installed]
     if not refusals:
         built = f" in {request.precision}" if request.precision != "auto" else ""
         return EngineError(
             f"the bundle has no file for engine {request.name}{built}; attnseg export makes one "
             "(--fp16, --builder, --target)"
         )
-    return EngineError("; ".join(refusal.reason for refusal in refusals))
+    return EngineError("; ".join(dict.fromkeys(refusal.reason for refusal in refusals)))
 
 
 def choose_engine(bundle: Bundle, request: EngineRequest) -> Chosen:

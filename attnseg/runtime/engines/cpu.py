@@ -17,7 +17,7 @@ ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {
     "openvino": OpenVinoEngine,
     "onnxruntime": OnnxRuntimeEngine,
 }
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "int8")
 
 
 def installed_engines() -> dict[str, str | None]:
@@ -51,7 +51,7 @@ def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
     Args:
         name: `auto` or a name of `ENGINES`.
         model: the ONNX file.
-        precision: `auto`, `bf16` or `fp32`.
+        precision: `auto` or one of `PRECISIONS`, not all of which every engine has.
         threads: of the processor that it may use.
 
     Raises:

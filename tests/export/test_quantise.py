@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from attnseg import Bundle, Segmenter, SegmentOptions
+from attnseg.export.export import ExportOptions, export_bundle
+from attnseg.export.onnx import export_onnx
+from attnseg.export.quantise import kept_in_float, quantise
+from attnseg.export.tensorrt import BuildOptions
+from attnseg.runtime.bundle import Budget
+from attnseg.runtime.errors import ExportError, ScanError
+from attnseg.trainer.model import NetworkConfig
+from tests.export.conftest import spec_file
+from tests.export.test_export import lively_network
+
+
+def windows(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((3, 16, 16, 16)).astype(np.float32) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def exact() -> bytes:
+    return export_onnx(lively_network(NetworkConfig(3, 5, (8, 16), 16)))
+
+
+def run(content: bytes, window: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": window[None]})[0]
+
+
+def test_all_convolutions_but_the_first_and_last_have_int8_weights(exact: bytes) -> None:
+    made = onnx.load_from_string(quantise(exact, windows(2))).graph
+    weights = {i.name: i for i in made.initializer}
+    producers = {o: node for node in made.node for o in node.output}
+    floats = []
+    for node in made.node:
+        if node.op_type == "Conv":
+            source = producers.get(node.input[1])
+            if source is None:
+                floats.append(node.name)
+            else:
+                assert source.op_type == "DequantizeLinear"
+                assert weights[source.input[0]].data_type == TensorProto.INT8
+                # Symmetric: TensorRT takes no other zero point than 0.
+                assert not numpy_helper.to_array(weights[source.input[2]]).any()
+    assert floats == kept_in_float(exact) and len(floats) == 2
+
+
+def test_the_quantised_graph_computes_nearly_the_same(exact: bytes) -> None:
+    seen = windows(4)
+    content = quantise(exact, seen)
+    expected, found = run(exact, seen[0]), run(content, seen[0])
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-4 < difference < 0.2  # 8 bits, and not fp32 under another name
+
+
+def test_the_same_windows_give_the_same_bytes(exact: bytes) -> None:
+    assert quantise(exact, windows(2)) == quantise(exact, windows(2))
+
+
+def test_a_graph_without_convolutions_is_refused() -> None:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 4, 4, 4])
+        for name in ("image", "logits")
+    ]
+    node = helper.make_node("Relu", ["image"], ["logits"], name="r")
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(
+        helper.make_graph([node], "g", ends[:1], ends[1:]), opset_imports=opsets, ir_version=9
+    )
+    with pytest.raises(ExportError, match="holds no convolution to quantise"):
+        quantise(model.SerializeToString(), windows(1))
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        image = np.random.default_rng(ord(name)).normal(40, 20, (40, 40, 40)).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"{name}_ct.nii.gz")
+    return folder
+
+
+def test_int8_is_exported_measured_and_run(graph: Path, tmp_path: Path, scans: Path) -> None:
+    options = ExportOptions(
+        engines=(BuildOptions("tensorrt-rtx", "sm86"),),
+        budget=Budget(dice=1, volume_percent=100),
+        spec=spec_file(tmp_path),
+        calibration=scans,
+    )
+    exported = export_bundle(graph, tmp_path / "model", options)
+    files = exported.bundle.manifest.files
+    assert {e.precision for e in files.values() if e.role == "onnx"} == {"fp32", "int8"}
+    (engine,) = [e for e in files.values() if e.role == "engine"]
+    assert engine.precision == "int8"
+    measured = {m.precision: m for m in exported.report.measured}
+    assert measured["int8"].gated and measured["int8"].logits > 10 * measured["fp32"].logits
+    info = Segmenter(Bundle.load(tmp_path / "model"), SegmentOptions(precision="int8")).engine_info
+    assert (info.name, info.precision) == ("onnxruntime", "int8")
+
+
+def test_int8_over_the_budget_is_not_written(graph: Path, tmp_path: Path, scans: Path) -> None:
+    budget = Budget(dice=1e-9, volume_percent=1e-9)
+    options = ExportOptions(spec=spec_file(tmp_path), calibration=scans, budget=budget)
+    with pytest.raises(ExportError, match=r"int8 by onnxruntime .* is over the budget"):
+        export_bundle(graph, tmp_path / "model", options)
+    assert not (tmp_path / "model").exists()
+
+
+def test_calibration_needs_scans_of_the_models_channels(
+    graph: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    options = ExportOptions(spec=spec_file(tmp_path), calibration=tmp_path / "empty")
+    with pytest.raises(ScanError, match="empty"):
+        export_bundle(graph, tmp_path / "model", options)
