@@ -748,7 +748,7 @@ def _gate_options(function: _Function) -> _Function:
     type=click.Choice(["same", "ampere+"]),
     default="same",
     show_default=True,
-    help="GPUs that the engine runs on; ampere+ is for --builder tensorrt.",
+    help="GPUs that the engine runs on: the target only, or all since Ampere.",
 )
 @click.option(
     "--version-compatible", is_flag=True, help="For later versions of --builder tensorrt too."

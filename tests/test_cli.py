@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from attnseg import Bundle, __version__
+from attnseg import Bundle, Segmenter, __version__
 from attnseg.cli import main
-from attnseg.runtime.bundle import default_folder
+from attnseg.runtime.bundle import EngineBuild, default_folder, file_entry, write_bundle
+from attnseg.runtime.gpu import Gpu
 
 FP32 = ("--precision", "fp32")
 
@@ -378,3 +380,52 @@ def test_an_error_of_the_system_is_one_line_too(tmp_path: Path, small_scan: Path
     result = call("train", "--data", small_scan, "-o", tmp_path / "run")
     assert result.exit_code == 1
     assert result.stderr.endswith(f"error: {tmp_path / 'run'}: File exists\n")
+
+
+def test_doctor_shows_every_engine_of_a_bundle_and_why_it_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Bundle.default()
+    build = EngineBuild(
+        builder="tensorrt-rtx",
+        version="1.7.1",
+        target="sm86",
+        compatibility="same",
+        version_compatible=False,
+        window=(64, 64, 64),
+        batch=1,
+    )
+    files = {
+        **shipped.manifest.files,
+        "for-3090": file_entry("engine", b"engine", "fp16", build),
+    }
+    contents = {n: (shipped.folder / n).read_bytes() for n in shipped.manifest.files}
+    manifest = shipped.manifest.model_copy(update={"files": files})
+    write_bundle(tmp_path / "model", manifest, {**contents, "for-3090": b"engine"})
+    ada = Gpu("NVIDIA GeForce RTX 4090", "sm89", 24 << 30, "13.0")
+    for module in ("doctor", "runtime.engines.tensorrt"):
+        monkeypatch.setattr(f"attnseg.{module}.find_gpu", lambda: ada)
+    result = call("doctor", "--model", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert any("gpu" in x and "RTX 4090, compute capability 8.9" in x for x in lines)
+    (engine,) = [x for x in lines if "engine tensorrt-rtx (for-3090)" in x]
+    assert engine.startswith("--")
+    assert "compute capability 8.6, this GPU is 8.9; run attnseg export --target sm89" in engine
+    used = [x for x in lines if "used by --engine auto" in x]
+    assert len(used) == 1 and "engine openvino" in used[0]
+
+
+def test_run_says_why_an_engine_of_the_bundle_is_not_used(
+    small_scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Segmenter.__init__
+
+    def opened(self: Segmenter, *args: Any, **rest: Any) -> None:
+        kept(self, *args, **rest)
+        self.refusals = ("tensorrt-rtx (e): no NVIDIA driver",)
+
+    monkeypatch.setattr(Segmenter, "__init__", opened)
+    result = call("run", small_scan, "-o", tmp_path / "out", *FP32)
+    assert result.exit_code == 0, result.output
+    assert "not used: tensorrt-rtx (e): no NVIDIA driver" in result.stderr

@@ -121,7 +121,8 @@ def _audit(
 
 
 def _engine_name(options: BuildOptions, precision: str) -> str:
-    return f"model-{precision}-{options.target}.{options.builder}"
+    later = "plus" if options.compatibility == "ampere+" else ""
+    return f"model-{precision}-{options.target}{later}.{options.builder}"
 
 
 def _log_without_times(text: str) -> str:

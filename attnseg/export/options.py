@@ -8,7 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from attnseg.export.export import ExportOptions
-from attnseg.export.tensorrt import BuildOptions, check_machine, check_options, parse_target
+from attnseg.export.tensorrt import (
+    PORTABLE_TARGET,
+    BuildOptions,
+    check_machine,
+    check_options,
+    parse_target,
+)
 from attnseg.runtime.bundle import Budget
 from attnseg.runtime.errors import ConfigError, EngineError
 from attnseg.runtime.gpu import find_gpu
@@ -17,10 +23,10 @@ from attnseg.runtime.signature import Signer
 DEFAULT_TARGET = "rtx3090"
 
 
-def _default_target(builder: str) -> str:
+def _default_target(builder: str, compatibility: str) -> str:
     """TensorRT-RTX builds for the paper's card, TensorRT for the GPU that it needs anyway."""
     if builder != "tensorrt":
-        return DEFAULT_TARGET
+        return PORTABLE_TARGET if compatibility == "ampere+" else DEFAULT_TARGET
     try:
         return find_gpu().target
     except EngineError as error:
@@ -63,8 +69,9 @@ def make_options(
         raise ConfigError("--target names a GPU to build for, --builder none builds nothing")
     if settings["int8"] != (settings["calibrate"] is not None):
         raise ConfigError("--int8 and --calibrate FOLDER (scans like those to come) go together")
-    if (settings["fp16"] or settings["int8"]) and builder != "none":
-        targets = targets or (_default_target(builder),)
+    wanted = settings["fp16"] or settings["int8"] or settings["compatible"] != "same"
+    if wanted and builder != "none":
+        targets = targets or (_default_target(builder, settings["compatible"]),)
     workspace = settings["workspace"]
     names = dict.fromkeys(parse_target(target, builder) for target in targets)
     engines = tuple(

@@ -9,10 +9,11 @@ then gives the same bytes each time, which with a range of sizes it does not.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,9 @@ TARGETS = {
 }
 """GPUs by the names that people use."""
 
+PORTABLE_TARGET = "sm80"
+"""First of the GPUs that a portable engine runs on."""
+
 _WEIGHTS_SLACK = 1.25  # constants that the compiler adds
 _PADDED_TO = 32  # channels: kernels take no fewer at a time
 
@@ -57,7 +61,8 @@ class BuildOptions:
         target: compute capability, `sm86`.
         batch: windows at a time.
         workspace_bytes: scratch memory that a layer may use; None for no limit.
-        compatibility: `ampere+` also runs on later GPUs (TensorRT only), more slowly.
+        compatibility: `ampere+` also runs on later GPUs than the target. TensorRT-RTX then takes
+            no target but `sm80`: such an engine is its default, for all GPUs since Ampere.
         version_compatible: also runs with later versions of the library (TensorRT only).
         timing_cache: file of measured kernels, read and written (TensorRT only); the second build
             of a like network takes seconds.
@@ -174,10 +179,13 @@ def _configure(
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.builder == "tensorrt-rtx":
+        if options.compatibility == "ampere+":
+            return config
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, options.target.upper())
         config.set_compute_capability(capability, 0)
         return config
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for check_inspected
     if options.compatibility == "ampere+":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.version_compatible:
@@ -253,6 +261,43 @@ def check_engine_weights(log: str, graph_bytes: int) -> None:
         )
 
 
+def _is_fp32(tensor: Any) -> bool:
+    """Whether an inspected tensor is fp32: TensorRT 11 has `DataType`, 10 the format in words."""
+    words = [str(tensor.get(name, "")) for name in ("DataType", "Format/Datatype", "Format")]
+    return any(text == "Float" or "FP32" in text for text in words)
+
+
+def check_inspected(report: str, in_fp32: Iterable[str]) -> None:
+    """Refuse an fp16 engine whose layers, as TensorRT's inspector tells, convolve in fp32.
+
+    Args:
+        report: of the inspector, JSON.
+        in_fp32: convolutions that are fp32 on purpose.
+
+    Raises:
+        ExportError: one takes and gives fp32.
+    """
+    layers = [layer for layer in json.loads(report).get("Layers", []) if isinstance(layer, dict)]
+    grown = [
+        str(layer.get("Name"))
+        for layer in layers
+        if "conv" in str(layer.get("LayerType")).lower()
+        and all(_is_fp32(end[0]) for end in (layer.get("Inputs"), layer.get("Outputs")) if end)
+        and not any(name in str(layer.get("Name")) for name in in_fp32)
+    ]
+    if grown:
+        raise ExportError(f"the fp16 engine holds convolutions in fp32: {', '.join(grown[:3])}")
+
+
+def _inspect(trt: Any, log: Any, content: Any) -> str | None:
+    """What TensorRT tells of an engine's layers, or None where it cannot be loaded."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(content)
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def _version_advice(options: BuildOptions, reason: str) -> str:
     if "workspace" in reason:
         return "give a larger --workspace"
@@ -294,8 +339,12 @@ def check_options(options: BuildOptions) -> None:
     Raises:
         ConfigError: an option is for TensorRT only.
     """
-    if options.builder == "tensorrt-rtx" and options.compatibility != "same":
-        raise ConfigError("tensorrt-rtx builds for one target at a time; give --target twice")
+    portable = (options.builder, options.compatibility) == ("tensorrt-rtx", "ampere+")
+    if portable and options.target != PORTABLE_TARGET:
+        raise ConfigError(
+            "tensorrt-rtx builds for one target or, with --compatible ampere+, for all since "
+            "Ampere; leave --target out"
+        )
     if options.builder == "tensorrt-rtx" and options.version_compatible:
         raise ConfigError("tensorrt-rtx has no version compatibility; give --builder tensorrt")
     if options.builder == "tensorrt-rtx" and options.timing_cache:
@@ -352,6 +401,10 @@ def build_engine(
         )
     if timings:
         _keep_timings(cache, timings)
+    if options.builder == "tensorrt" and _is_fp16(content):
+        report = _inspect(trt, log, serialized)
+        if report is not None:
+            check_inspected(report, in_fp32)
     text = "".join(f"{severity}: {message}\n" for severity, message in lines)
     if options.target != "sm75":  # has no fp32 3-D convolutions to grow to, and pads its weights
         check_engine_weights(text, _weight_bytes(content))

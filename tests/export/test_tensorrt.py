@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from attnseg.export.tensorrt import (
     BuildOptions,
     build_engine,
     check_engine_weights,
+    check_inspected,
     check_options,
     parse_target,
 )
@@ -72,6 +74,15 @@ def test_targets_and_batches_give_other_engines(fp16_graph: bytes) -> None:
     assert len(set(engines)) == 3
 
 
+def test_a_portable_engine_is_built_and_is_another(fp16_graph: bytes) -> None:
+    options = BuildOptions("tensorrt-rtx", "sm80", compatibility="ampere+")
+    first, second = (build_engine(fp16_graph, WINDOW, options) for _ in range(2))
+    assert first.content == second.content
+    assert (first.build.target, first.build.compatibility) == ("sm80", "ampere+")
+    targeted = build_engine(fp16_graph, WINDOW, BuildOptions("tensorrt-rtx", "sm80"))
+    assert first.content != targeted.content
+
+
 def test_an_fp16_engine_is_half_as_large(fp32_graph: bytes, fp16_graph: bytes) -> None:
     def weights(log: str) -> int:
         return int(log.split("Total Weights Memory: ")[-1].split()[0])
@@ -94,6 +105,37 @@ def test_an_engine_with_the_weights_of_fp32_is_refused() -> None:
     check_engine_weights(log, builder._weight_bytes(exact))
     with pytest.raises(ExportError, match="was not built in the graph's precision"):
         check_engine_weights(log, builder._weight_bytes(convert_to_fp16(exact)))
+
+
+def inspected(key: str, *kinds: tuple[str, str, str]) -> str:
+    layers = [
+        {"Name": f"layer{n}", "LayerType": kind, "Inputs": [{key: took}], "Outputs": [{key: gave}]}
+        for n, (kind, took, gave) in enumerate(kinds)
+    ]
+    return json.dumps({"Layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("key", "fp32", "fp16"),
+    [
+        ("DataType", "Float", "Half"),
+        (
+            "Format/Datatype",
+            "Row major linear FP32 format",
+            "Channel major FP16 format where channel % 8 == 0",
+        ),
+    ],
+)
+def test_the_inspectors_words_for_an_fp32_convolution_are_read(
+    key: str, fp32: str, fp16: str
+) -> None:
+    convolution, cast = ("CaskConvolution", fp16, fp16), ("Reformat", fp32, fp32)
+    first, last = ("CaskConvolution", fp32, fp16), ("CaskConvolution", fp16, fp32)
+    check_inspected(inspected(key, cast, first, convolution, last), ())
+    grown = inspected(key, convolution, ("CaskDeconvolutionV2", fp32, fp32))
+    check_inspected(grown, ["layer1"])
+    with pytest.raises(ExportError, match="holds convolutions in fp32: layer1"):
+        check_inspected(grown, ())
 
 
 def test_a_convolution_that_tensorrt_reads_as_fp32_is_refused(fp32_graph: bytes) -> None:
@@ -153,7 +195,7 @@ def test_a_builder_that_is_missing_names_the_extra(
 
 def test_what_tensorrt_rtx_cannot_do_is_refused_before_the_build() -> None:
     for options, message in (
-        (BuildOptions("tensorrt-rtx", "sm86", compatibility="ampere+"), "give --target twice"),
+        (BuildOptions("tensorrt-rtx", "sm86", compatibility="ampere+"), "leave --target out"),
         (BuildOptions("tensorrt-rtx", "sm86", version_compatible=True), "--builder tensorrt"),
         (BuildOptions("tensorrt-rtx", "sm86", timing_cache="t"), "--timing-cache with tensorrt"),
     ):

@@ -134,6 +134,8 @@ def test_options_of_the_command_line() -> None:
     targets = ("rtx3090", "sm86", "sm89")
     two = make_options(None, None, {**SETTINGS, "targets": targets})
     assert [e.target for e in two.engines] == ["sm86", "sm89"]
+    (portable,) = make_options(None, None, {**SETTINGS, "compatible": "ampere+"}).engines
+    assert (portable.target, portable.compatibility) == ("sm80", "ampere+")
     none = {**SETTINGS, "fp16": True, "builder": "none"}
     assert make_options(None, None, none).engines == ()
     with pytest.raises(ConfigError, match="--builder none builds nothing"):
