@@ -168,3 +168,14 @@ def test_every_node_gets_a_name(tmp_path: Path) -> None:
     path = save(tmp_path, ["n", 1, "x", "y", "z"])
     content = read_foreign(path, read_spec(spec_file(tmp_path)))
     assert [n.name for n in onnx.load_from_string(content).graph.node] == ["Concat_0"]
+
+
+def test_the_spec_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    start = text.index("    {\n")
+    block = text[start : text.index("\n\n", start)]
+    (tmp_path / "model.json").write_text(block)
+    spec = read_spec(tmp_path / "model.json")
+    assert (spec.name, spec.inference.window) == ("liver-ct", (96, 96, 96))
+    assert spec.regions == {"liver": (1,)}
+    assert spec.display == ("ct",)
