@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -18,6 +19,14 @@ from attnseg.runtime.errors import AttnsegError, EngineError
 from attnseg.runtime.gpu import find_gpu
 from attnseg.runtime.segmenter import available_threads
 
+_LIBRARIES = (
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "openvino",
+    "cuda-core",
+)
 _USED = "used by --engine auto"
 EXPORT_MODULES = ("torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common", "cyclonedx")
 
@@ -80,6 +89,21 @@ def _engines(bundle: Bundle | None) -> list[Finding]:
     return [replace(f, advice=_USED) if f.subject == first else f for f in found]
 
 
+def _libraries() -> Finding:
+    found = {name: _installed(name) for name in _LIBRARIES}
+    here = [f"{name} {version}" for name, version in found.items() if version]
+    missing = [name for name, version in found.items() if not version]
+    rest = f"; not installed: {', '.join(missing)}" if missing else ""
+    return Finding("libraries", bool(here), (", ".join(here) or "none") + rest)
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _part(subject: str, modules: tuple[str, ...], extra: str) -> Finding:
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
@@ -108,6 +132,7 @@ def examine(model: Path | None = None) -> list[Finding]:
     return [
         _machine(),
         _gpu(),
+        _libraries(),
         finding,
         *_engines(bundle),
         _part("attnseg train", ("torch",), "train"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
 from pydantic import ValidationError
 
 from attnseg._version import __version__
@@ -39,7 +40,7 @@ class Source:
         weights: to be kept in the bundle, for `attnseg export` to read again; None if there are
             none but the graph's.
         reference: what every file of the bundle is compared with.
-        manifest: of a bundle that holds the graph alone.
+        manifest: of a bundle with this graph; its `files` are still to be filled in.
     """
 
     graph: bytes
@@ -78,9 +79,29 @@ def open_source(path: Path, spec: Path | None, words: Mapping[str, str], budget:
     return _from_checkpoint(described, budget)
 
 
+def _with_metadata(graph: bytes, manifest: Manifest) -> bytes:
+    """The graph with what a reader who has no bundle should know, as ONNX metadata."""
+    model = onnx.load_from_string(graph)
+    labels = ", ".join(f"{label.value} {label.name}" for label in manifest.labels)
+    words = {
+        "name": manifest.name,
+        "description": manifest.description,
+        "intended_use": manifest.intended_use,
+        "channels": ", ".join(channel.name for channel in manifest.channels),
+        "labels": labels,
+        "orientation": manifest.orientation,
+        "spacing_mm": " x ".join(f"{s:g}" for s in manifest.spacing_mm),
+        "window": " x ".join(str(edge) for edge in manifest.inference.window),
+    }
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, words)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
 def _from_checkpoint(model: TrainedModel, budget: Budget) -> Source:
     graph = export_onnx(model.network)
     manifest = _trained_manifest(model, budget, graph)
+    graph = _with_metadata(graph, manifest)
     return Source(graph, encode_weights(model), TorchEngine(model.network), manifest)
 
 
@@ -123,7 +144,7 @@ def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, str], budget: Bu
         manifest = _foreign_manifest(spec, path.name, budget, graph)
     except ValidationError as error:
         raise ConfigError(f"{spec_file}: {error.errors()[0]['msg']}; see docs/export.md") from error
-    return Source(graph, None, _reference(path, graph), manifest)
+    return Source(_with_metadata(graph, manifest), None, _reference(path, graph), manifest)
 
 
 def _reference(path: Path, graph: bytes) -> Engine:

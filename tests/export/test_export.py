@@ -211,6 +211,16 @@ def test_the_bundle_says_what_every_file_is(exported: Bundle) -> None:
     assert "model-fp16-sm86.tensorrt-rtx" in card or "fp16 tensorrt-rtx" in card
 
 
+def test_the_graphs_say_what_they_take_and_give(exported: Bundle) -> None:
+    for precision in ("fp32", "fp16"):
+        model = onnx.load(exported.file("onnx", precision))
+        words = {entry.key: entry.value for entry in model.metadata_props}
+        assert words["name"] == exported.manifest.name
+        assert words["channels"] == "t1, t1ce, t2, flair"
+        assert words["labels"].startswith("0 background, 1 necrotic core")
+        assert (words["window"], words["spacing_mm"]) == ("64 x 64 x 64", "1 x 1 x 1")
+
+
 def test_the_bill_of_materials_is_valid_and_names_files_and_packages(exported: Bundle) -> None:
     text = exported.file("sbom").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
