@@ -33,6 +33,7 @@ BUILD = {
     "version": "1.7",
     "target": "sm86",
     "compatibility": "same",
+    "version_compatible": False,
     "window": [64, 64, 64],
     "batch": 1,
 }
