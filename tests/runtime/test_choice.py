@@ -150,7 +150,7 @@ def test_a_named_engine_or_precision_is_the_only_one_tried(
         (EngineRequest(precision="int4"), "precision int4 does not exist; choose auto, fp16"),
         (EngineRequest("tensorrt"), "no file for engine tensorrt; attnseg export makes one"),
         (EngineRequest(precision="int8"), "no int8 graph; attnseg export --int8 makes one"),
-        (EngineRequest(precision="fp16"), "runs bf16 and fp32, got precision fp16"),
+        (EngineRequest(precision="fp16"), "processors run no fp16; use --precision bf16 or fp32"),
         (EngineRequest("tensorrt", "int8"), "no file for engine tensorrt in int8; attnseg export"),
     ],
 )

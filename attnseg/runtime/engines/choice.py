@@ -150,6 +150,8 @@ def _processor(bundle: Bundle, name: str, request: EngineRequest) -> Way:
     def open_it() -> Engine:
         if precision == "int8" and not has_int8:
             raise EngineError("the bundle has no int8 graph; attnseg export --int8 makes one")
+        if precision == "fp16":
+            raise EngineError("processors run no fp16; use --precision bf16 or fp32")
         return cpu.open_engine(name, file, precision, threads)
 
     return Way(name, file, precision, open_it)
@@ -181,7 +183,8 @@ def _nothing(request: EngineRequest, refusals: list[Refusal]) -> EngineError:
                 "no inference engine is installed; pip install 'attnseg[cpu]' brings "
                 + " and ".join(cpu.ENGINES)
             )
-        refusals = [refusal for refusal in refusals if refusal.way.name in installed]
+        if request.precision != "fp16":  # else it is the GPU's reasons that matter
+            refusals = [refusal for refusal in refusals if refusal.way.name in installed]
     if not refusals:
         built = f" in {request.precision}" if request.precision != "auto" else ""
         return EngineError(
