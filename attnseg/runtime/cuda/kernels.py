@@ -1,0 +1,214 @@
+"""The kernels' arguments, and their compilation by NVRTC.
+
+Each structure has the layout of the struct of the same name in `kernels.cu`. Cubins are kept in the
+user's cache folder by GPU, compiler and source; a file that is damaged or cannot be written costs a
+compilation, nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from attnseg.runtime.errors import EngineError
+from attnseg.runtime.tta import Transform
+
+SOURCE = Path(__file__).with_name("kernels.cu")
+MOST_CLASSES = 32
+_DIGEST_BYTES = 32
+
+
+class Shape(ctypes.Structure):
+    """Voxels along X, Y and Z."""
+
+    _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("z", ctypes.c_int))
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Shape:
+        """From three numbers."""
+        x, y, z = values
+        return cls(x, y, z)
+
+
+class Strided(ctypes.Structure):
+    """How a volume lies in memory: first element, and steps along X, Y and Z, in elements."""
+
+    _fields_ = tuple((name, ctypes.c_longlong) for name in ("offset", "x", "y", "z"))
+
+
+class Turn(ctypes.Structure):
+    """A transform of `attnseg.runtime.tta`."""
+
+    _fields_ = (("axes", ctypes.c_int * 3), ("flips", ctypes.c_int * 3))
+
+    @classmethod
+    def of(cls, transform: Transform) -> Turn:
+        """From a transform."""
+        flips = [int(axis in transform.flips) for axis in range(3)]
+        return cls((ctypes.c_int * 3)(*transform.axes), (ctypes.c_int * 3)(*flips))
+
+
+def _fields(pointers: str, shapes: str, *rest: tuple[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return (
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, Shape) for name in shapes.split()),
+        *rest,
+    )
+
+
+class ScanArgs(ctypes.Structure):
+    """Of kernel `scan`; one index per voxel."""
+
+    _fields_ = (
+        *_fields("volume counts box", ""),
+        ("layout", Strided),
+        ("shape", Shape),
+    )
+
+
+class NormaliseArgs(ctypes.Structure):
+    """Of kernel `normalise`; one index per voxel of the box."""
+
+    _fields_ = (
+        *_fields("volume table image", ""),
+        ("layout", Strided),
+        ("shape", Shape),
+        ("origin", Shape),
+    )
+
+
+class GatherArgs(ctypes.Structure):
+    """Of kernel `gather`; one index per element of the batch."""
+
+    _fields_ = _fields(
+        "image batch starts",
+        "shape pad window",
+        ("turn", Turn),
+        ("channels", ctypes.c_int),
+        ("half", ctypes.c_int),
+    )
+
+
+class BlendArgs(ctypes.Structure):
+    """Of kernel `blend`; one index per voxel of the padded image."""
+
+    _fields_ = _fields(
+        "logits importance blended weights starts",
+        "padded window",
+        ("windows", ctypes.c_int),
+        ("classes", ctypes.c_int),
+        ("half", ctypes.c_int),
+    )
+
+
+class FuseArgs(ctypes.Structure):
+    """Of kernel `fuse`; one index per voxel of the image."""
+
+    _fields_ = _fields(
+        "blended weights scores classes",
+        "shape padded pad",
+        ("turn", Turn),
+        ("count", ctypes.c_int),
+        ("vote", ctypes.c_int),
+    )
+
+
+class DecideArgs(ctypes.Structure):
+    """Of kernel `decide`; one index per voxel."""
+
+    _fields_ = _fields("scores classes", "", ("voxels", ctypes.c_longlong), ("count", ctypes.c_int))
+
+
+class LabelArgs(ctypes.Structure):
+    """Of kernels `label_start`, `label_merge`, `label_count` and `label_remove`, per voxel."""
+
+    _fields_ = _fields("classes parents sizes removed", "shape", ("min_voxels", ctypes.c_int))
+
+
+class PasteArgs(ctypes.Structure):
+    """Of kernel `paste`; one index per voxel of the box."""
+
+    _fields_ = (
+        *_fields("classes labels counts", ""),
+        ("layout", Strided),
+        ("shape", Shape),
+        ("origin", Shape),
+        ("values", ctypes.c_ubyte * MOST_CLASSES),
+    )
+
+
+ARGUMENTS: dict[str, type[ctypes.Structure]] = {
+    "scan": ScanArgs,
+    "normalise": NormaliseArgs,
+    "gather": GatherArgs,
+    "blend": BlendArgs,
+    "fuse": FuseArgs,
+    "decide": DecideArgs,
+    "label_start": LabelArgs,
+    "label_merge": LabelArgs,
+    "label_count": LabelArgs,
+    "label_remove": LabelArgs,
+    "paste": PasteArgs,
+}
+"""Every kernel, and the structure that it takes."""
+
+
+def compile_kernels(target: str) -> bytes:
+    """Compile `kernels.cu` for a compute capability, with or without a GPU.
+
+    Args:
+        target: `sm86`.
+
+    Returns:
+        The cubin.
+
+    Raises:
+        EngineError: cuda-core or NVRTC is missing, or does not know the target.
+    """
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise EngineError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
+    options = ProgramOptions(arch=f"sm_{target[2:]}", fma=False, std="c++17")
+    try:
+        compiled = Program(SOURCE.read_text(), "c++", options).compile("cubin")
+        return bytes(compiled.code)
+    except Exception as error:  # cuda-core's errors share no base but Exception
+        reason = " ".join(str(error).split())[:300]
+        raise EngineError(
+            f"NVRTC cannot compile the kernels for {target}: {reason}; pip install "
+            "'attnseg[gpu]', or use --device cpu"
+        ) from error
+
+
+def cached_kernels(target: str, folder: Path) -> bytes:
+    """The cubin for a target, from the cache folder or compiled and kept there.
+
+    Two processes may fill the cache at once: each writes a file of its own and renames it.
+
+    Raises:
+        EngineError: as `compile_kernels`.
+    """
+    compiler = importlib.metadata.version("cuda-core")
+    source = hashlib.sha256(SOURCE.read_bytes() + compiler.encode()).hexdigest()[:16]
+    file = folder / f"kernels-{target}-{source}.cubin"
+    with suppress(OSError):
+        stored = file.read_bytes()
+        digest, cubin = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if cubin and hashlib.sha256(cubin).digest() == digest:
+            return cubin
+    cubin = compile_kernels(target)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(part, file)
+    with suppress(OSError):
+        part.unlink(missing_ok=True)
+    return cubin

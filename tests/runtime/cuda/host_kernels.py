@@ -1,0 +1,32 @@
+"""`kernels.cu` as host C++: the same bodies in a loop, on numpy memory."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from attnseg.runtime.cuda.kernels import ARGUMENTS, SOURCE
+
+FLAGS = ("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+
+
+class HostKernels:
+    """Compiled by g++ into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "kernels.so"
+        command = ["g++", "-x", "c++", *FLAGS, "-o", str(library), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True)
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
+        assert isinstance(args, ARGUMENTS[name])
+        self._library[name](ctypes.c_longlong(count), ctypes.byref(args))
+
+
+def pointer(array: np.ndarray) -> int:
+    assert array.flags.c_contiguous
+    return int(array.ctypes.data)
