@@ -320,9 +320,7 @@ def test_labels_are_pasted_where_the_box_was(host: HostKernels, view: str) -> No
 
 def test_every_kernel_has_its_arguments() -> None:
     text = SOURCE.read_text()
-    names = [
-        line.split("(")[1].split(",")[0] for line in text.splitlines() if line[:7] == "KERNEL("
-    ]
+    names = re.findall(r"^KERNEL\((\w+),", text, re.MULTILINE)
     assert names == list(ARGUMENTS)
     for name, structure in ARGUMENTS.items():
         assert f"KERNEL({name}, {structure.__name__})" in text
