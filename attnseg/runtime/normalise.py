@@ -99,6 +99,13 @@ class Histogram:
             values, counts = _count_integers(channel)
         else:
             values, counts = np.unique(channel, return_counts=True)
+        return cls.of_counts(values, counts, foreground)
+
+    @classmethod
+    def of_counts(
+        cls, values: NDArray[Any], counts: NDArray[np.int64], foreground: Foreground
+    ) -> Self:
+        """Histogram of ascending values that occur so often, as `of`."""
         keep = counts > 0
         if foreground == "nonzero":
             keep &= values != 0
@@ -178,6 +185,34 @@ def _look_up(
         table[-low] = 0
     for where, slab in _slabs(channel):
         out[:, :, where] = np.take(table, _offsets(slab.T, low)).T
+
+
+def table_of_counts(
+    counts: NDArray[np.int64], low: int, normalisation: Normalisation, index: int
+) -> NDArray[np.float32]:
+    """Look-up table of a channel whose voxels were counted elsewhere.
+
+    Args:
+        counts: how often the values `low`, `low + 1`, ... occur in the channel.
+        low: first value.
+        normalisation: what to do.
+        index: position of the channel, which picks its landmarks.
+
+    Returns:
+        Normalised value of each of these values, as `normalise_channel` gives it.
+
+    Raises:
+        VolumeError: the channel has no foreground, or one value only.
+    """
+    values = np.arange(low, low + len(counts))
+    try:
+        histogram = Histogram.of_counts(values, counts, normalisation.foreground)
+    except VolumeError as error:
+        raise VolumeError(f"channel {index + 1} {error}") from error
+    table = _curve(histogram, normalisation.landmarks, index)(values)
+    if normalisation.foreground == "nonzero" and 0 <= -low < len(table):
+        table[-low] = 0
+    return table
 
 
 def normalise_channel(

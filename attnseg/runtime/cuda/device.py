@@ -9,14 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.cuda.kernels import cached_kernels
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.gpu import Gpu, find_gpu
 
+_THREADS = 256  # of a block
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -51,6 +54,12 @@ class Device(Protocol):
             EngineError: there is not enough.
         """
 
+    def clear(self, buffer: DeviceBuffer) -> None:
+        """Set every byte to 0."""
+
+    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
+        """Run a kernel of `attnseg.runtime.cuda.kernels` on indices 0 to `count` - 1."""
+
     def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
         """Copy a C-contiguous array to the start of a buffer; it may be changed afterwards."""
 
@@ -77,11 +86,29 @@ class HostBuffer:
         self.pointer = int(self.bytes.ctypes.data)
 
 
+Launcher = Callable[[str, int, ctypes.Structure], None]
+"""Runs a kernel by name on so many indices."""
+
+
 class HostDevice:
     """The host in a device's place."""
 
     name = "host"
     stream = 0
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        """With `launcher` it runs kernels, which were compiled for the host."""
+        self._launcher = launcher
+
+    def clear(self, buffer: DeviceBuffer) -> None:
+        """See `Device.clear`."""
+        _array(buffer.pointer, buffer.size_bytes)[:] = 0
+
+    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
+        """See `Device.launch`."""
+        if self._launcher is None:
+            raise EngineError("this host device was opened without kernels")
+        self._launcher(name, count, args)
 
     def allocate(self, size_bytes: int) -> HostBuffer:
         """See `Device.allocate`."""
@@ -147,6 +174,8 @@ class CudaDevice:
         self.stream = int(self._stream.handle)
         self._pinned_memory = LegacyPinnedMemoryResource()
         self._pinned: CudaBuffer | None = None
+        self._module: Any = None
+        self._functions: dict[str, Any] = {}
 
     @_in("allocating memory")
     def allocate(self, size_bytes: int) -> CudaBuffer:
@@ -160,14 +189,45 @@ class CudaDevice:
             self._pinned = CudaBuffer(self._pinned_memory.allocate(size_bytes))
         return self._pinned
 
-    def _copy(self, source: int, target: int, size_bytes: int) -> None:
+    def _call(self, step: str, name: str, *args: Any) -> list[Any]:
+        """A function of the driver, its error as `EngineError` with name and meaning."""
         from cuda.bindings import driver
 
-        (status,) = driver.cuMemcpyAsync(target, source, size_bytes, self.stream)
+        status, *results = getattr(driver, name)(*args)
         if status != driver.CUresult.CUDA_SUCCESS:
-            _, name = driver.cuGetErrorName(status)
+            _, error = driver.cuGetErrorName(status)
             _, meaning = driver.cuGetErrorString(status)
-            raise EngineError(f"the GPU failed in a copy: {name.decode()}: {meaning.decode()}")
+            raise EngineError(f"the GPU failed in {step}: {error.decode()}: {meaning.decode()}")
+        return list(results)
+
+    def _copy(self, source: int, target: int, size_bytes: int) -> None:
+        self._call("a copy", "cuMemcpyAsync", target, source, size_bytes, self.stream)
+
+    def clear(self, buffer: DeviceBuffer) -> None:
+        """See `Device.clear`."""
+        arguments = (buffer.pointer, 0, buffer.size_bytes, self.stream)
+        self._call("clearing memory", "cuMemsetD8Async", *arguments)
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            if self._module is None:
+                from platformdirs import user_cache_path
+
+                cubin = cached_kernels(self.gpu.target, Path(user_cache_path("attnseg")))
+                (self._module,) = self._call("loading the kernels", "cuModuleLoadData", cubin)
+            step = f"finding kernel {name}"
+            arguments = (self._module, name.encode())
+            (self._functions[name],) = self._call(step, "cuModuleGetFunction", *arguments)
+        return self._functions[name]
+
+    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
+        """See `Device.launch`."""
+        number = ctypes.c_longlong(count)
+        # The driver copies what these point to before the call returns.
+        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(number), ctypes.addressof(args))
+        blocks = (-(-count // _THREADS), 1, 1)
+        where = (*blocks, _THREADS, 1, 1, 0, self.stream, ctypes.addressof(pointers), 0)
+        self._call(f"kernel {name}", "cuLaunchKernel", self._function(name), *where)
 
     @_in("upload")
     def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:

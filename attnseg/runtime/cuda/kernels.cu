@@ -147,6 +147,31 @@ KERNEL(normalise, NormaliseArgs) {
     a.image[i] = a.table[a.volume[element(a.layout, source)] + 32768];
 }
 
+// Which windows of the turned, padded image hold anything but 0; the others need no network. B: 4C.
+struct OccupyArgs {
+    const float *image;  // (C, X, Y, Z)
+    int *occupied;       // per window
+    const Shape *starts; // of the windows, in the turned, padded image
+    Shape shape;         // of the image
+    Shape pad;           // before the turned image
+    Shape window;
+    Turn turn;
+    int channels, windows;
+};
+KERNEL(occupy, OccupyArgs) {
+    long long voxels = (long long)a.shape.x * a.shape.y * a.shape.z;
+    bool empty = true;
+    for (int c = 0; c < a.channels && empty; ++c) empty = a.image[c * voxels + i] == 0;
+    if (empty) return;
+    Shape turned = to_turned(a.turn, place(i, a.shape), a.shape);
+    for (int w = 0; w < a.windows; ++w) {
+        Shape start = a.starts[w];
+        Shape within = {turned.x + a.pad.x - start.x, turned.y + a.pad.y - start.y,
+                        turned.z + a.pad.z - start.z};
+        if (inside(within, a.window)) a.occupied[w] = 1;  // all write the same
+    }
+}
+
 // Windows of the turned and padded image, as the engine takes them. B: 4 + 2 or 4.
 struct GatherArgs {
     const float *image;  // (C, X, Y, Z)

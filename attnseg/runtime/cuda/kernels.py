@@ -83,6 +83,18 @@ class NormaliseArgs(ctypes.Structure):
     )
 
 
+class OccupyArgs(ctypes.Structure):
+    """Of kernel `occupy`; one index per voxel of the image."""
+
+    _fields_ = _fields(
+        "image occupied starts",
+        "shape pad window",
+        ("turn", Turn),
+        ("channels", ctypes.c_int),
+        ("windows", ctypes.c_int),
+    )
+
+
 class GatherArgs(ctypes.Structure):
     """Of kernel `gather`; one index per element of the batch."""
 
@@ -146,6 +158,7 @@ class PasteArgs(ctypes.Structure):
 ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "scan": ScanArgs,
     "normalise": NormaliseArgs,
+    "occupy": OccupyArgs,
     "gather": GatherArgs,
     "blend": BlendArgs,
     "fuse": FuseArgs,
