@@ -7,6 +7,7 @@ target, and a builder that crashes must not take the export with it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import attnseg
 from attnseg.export.tensorrt import BuildOptions, BuiltEngine, Progress, build_engine, check_options
 from attnseg.runtime.bundle import EngineBuild
 from attnseg.runtime.errors import ConfigError, ExportError
 
+_PROGRESS = b"attnseg-progress "
+_COMPLAINTS = "stderr"
 _REQUEST, _GRAPH, _ENGINE, _ANSWER = "request.json", "graph.onnx", "engine", "answer.json"
 
 
@@ -44,13 +48,23 @@ def build_apart(
 
 
 def _run(folder: Path, progress: Progress) -> int:
-    command = [sys.executable, "-m", __name__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-P", "-m", __name__, str(folder)]  # never a module of this folder
+    root = str(Path(attnseg.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with (
+        (folder / _COMPLAINTS).open("wb") as complaints,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            env={**os.environ, "PYTHONPATH": paths},
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith(b"["):  # libraries may print there too
-                    progress(*json.loads(line))
+                if line.startswith(_PROGRESS):  # libraries may print there too
+                    progress(*json.loads(line[len(_PROGRESS) :]))
         except BaseException:
             process.kill()
             raise
@@ -59,10 +73,13 @@ def _run(folder: Path, progress: Progress) -> int:
 
 def _read_answer(folder: Path, options: BuildOptions, code: int) -> BuiltEngine:
     if not (folder / _ANSWER).exists():
+        lines = (folder / _COMPLAINTS).read_text(errors="replace").strip().splitlines()
+        last = f": {lines[-1].strip()}" if lines else ""
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        advice = "try again with more free memory, or " if code < 0 else ""
         raise ExportError(
-            f"{options.builder} stopped while it built for {options.target} ({reason}); try again "
-            "with more free memory, or export with --builder none"
+            f"{options.builder} stopped while it built for {options.target} ({reason}{last}); "
+            f"{advice}export with --builder none"
         )
     answer = json.loads((folder / _ANSWER).read_text())
     if "error" in answer:
@@ -73,7 +90,7 @@ def _read_answer(folder: Path, options: BuildOptions, code: int) -> BuiltEngine:
 
 
 def _tell(phase: str, done: int, steps: int) -> None:
-    print(json.dumps([phase, done, steps]), flush=True)
+    print(_PROGRESS.decode() + json.dumps([phase, done, steps]), flush=True)
 
 
 def _answer(folder: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from attnseg.export import worker
 from attnseg.export.onnx import export_onnx
 from attnseg.export.precision import convert_to_fp16
 from attnseg.export.tensorrt import BuildOptions, build_engine
@@ -50,12 +49,24 @@ def test_a_failed_build_does_not_change_the_next(graph: bytes) -> None:
 def test_a_builder_that_crashes_is_one_clear_error(
     graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crashing = tmp_path / "python"
-    crashing.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import os; os.abort()'\n")
-    crashing.chmod(0o755)
-    monkeypatch.setattr(worker.sys, "executable", str(crashing))
-    with pytest.raises(ExportError, match=r"stopped while it built for sm86 \(signal 6\)"):
-        build_apart(graph, WINDOW, SM86)
+    crashing, python = tmp_path / "python", sys.executable
+    crashing.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(crashing))
+    for code, message in (
+        ("import os; os.abort()", r"\(signal 6\); try again with more free memory"),
+        ("print(9 * chr(10)); 1 / 0", r"\(exit code 1: ZeroDivisionError: .*\); export with"),
+    ):
+        crashing.write_text(f"#!/bin/sh\nexec {python} -c '{code}'\n")
+        with pytest.raises(ExportError, match=f"stopped while it built for sm86 {message}"):
+            build_apart(graph, WINDOW, SM86)
+
+
+def test_modules_in_the_users_folder_are_not_run(
+    graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnx.py").write_text("raise SystemExit('this is not onnx')")
+    monkeypatch.chdir(tmp_path)
+    assert build_apart(graph, WINDOW, SM86).content
 
 
 def test_a_listener_that_raises_stops_the_build(graph: bytes) -> None:
