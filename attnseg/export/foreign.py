@@ -157,6 +157,7 @@ def read_foreign(path: Path, spec: Spec) -> bytes:
     _check_end(path, inputs[0], len(spec.channels), "channels")
     _check_end(path, outputs[0], len(spec.labels), "labels")
     _check_window(path, inputs[0], spec)
+    inputs[0].type.tensor_type.shape.dim[1].dim_value = len(spec.channels)
     taken = {node.name for node in model.graph.node}
     for index, node in enumerate(model.graph.node):
         if not node.name:  # nodes are spoken of by name

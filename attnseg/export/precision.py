@@ -52,13 +52,21 @@ class TensorRange:
 
 
 def open_session(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
-    """ONNX Runtime on the processor, running the graph as it stands, without rewriting it."""
+    """ONNX Runtime on the processor, running the graph as it stands, without rewriting it.
+
+    Raises:
+        ExportError: it refuses the graph.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     content = model.SerializeToString()
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base but Exception
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"ONNX Runtime cannot run a form of the graph ({reason})") from error
 
 
 def with_all_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -82,8 +90,8 @@ def _magnitudes(
         yield TensorRange(
             name,
             operator,
-            float(magnitude.max()),
-            float(np.mean(~(magnitude <= LARGEST))),
+            float(magnitude.max(initial=0)),
+            float(np.count_nonzero(~(magnitude <= LARGEST)) / max(magnitude.size, 1)),
             subnormal / max(other, 1),
         )
 
@@ -155,7 +163,7 @@ def convert_to_fp16(content: bytes, in_fp32: Iterable[str] = (), io: str = "fp16
     del model.graph.value_info[:]
     try:
         onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the fp16 graph is not valid ONNX ({error})") from error
     return bytes(model.SerializeToString(deterministic=True))
 
@@ -228,7 +236,7 @@ def simulate_fp16(content: bytes) -> onnx.ModelProto:
             if attribute.t.data_type == TensorProto.FLOAT16:
                 array = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(array))
-            if node.op_type == "Cast" and attribute.name == "to":
+            if (node.op_type, attribute.name, attribute.i) == ("Cast", "to", TensorProto.FLOAT16):
                 attribute.i = TensorProto.FLOAT
         node.output[:] = [f"{o}__exact" if o in halves else o for o in node.output]
         nodes.append(node)

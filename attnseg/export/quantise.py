@@ -30,6 +30,7 @@ from attnseg.runtime.errors import ExportError
 
 QUANTISED = ("Conv",)
 _PERCENTILE = 99.999
+_LEAST_OPSET = 13  # the first with weights quantised per channel
 
 
 @contextlib.contextmanager
@@ -42,6 +43,15 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of three libraries, without a common base
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"the graph cannot be quantised ({reason}); leave --int8 out") from error
 
 
 class _Windows(CalibrationDataReader):  # type: ignore[misc]
@@ -69,13 +79,23 @@ def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
         windows: `(C, X, Y, Z)` each, normalised, of scans like those to come.
 
     Raises:
-        ExportError: the graph holds no convolution that can be quantised.
+        ExportError: there is no window, the graph holds no convolution or is too old, or the
+            quantiser refuses it.
     """
     model = onnx.load_from_string(content)
+    opset = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < _LEAST_OPSET:
+        raise ExportError(
+            f"int8 needs ONNX opset {_LEAST_OPSET} or later, the graph has {opset}; export the "
+            "ONNX file with a later one"
+        )
+    windows = list(windows)
+    if not windows:
+        raise ExportError("the scans to calibrate on hold nothing but 0; give others")
     kept = kept_in_float(content)
     if len({node.name for node in model.graph.node if node.op_type in QUANTISED} - {*kept}) == 0:
         raise ExportError("the graph holds no convolution to quantise; export without --int8")
-    with tempfile.TemporaryDirectory() as scratch, _silent():
+    with tempfile.TemporaryDirectory() as scratch, _silent(), _in_words():
         source, target = Path(scratch) / "model.onnx", Path(scratch) / "int8.onnx"
         source.write_bytes(content)
         quantize_static(
@@ -97,6 +117,6 @@ def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
             },
         )
         quantised = onnx.load(target)
-    del quantised.graph.value_info[:]
-    onnx.checker.check_model(quantised, full_check=True)
+        del quantised.graph.value_info[:]
+        onnx.checker.check_model(quantised, full_check=True)
     return bytes(quantised.SerializeToString(deterministic=True))

@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.doctor import examine
 from attnseg.export.export import ExportOptions, export_bundle
 from attnseg.export.foreign import read_foreign, read_spec
 from attnseg.export.tensorrt import BuildOptions
@@ -162,6 +163,38 @@ def test_files_that_are_no_graphs_are_refused(tmp_path: Path, graph: Path) -> No
     (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:-50])
     with pytest.raises(ExportError, match=r"cut\.onnx: is damaged or not valid ONNX"):
         read_foreign(tmp_path / "cut.onnx", spec)
+
+
+def test_a_dynamic_channel_is_fixed_and_shapes_are_not_rounded(tmp_path: Path) -> None:
+    """A graph as exporters write them: channels unknown, and a reshape by the input's own shape."""
+    ends = [
+        helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", "c", "x", "y", "z"]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3, "x", "y", "z"]),
+    ]
+    weight = np.random.default_rng(0).standard_normal((3, 1, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["conv"], pads=[1] * 6),
+        helper.make_node("Shape", ["conv"], ["shape"]),
+        helper.make_node("Cast", ["shape"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["real"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["conv", "whole"], ["logits"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(weight, "w")]
+    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    options = ExportOptions(fp16=True, spec=spec_file(tmp_path))
+    report = export_bundle(tmp_path / "m.onnx", tmp_path / "model", options).report
+    assert {"fp32", "fp16"} <= {m.precision for m in report.measured}
+
+
+def test_doctor_runs_a_model_of_one_size_on_its_own_window(tmp_path: Path) -> None:
+    path = save(tmp_path, [1, 1, 32, 32, 32])
+    inference = {"window": [32, 32, 32]}
+    spec = spec_file(tmp_path, inference=inference)
+    bundle = export_bundle(path, tmp_path / "model", ExportOptions(spec=spec)).bundle
+    found = {f.subject: f for f in examine(bundle.folder)}
+    assert found["engine openvino"].well and found["engine onnxruntime"].well
 
 
 def test_every_node_gets_a_name(tmp_path: Path) -> None:

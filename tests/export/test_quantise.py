@@ -80,6 +80,18 @@ def test_a_graph_without_convolutions_is_refused() -> None:
         quantise(model.SerializeToString(), windows(1))
 
 
+def test_what_cannot_be_quantised_is_said_in_words(exact: bytes) -> None:
+    with pytest.raises(ExportError, match="hold nothing but 0; give others"):
+        quantise(exact, [])
+    old = onnx.load_from_string(exact)
+    old.opset_import[0].version = 11
+    with pytest.raises(ExportError, match="needs ONNX opset 13 or later, the graph has 11"):
+        quantise(old.SerializeToString(), windows(1))
+    with pytest.raises(ExportError, match=r"cannot be quantised \(.*\); leave --int8 out") as e:
+        quantise(exact, [np.zeros((2, 16, 16, 16), np.float32)])  # two channels, not three
+    assert "\n" not in str(e.value)
+
+
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
     folder = tmp_path / "scans"
