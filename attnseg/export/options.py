@@ -69,7 +69,12 @@ def make_options(
         raise ConfigError("--target names a GPU to build for, --builder none builds nothing")
     if settings["int8"] != (settings["calibrate"] is not None):
         raise ConfigError("--int8 and --calibrate FOLDER (scans like those to come) go together")
-    wanted = settings["fp16"] or settings["int8"] or settings["compatible"] != "same"
+    wanted = (
+        settings["fp16"]
+        or settings["int8"]
+        or settings["compatible"] != "same"
+        or builder == "tensorrt"
+    )
     if wanted and builder != "none":
         targets = targets or (_default_target(builder, settings["compatible"]),)
     workspace = settings["workspace"]
@@ -86,6 +91,11 @@ def make_options(
         )
         for name in names
     )
+    for_engines = ("workspace", "version_compatible", "timing_cache")
+    unused = [name for name in for_engines if settings[name]]
+    if unused and not engines:
+        option = f"--{unused[0].replace('_', '-')}"
+        raise ConfigError(f"{option} is for engines, and none is built; add --fp16 or --target")
     for engine in engines:
         check_options(engine)
         check_machine(engine)

@@ -94,7 +94,7 @@ def load_builder(builder: Builder) -> Any:
     """
     try:
         return importlib.import_module(_MODULES[builder])
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ExportError(
             f"builder {builder} is not installed; pip install 'attnseg[{_EXTRAS[builder]}]' or "
             "give --builder none"
@@ -178,6 +178,7 @@ def _configure(
     config.add_optimization_profile(profile)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    config.clear_flag(trt.BuilderFlag.TF32)  # an fp32 graph is fp32
     if options.builder == "tensorrt-rtx":
         if options.compatibility == "ampere+":
             return config
@@ -291,7 +292,9 @@ def check_inspected(report: str, in_fp32: Iterable[str]) -> None:
 
 def _inspect(trt: Any, log: Any, content: Any) -> str | None:
     """What TensorRT tells of an engine's layers, or None where it cannot be loaded."""
-    engine = trt.Runtime(log).deserialize_cuda_engine(content)
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = True  # of a version-compatible engine, just built here
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
@@ -347,6 +350,8 @@ def check_options(options: BuildOptions) -> None:
         )
     if options.builder == "tensorrt-rtx" and options.version_compatible:
         raise ConfigError("tensorrt-rtx has no version compatibility; give --builder tensorrt")
+    if options.timing_cache and not Path(options.timing_cache).absolute().parent.is_dir():
+        raise ConfigError(f"{options.timing_cache}: its folder does not exist; make it first")
     if options.builder == "tensorrt-rtx" and options.timing_cache:
         raise ConfigError("tensorrt-rtx measures no kernels; give --timing-cache with tensorrt")
 

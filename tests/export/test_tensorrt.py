@@ -198,6 +198,7 @@ def test_what_tensorrt_rtx_cannot_do_is_refused_before_the_build() -> None:
         (BuildOptions("tensorrt-rtx", "sm86", compatibility="ampere+"), "leave --target out"),
         (BuildOptions("tensorrt-rtx", "sm86", version_compatible=True), "--builder tensorrt"),
         (BuildOptions("tensorrt-rtx", "sm86", timing_cache="t"), "--timing-cache with tensorrt"),
+        (BuildOptions("tensorrt", "sm86", timing_cache="/gone/t"), "its folder does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_options(options)

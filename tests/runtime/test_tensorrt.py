@@ -79,6 +79,9 @@ class StandIn:
     class Severity(Enum):
         ERROR, INFO = range(2)
 
+    class DynamicShapesKernelSpecializationStrategy(Enum):
+        LAZY, EAGER, NONE = range(3)
+
     class ICudaEngine:
         num_io_tensors = 2
 
@@ -218,12 +221,24 @@ def test_an_engine_that_fails_or_does_not_fit_is_one_clear_error(tmp_path: Path)
     with pytest.raises(EngineError, match=r"failed on a batch of shape \(1, 3, 4, 5, 6\)"):
         opened.infer(np.zeros((1, 3, *WINDOW), np.float32))
     opened._context.fails = True
-    with pytest.raises(EngineError, match="tensorrt-rtx failed"):
+    opened._log.error = "of an earlier engine"
+    with pytest.raises(EngineError, match=r"tensorrt-rtx failed \(no reason given\)"):
         opened.infer(np.zeros((1, 2, *WINDOW), np.float32))
     with pytest.raises(EngineError, match="does not take the window of the manifest"):
         engine(tmp_path, plan(TensorProto.FLOAT16), batch=3)
     with pytest.raises(EngineError, match="neither fp16 nor fp32"):
         engine(tmp_path, plan(TensorProto.INT32))
+
+
+def test_a_library_that_does_not_start_is_an_engine_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Any) -> Any:
+        raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(StandIn, "Runtime", fails)
+    with pytest.raises(EngineError, match=r"does not start \(factory function returned nullptr"):
+        engine(tmp_path, plan(TensorProto.FLOAT16))
 
 
 def test_the_real_library_has_what_the_adapter_calls() -> None:
@@ -237,6 +252,13 @@ def test_the_real_library_has_what_the_adapter_calls() -> None:
     assert "name: str, memory:" in context.set_tensor_address.__doc__
     assert "stream_handle:" in context.execute_async_v3.__doc__
     assert "name: str, shape: tuple" in context.set_input_shape.__doc__
+    for strategy in StandIn.DynamicShapesKernelSpecializationStrategy:
+        assert hasattr(
+            tensorrt_rtx_bindings.DynamicShapesKernelSpecializationStrategy, strategy.name
+        )
+    config = tensorrt_rtx_bindings.IRuntimeConfig
+    assert hasattr(config, "dynamic_shapes_kernel_specialization_strategy")
+    assert hasattr(tensorrt_rtx_bindings.Runtime, "engine_host_code_allowed")
     for kind in ("HALF", "FLOAT"):
         assert hasattr(tensorrt_rtx_bindings.DataType, kind)
     for mode in ("INPUT", "OUTPUT"):
@@ -246,7 +268,7 @@ def test_the_real_library_has_what_the_adapter_calls() -> None:
 def test_an_engine_for_this_gpu_version_and_window_is_taken() -> None:
     check_build(build(), "1.7.1", gpu("sm86"), WINDOW)
     check_build(build(version_compatible=True), "1.8.0", gpu("sm86"), WINDOW)
-    for target in ("sm86", "sm89", "sm120"):
+    for target in ("sm80", "sm86", "sm89", "sm120"):
         later = build(builder="tensorrt", compatibility="ampere+", version="10.3")
         check_build(later, "10.3", gpu(target), WINDOW)
 
@@ -259,6 +281,7 @@ def test_an_engine_for_this_gpu_version_and_window_is_taken() -> None:
             "sm89",
             "built for compute capability 8.6, this GPU is 8.9; run attnseg export --target sm89",
         ),
+        ({}, "sm90", "this GPU is 9.0; run attnseg export --compatible ampere"),
         ({}, "sm120", "capability 8.6, this GPU is 12.0; run attnseg export --target sm120"),
         (
             {"builder": "tensorrt", "compatibility": "ampere+"},

@@ -20,25 +20,27 @@ from numpy.typing import NDArray
 from attnseg.runtime.bundle import EngineBuild
 from attnseg.runtime.cuda.device import CudaDevice, Device
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import EngineError, NotHereError
 from attnseg.runtime.gpu import Gpu, capability, find_gpu
 from attnseg.runtime.windows import Shape
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
 _AMPERE = 80
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX builds for by name."""
 
 
 def load_library(builder: str) -> Any:
     """The bindings' module.
 
     Raises:
-        EngineError: it is not installed, or its libraries do not load.
+        NotHereError: it is not installed, or its libraries do not load.
     """
     try:
         return importlib.import_module(MODULES[builder])
-    except ImportError as error:
-        raise EngineError(
+    except (ImportError, OSError) as error:
+        raise NotHereError(
             f"{builder} is not installed; pip install 'attnseg[{EXTRAS[builder]}]'"
         ) from error
 
@@ -62,8 +64,16 @@ def _logger(builder: str) -> Any:
 
 def _runs_on(build: EngineBuild, gpu: Gpu) -> bool:
     if build.compatibility == "ampere+":
-        return int(gpu.target[2:]) >= max(_AMPERE, int(build.target[2:]))
+        return int(gpu.target[2:]) >= _AMPERE
     return gpu.target == build.target
+
+
+def _advice(build: EngineBuild, gpu: Gpu) -> str:
+    """The options that build for this GPU."""
+    if build.builder == "tensorrt":
+        return f"--builder tensorrt on {gpu.name}"
+    known = gpu.target in RTX_TARGETS
+    return f"--target {gpu.target}" if known else "--compatible ampere+"
 
 
 def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None) -> None:
@@ -76,20 +86,18 @@ def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None
         window: that is asked for; None for any size.
 
     Raises:
-        EngineError: it was built for another window, GPU or version; says what to do.
+        NotHereError: it was built for another window, GPU or version; says what to do.
     """
     if window != build.window:
         asked = "x".join(map(str, window)) if window else "any size"
-        raise EngineError(
+        raise NotHereError(
             f"engine takes windows of {'x'.join(map(str, build.window))}, {asked} is asked for; "
             "leave --window out or use a CPU engine"
         )
     if not _runs_on(build, gpu):
-        here = f"--builder tensorrt on {gpu.name}"
-        raise EngineError(
+        raise NotHereError(
             f"engine was built for compute capability {capability(build.target)}, this GPU is "
-            f"{gpu.capability}; run attnseg export "
-            + (here if build.builder == "tensorrt" else f"--target {gpu.target}")
+            f"{gpu.capability}; run attnseg export {_advice(build, gpu)}"
         )
     same = build.version == version
     if build.version_compatible:
@@ -97,7 +105,7 @@ def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None
             int(n) for n in version.split(".")[:2]
         ]
     if not same:
-        raise EngineError(
+        raise NotHereError(
             f"engine was built with {build.builder} {build.version}, installed is {version}; run "
             f"attnseg export --builder {build.builder} again, or pip install that version"
         )
@@ -156,16 +164,27 @@ class TensorRtEngine:
         self._file, self._device, self._library = file, device, library
         self._log = _logger(build.builder)
         self._cache_file = cache_file
-        self._cache: Any = None
+        self._cache: Any = None  # the context uses it as long as it lives
+        self._kept = False
         self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
-        runtime = library.Runtime(self._log)
-        self._engine = runtime.deserialize_cuda_engine(file.read_bytes())
+        self._log.error = ""
+        try:
+            self._load(build)
+        except EngineError:
+            raise
+        except Exception as error:  # the bindings' errors share no base but Exception
+            raise EngineError(f"{file.name}: {self.info.name} does not start ({error})") from error
+
+    def _load(self, build: EngineBuild) -> None:
+        self._runtime = self._library.Runtime(self._log)  # must outlive the engine
+        if build.version_compatible:  # such an engine carries TensorRT's lean runtime
+            self._runtime.engine_host_code_allowed = True
+        self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
         if self._engine is None:
             raise self._failure("refuses it")
         self._context = self._create_context()
         if self._context is None:
             raise self._failure("cannot run it")
-        self._runtime = runtime  # must outlive the engine
         self._connect(build)
 
     def _failure(self, what: str) -> EngineError:
@@ -175,7 +194,10 @@ class TensorRtEngine:
     def _create_context(self) -> Any:
         if self._cache_file is None:
             return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
+        self._config = config = self._engine.create_runtime_config()
+        # The first run, on the golden window, must run the kernels that all later ones run.
+        strategies = self._library.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._cache = config.create_runtime_cache()
         if self._cache_file.exists():
             # A cache of another driver or GPU is refused by the library and made anew.
@@ -223,6 +245,7 @@ class TensorRtEngine:
             part = batch[start : start + len(image)]
             image[: len(part)] = part
             self._device.upload(image, self._buffers[0])
+            self._log.error = ""
             if not self._context.execute_async_v3(self._device.stream):
                 raise self._failure("failed")
             self._device.download(self._buffers[1], logits)
@@ -232,13 +255,13 @@ class TensorRtEngine:
 
     def _keep_cache(self) -> None:
         """Write what was compiled, once; without a place for it the next start is slower only."""
-        if self._cache is None or self._cache_file is None:
+        if self._cache is None or self._cache_file is None or self._kept:
             return
-        cache, self._cache = self._cache, None
+        self._kept = True
         part = self._cache_file.with_name(f"{self._cache_file.name}.{os.getpid()}.part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(bytes(cache.serialize()))
+            part.write_bytes(bytes(self._cache.serialize()))
             os.replace(part, self._cache_file)
         except OSError:
             with suppress(OSError):
