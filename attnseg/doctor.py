@@ -67,8 +67,8 @@ def _subject(way: Way) -> str:
 
 def _engine(way: Way, bundle: Bundle) -> Finding:
     """Open it, and on the processor run it too; on a GPU it was checked when it was opened."""
-    edge = bundle.manifest.inference.window_multiple
-    window = np.zeros((1, len(bundle.manifest.channels), edge, edge, edge), np.float32)
+    manifest = bundle.manifest
+    window = np.zeros((1, len(manifest.channels), *manifest.inference.window), np.float32)
     try:
         engine = way.open()
         if way.name in ENGINES:

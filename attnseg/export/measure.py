@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from attnseg.runtime.bundle import Budget, Bundle
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.choice import EngineRequest, Way, ways
 from attnseg.runtime.engines.cpu import ENGINES, installed_engines
-from attnseg.runtime.errors import EngineError, ExportError, MismatchError
+from attnseg.runtime.errors import EngineError, ExportError, MismatchError, NotHereError
 from attnseg.runtime.segmenter import available_threads
 from attnseg.trainer.networks import Network
 
@@ -71,17 +72,18 @@ def _try(way: Way) -> Candidate | NotRun:
         return Candidate(way.precision, way.open())
     except MismatchError as error:
         raise ExportError(f"{way.name} ({way.file.name}): {error}") from error
-    except EngineError as error:
+    except NotHereError as error:
         return NotRun(way.precision, f"{way.name} ({way.file.name})", str(error))
 
 
 def _measure_ways(
     gate: Gate, bundle: Bundle, name: str
 ) -> tuple[tuple[Measured, ...], tuple[NotRun, ...]]:
-    request = EngineRequest(name, window=bundle.manifest.inference.window)
+    window = bundle.manifest.inference.window
+    requests = [EngineRequest(name, precision, window) for precision in ("fp32", "fp16", "int8")]
     measured, not_run = [], []
-    for way in ways(bundle, request):  # one by one, as each holds memory
-        tried = _try(way)
+    for way in chain.from_iterable(ways(bundle, request) for request in requests):
+        tried = _try(way)  # one by one, as each holds memory
         if isinstance(tried, NotRun):
             not_run.append(tried)
         else:
@@ -93,7 +95,8 @@ def measure_graphs(gate: Gate, bundle: Bundle, budget: Budget) -> ParityReport:
     """Compare the ONNX files with the reference, on the processor and on a GPU if there is one.
 
     Raises:
-        EngineError: no engine is installed, or one refuses the graph.
+        EngineError: no engine is installed, or one refuses the graph; ONNX Runtime
+            refuses it or fails on the GPU.
         ExportError: ONNX Runtime on the GPU gives other logits.
     """
     on_cpu = tuple(gate.measure(c) for c in _graphs(bundle, available_threads()))
@@ -105,6 +108,7 @@ def measure_engines(gate: Gate, bundle: Bundle, report: ParityReport) -> ParityR
     """The report with the bundle's engine files, each measured or marked as not run.
 
     Raises:
+        EngineError: an engine for this GPU is refused or fails.
         ExportError: an engine gives other logits.
     """
     for name in ("tensorrt", "tensorrt-rtx"):

@@ -79,9 +79,9 @@ def calibration_windows(scans: Path, manifest: Manifest) -> list[NDArray[np.floa
     for case in cases:
         of_case = sample_windows(manifest, Sample(case.name, read_volume(case.files)))
         of_case = of_case[np.any(of_case, axis=(1, 2, 3, 4))]
-        count = max(1, CALIBRATION_WINDOWS // len(cases))
+        count = -(-CALIBRATION_WINDOWS // len(cases))
         windows += list(of_case[:: max(1, len(of_case) // count)][:count])
-    return windows
+    return windows[:CALIBRATION_WINDOWS]
 
 
 def synthetic_sample(manifest: Manifest) -> Sample:

@@ -6,7 +6,8 @@
     │   └── VolumeError     a scan file that cannot be read or whose content is not an image
     ├── BundleError         a bundle that is missing, damaged, or of an unknown format
     ├── EngineError         an inference engine that is missing or refuses the model
-    │   └── MismatchError   an engine that does not compute what the trained network computes
+    │   ├── MismatchError   an engine that does not compute what the trained network computes
+    │   └── NotHereError    an engine that this machine has not, or that is for another machine
     ├── OutputError         a result that could not be written, or would replace another
     ├── TrainingError       a training run that cannot start or go on
     └── ExportError         a model that cannot be exported, or whose export is not equal to it
@@ -43,6 +44,10 @@ class EngineError(AttnsegError):
 
 class MismatchError(EngineError):
     """An engine gives other logits on the golden window than the trained network gave."""
+
+
+class NotHereError(EngineError):
+    """This machine has no GPU or not the library, or the engine is for another GPU or window."""
 
 
 class OutputError(AttnsegError):

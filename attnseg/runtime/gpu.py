@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import NotHereError
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ def find_gpu() -> Gpu:
     """The first CUDA device that this process may use (see `CUDA_VISIBLE_DEVICES`).
 
     Raises:
-        EngineError: cuda-core is missing, or there is no driver or no device.
+        NotHereError: cuda-core is missing, or there is no driver or no device.
     """
     try:
         from cuda.bindings import driver
         from cuda.core import Device
     except ImportError as error:
-        raise EngineError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
+        raise NotHereError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
     try:
         device = Device(0)
         device.set_current()
         _, memory_bytes = driver.cuDeviceTotalMem(device.device_id)
         _, version = driver.cuDriverGetVersion()
     except Exception as error:  # cuda-core's errors share no base but Exception
-        raise EngineError(_why(error)) from error
+        raise NotHereError(_why(error)) from error
     cuda = f"{version // 1000}.{version % 1000 // 10}"
     return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda)
 

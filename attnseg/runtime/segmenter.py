@@ -148,7 +148,7 @@ class Segmenter:
 
     Attributes:
         bundle: the model.
-        refusals: engine files of the bundle that cannot run here, and why.
+        refusals: engine files of the bundle and why they are not used; empty if one is.
 
     Example:
         >>> segmenter = Segmenter()
@@ -183,7 +183,8 @@ class Segmenter:
             window = plan.window.window
             request = EngineRequest(options.engine, options.precision, window, plan.threads)
             chosen = choose_engine(bundle, request)
-            self.refusals = tuple(str(r) for r in chosen.refusals if r.way.brought)
+            if not chosen.way.brought:
+                self.refusals = tuple(str(r) for r in chosen.refusals if r.way.brought)
             engine = chosen.engine
         self._engine = engine
 

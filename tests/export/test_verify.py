@@ -140,6 +140,8 @@ def test_options_of_the_command_line() -> None:
     assert make_options(None, None, none).engines == ()
     with pytest.raises(ConfigError, match="--builder none builds nothing"):
         make_options(None, None, {**none, "targets": ("sm86",)})
+    with pytest.raises(ConfigError, match="--timing-cache is for engines, and none is built"):
+        make_options(None, None, {**SETTINGS, "timing_cache": Path("t.cache")})
     for alone in ({"int8": True}, {"calibrate": Path("scans")}):
         with pytest.raises(ConfigError, match=r"--int8 and --calibrate FOLDER .* go together"):
             make_options(None, None, {**SETTINGS, **alone})

@@ -102,6 +102,15 @@ def test_without_a_gpu_the_processor_runs_it(
     )
 
 
+def test_nothing_is_said_of_engines_for_other_gpus_where_one_runs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openers(monkeypatch, bundle, {"tensorrt-rtx": 1.0})
+    segmenter = Segmenter(bundle, SegmentOptions())
+    assert segmenter.engine_info.name == "tensorrt-rtx"
+    assert segmenter.refusals == ()
+
+
 def test_an_engine_that_gives_other_logits_is_refused(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +160,8 @@ def test_a_named_engine_or_precision_is_the_only_one_tried(
         (EngineRequest("tensorrt"), "no file for engine tensorrt; attnseg export makes one"),
         (EngineRequest(precision="int8"), "no int8 graph; attnseg export --int8 makes one"),
         (EngineRequest(precision="fp16"), "processors run no fp16; use --precision bf16 or fp32"),
+        (EngineRequest("onnxruntime-cuda", "int8"), "runs fp16, fp32, got precision int8"),
+        (EngineRequest("tensorrt", "bf16"), "runs fp16, int8, fp32, got precision bf16"),
         (EngineRequest("tensorrt", "int8"), "no file for engine tensorrt in int8; attnseg export"),
     ],
 )

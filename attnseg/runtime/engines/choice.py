@@ -22,8 +22,14 @@ from attnseg.runtime.errors import BundleError, EngineError, MismatchError
 from attnseg.runtime.golden import read_golden
 from attnseg.runtime.windows import Shape
 
-GPU_ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-NAMES = (*GPU_ENGINES, *cpu.ENGINES)
+GPU_PRECISIONS = {
+    "tensorrt": ("fp16", "int8", "fp32"),
+    "tensorrt-rtx": ("fp16", "int8", "fp32"),
+    "onnxruntime-cuda": ("fp16", "fp32"),
+}
+"""Engines for a GPU, the fastest first, and the precisions that they have."""
+
+NAMES = (*GPU_PRECISIONS, *cpu.ENGINES)
 PRECISIONS = ("auto", "fp16", "bf16", "fp32", "int8")
 
 # Shares of the largest logit. Simulated fp16 is at 1e-3 for the shipped model; fp32 on a GPU adds
@@ -185,6 +191,11 @@ def _nothing(request: EngineRequest, refusals: list[Refusal]) -> EngineError:
             )
         if request.precision != "fp16":  # else it is the GPU's reasons that matter
             refusals = [refusal for refusal in refusals if refusal.way.name in installed]
+    if not refusals and request.precision not in ("auto", *GPU_PRECISIONS[request.name]):
+        return EngineError(
+            f"engine {request.name} runs {', '.join(GPU_PRECISIONS[request.name])}, got precision "
+            f"{request.precision}"
+        )
     if not refusals:
         built = f" in {request.precision}" if request.precision != "auto" else ""
         return EngineError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import EngineError, NotHereError
 from attnseg.runtime.gpu import find_gpu
 
 _CUDA = "CUDAExecutionProvider"
@@ -30,6 +32,7 @@ class _Session:
             self._session = ort.InferenceSession(str(model), settings, providers=providers)
         except Exception as error:  # its exceptions share no base but Exception
             raise EngineError(f"{model}: ONNX Runtime refuses it ({error})") from error
+        self._session.disable_fallback()  # to another provider, without a word
         self._input = self._session.get_inputs()[0].name
         half = self._session.get_inputs()[0].type == "tensor(float16)"
         self._type = np.float16 if half else np.float32
@@ -96,20 +99,21 @@ class OnnxRuntimeCudaEngine:
             importlib.metadata.version("onnxruntime-gpu")
             import onnxruntime as ort
         except ImportError as error:  # PackageNotFoundError is one too
-            raise EngineError(
+            raise NotHereError(
                 "onnxruntime-gpu is not installed; pip install 'attnseg[gpu]'"
             ) from error
         if _CUDA not in ort.get_available_providers():
-            raise EngineError(
+            raise NotHereError(
                 "onnxruntime is installed beside onnxruntime-gpu and hides its CUDA provider; "
                 "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu"
             )
-        ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
+        with redirect_stdout(io.StringIO()):  # it prints
+            ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
         # TensorFloat-32 would round fp32 graphs to 10 bits.
         settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
         self._session = _Session(model, {}, [(_CUDA, settings)])
         if self._session.provider != _CUDA:  # it goes on without a word on the processor
-            raise EngineError(
+            raise NotHereError(
                 "ONNX Runtime could not load its CUDA provider; pip install "
                 "'onnxruntime-gpu[cuda,cudnn]', and see attnseg doctor for the driver"
             )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.export.export import ExportOptions, export_bundle
-from attnseg.runtime.cuda.device import CudaDevice
+from attnseg.export.tensorrt import PORTABLE_TARGET, BuildOptions
+from attnseg.runtime.cuda.device import CudaDevice, DeviceBuffer, HostDevice
+from attnseg.runtime.cuda.executor import DeviceExecutor
+from attnseg.runtime.engines.tensorrt import RTX_TARGETS
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.gpu import Gpu, find_gpu
 from attnseg.synthetic import SyntheticCase
+from tests.conftest import LinearEngine
+from tests.runtime.cuda.host_kernels import HostKernels
+from tests.runtime.cuda.test_executor import OnHost, options
 from tests.test_cli import WEIGHTS
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +48,53 @@ def test_what_is_uploaded_comes_back(size: int) -> None:
 def test_more_memory_than_there_is_is_one_clear_error(gpu: Gpu) -> None:
     with pytest.raises(EngineError, match=r"the GPU failed in allocating memory: .*OUT_OF_MEMORY"):
         CudaDevice().allocate(2 * gpu.memory_bytes)
+
+
+def test_an_engine_of_tensorrt_rtx_finds_the_same_tumour(
+    gpu: Gpu, small_synthetic: SyntheticCase, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    known = gpu.target in RTX_TARGETS
+    build = BuildOptions(
+        "tensorrt-rtx",
+        gpu.target if known else PORTABLE_TARGET,
+        compatibility="same" if known else "ampere+",
+    )
+    folder = tmp_path_factory.mktemp("rtx") / "model"
+    exported = export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(build,)))
+    assert any(m.engine.startswith("tensorrt-rtx") for m in exported.report.measured)
+    volume = Volume(small_synthetic.images, small_synthetic.affine)
+    segmenter = Segmenter(exported.bundle, SegmentOptions(engine="tensorrt-rtx"))
+    expected = Segmenter(Bundle.default(), SegmentOptions(precision="fp32")).segment(volume)
+    assert np.mean(segmenter.segment(volume).labels != expected.labels) < 1e-3
+
+
+class OnDevice:
+    """An engine of host arrays as one of device memory."""
+
+    batch, half = 2, False
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._engine = LinearEngine(np.random.default_rng(8).standard_normal((4, 4)))
+
+    def enqueue(self, images: DeviceBuffer, logits: DeviceBuffer, window: Sequence[int]) -> None:
+        batch = np.empty((self.batch, 4, *window), np.float32)
+        self._device.download(images, batch)
+        self._device.upload(np.ascontiguousarray(self._engine.infer(batch)), logits)
+
+
+def test_the_executor_on_the_card_is_the_one_on_the_host(
+    small_synthetic: SyntheticCase, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    card = CudaDevice()
+    host = HostDevice(HostKernels(tmp_path_factory.mktemp("kernels")).launch)
+    chosen = options(Bundle.default(), SegmentOptions(tta="paper"))
+    channels = [np.asarray(c, np.int16) for c in small_synthetic.images]
+    on_host = DeviceExecutor(host, OnHost(OnDevice(card)._engine, 2), chosen).segment(channels)
+    for _ in range(2):
+        on_card = DeviceExecutor(card, OnDevice(card), chosen).segment(channels)
+        np.testing.assert_array_equal(on_card.labels, on_host.labels)
+        np.testing.assert_array_equal(on_card.voxels, on_host.voxels)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
