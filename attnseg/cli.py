@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,13 +95,14 @@ class _ProgressListener:
     def __init__(self, progress: Progress, cases: int) -> None:
         self._progress, self._cases = progress, cases
         self._task: TaskID | None = None
-        self.finished = 0
+        self._started = 0
 
     def case_started(self, name: str) -> None:
         """See `attnseg.runtime.folder.Listener`."""
         if self._task is not None:
             self._progress.remove_task(self._task)
-        place = f"{self.finished + 1}/{self._cases}"
+        self._started += 1
+        place = f"{self._started}/{self._cases}"
         self._task = self._progress.add_task(f"{place} {name}", total=1.0)
 
     def case_advanced(self, share: float) -> None:
@@ -135,6 +137,18 @@ def _parse_channels(_: click.Context, __: click.Parameter, values: tuple[str, ..
     if any(not (name and file) for name, _, file in pairs):
         raise click.BadParameter("give NAME=FILE, such as ct=scan.nii.gz")
     return {name: Path(file) for name, _, file in pairs}
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", value.strip().upper())
+    if not found:
+        raise click.BadParameter("give a number of bytes with its unit, such as 4GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 _bundle_option = click.option("--model", type=_PATH, help="Bundle.  [default: the shipped one]")
@@ -187,6 +201,24 @@ def _segment_options(function: _Function) -> _Function:
             help="Remove components with fewer voxels.  [default: the model's]",
         ),
         click.option("--threads", type=int, help="Processor threads.  [default: all]"),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="cuda, cpu, or auto: a GPU if there is one that runs the model.",
+        ),
+        click.option(
+            "--max-memory",
+            "max_memory_bytes",
+            callback=_parse_bytes,
+            metavar="SIZE",
+            help="Device memory that may be taken, such as 4GB.  [default: any]",
+        ),
+        click.option(
+            "--fallback",
+            type=click.Choice(["cpu"]),
+            help="Where to go on when the GPU fails.  [default: the cases fail]",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -220,7 +252,6 @@ def _run_cases(
         listener = _ProgressListener(progress, len(cases))
         for result in segment_folder(cases, segmenter, output, listener, overwrite):
             results.append(result)
-            listener.finished += 1
             _print_notes(result)
     _print_summary(sorted(results, key=lambda r: r.name), segmenter, output)
     return sum(result.status == "failed" for result in results)

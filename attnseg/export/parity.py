@@ -168,7 +168,8 @@ class Gate:
     def _segment(self, engine: Engine, sample: Sample) -> NDArray[np.uint8]:
         self._progress(f"{engine.info.name} {engine.info.precision}: {sample.name}")
         segmenter = Segmenter(self._bundle, SegmentOptions(), engine)
-        return segmenter.segment(sample.volume).labels
+        labels: NDArray[np.uint8] = segmenter.segment(sample.volume).labels
+        return labels
 
     def measure(self, candidate: Candidate) -> Measured:
         """Run a candidate on the golden window and the cases."""

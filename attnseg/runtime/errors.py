@@ -7,7 +7,9 @@
     ├── BundleError         a bundle that is missing, damaged, or of an unknown format
     ├── EngineError         an inference engine that is missing or refuses the model
     │   ├── MismatchError   an engine that does not compute what the trained network computes
-    │   └── NotHereError    an engine that this machine has not, or that is for another machine
+    │   ├── NotHereError    an engine that this machine has not, or that is for another machine
+    │   ├── OutOfMemoryError  a device that has less memory than the volume takes
+    │   └── DeviceLostError a device that does nothing more for this process
     ├── OutputError         a result that could not be written, or would replace another
     ├── TrainingError       a training run that cannot start or go on
     └── ExportError         a model that cannot be exported, or whose export is not equal to it
@@ -48,6 +50,14 @@ class MismatchError(EngineError):
 
 class NotHereError(EngineError):
     """This machine has no GPU or not the library, or the engine is for another GPU or window."""
+
+
+class OutOfMemoryError(EngineError):
+    """The device has not enough memory."""
+
+
+class DeviceLostError(EngineError):
+    """The device failed in a way that nothing in this process can use it any more."""
 
 
 class OutputError(AttnsegError):

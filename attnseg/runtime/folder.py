@@ -19,8 +19,8 @@ from attnseg.runtime.outputs import (
 )
 from attnseg.runtime.picture import render_picture
 from attnseg.runtime.scans import Case
-from attnseg.runtime.segmenter import Segmenter
-from attnseg.runtime.volume import Volume, encode_labels, read_volume
+from attnseg.runtime.segmenter import Pending, Segmenter, Staged
+from attnseg.runtime.volume import encode_labels, read_volume
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
-    volume: Volume
+    staged: Staged
     elapsed_ms: float
 
 
-def _load(case: Case, threads: int) -> _Loaded:
+def _load(case: Case, segmenter: Segmenter) -> _Loaded:
     clock = StageClock()
     with clock.stage("load"):
-        volume = read_volume(case.files, threads)
-    return _Loaded(volume, clock.elapsed_ms["load"])
+        volume = read_volume(case.files, segmenter.threads)
+    return _Loaded(segmenter.stage(volume), clock.elapsed_ms["load"])
 
 
 def _check_output(case: Case, output: Path) -> None:
@@ -74,13 +74,14 @@ def _check_output(case: Case, output: Path) -> None:
         )
 
 
-def _segment(
-    case: Case, loaded: _Loaded, segmenter: Segmenter, output: Path, listener: Listener
+def _finish(
+    case: Case, loaded: _Loaded, pending: Pending, segmenter: Segmenter, output: Path
 ) -> CaseResult:
+    """Write the files of a case that was segmented."""
     clock = StageClock()
     clock.elapsed_ms["load"] = loaded.elapsed_ms
-    volume, names = loaded.volume, output_names(case.name)
-    result = segmenter.segment(volume, listener.case_advanced)
+    volume, names = loaded.staged.volume, output_names(case.name)
+    result = pending.result()
     clock.elapsed_ms.update(result.elapsed_ms)
     with clock.stage("encode"):
         labels = encode_labels(result.labels, volume)
@@ -112,17 +113,43 @@ def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | Non
     return CaseResult(case.name, "skipped", report) if report else None
 
 
-def _loaded_ahead(cases: Sequence[Case], threads: int) -> Iterator[tuple[Case, Future[_Loaded]]]:
+def _loaded_ahead(
+    cases: Sequence[Case], segmenter: Segmenter
+) -> Iterator[tuple[Case, Future[_Loaded]]]:
     """Each case with its volume, which is read while the one before it is segmented."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(_load, cases[0], threads) if cases else None
+        ahead = pool.submit(_load, cases[0], segmenter) if cases else None
         for index, case in enumerate(cases):
             assert ahead is not None
             current, ahead = ahead, None
-            current.exception()  # wait, so that at most two volumes are in memory
+            current.exception()  # wait, so that no more volumes than one wait in memory
             if index + 1 < len(cases):
-                ahead = pool.submit(_load, cases[index + 1], threads)
+                ahead = pool.submit(_load, cases[index + 1], segmenter)
             yield case, current
+
+
+def _results(
+    cases: Sequence[Case], segmenter: Segmenter, output: Path, listener: Listener
+) -> Iterator[Future[CaseResult]]:
+    """Each case's result, whose files are written while the next case is segmented."""
+
+    def finish(case: Case, loaded: _Loaded, pending: Pending) -> CaseResult:
+        try:
+            return _finish(case, loaded, pending, segmenter, output)
+        except Exception as error:  # whatever it is, the other cases go on
+            return _failed(case, error)
+
+    with ThreadPoolExecutor(1) as finisher:
+        for case, ahead in _loaded_ahead(cases, segmenter):
+            listener.case_started(case.name)
+            try:
+                _check_output(case, output)
+                loaded = ahead.result()
+                pending = segmenter.submit(loaded.staged, listener.case_advanced)
+            except Exception as error:  # whatever it is, the other cases go on
+                yield finisher.submit(_failed, case, error)
+            else:
+                yield finisher.submit(finish, case, loaded, pending)
 
 
 def segment_folder(
@@ -133,6 +160,8 @@ def segment_folder(
     overwrite: bool = False,
 ) -> Iterator[CaseResult]:
     """Segment cases one after the other, and give each result as it comes.
+
+    One case is read and one is written while a third is segmented.
 
     Args:
         cases: in the order to take them.
@@ -148,10 +177,10 @@ def segment_folder(
             yield earlier
         else:
             pending.append(case)
-    for case, loaded in _loaded_ahead(pending, segmenter.threads):
-        listener.case_started(case.name)
-        try:
-            _check_output(case, output)
-            yield _segment(case, loaded.result(), segmenter, output, listener)
-        except Exception as error:  # whatever it is, the other cases go on
-            yield _failed(case, error)
+    before: Future[CaseResult] | None = None
+    for current in _results(pending, segmenter, output, listener):
+        if before:
+            yield before.result()
+        before = current
+    if before:
+        yield before.result()

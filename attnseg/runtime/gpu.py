@@ -16,12 +16,14 @@ class Gpu:
         target: compute capability, `sm86` for 8.6.
         memory_bytes: in all.
         driver: CUDA version of the driver, `13.0`.
+        number: by which CUDA counts it.
     """
 
     name: str
     target: str
     memory_bytes: int
     driver: str
+    number: int = 0
 
     @property
     def capability(self) -> str:
@@ -41,7 +43,7 @@ def capability(target: str) -> str:
 
 
 def find_gpu() -> Gpu:
-    """The first CUDA device that this process may use (see `CUDA_VISIBLE_DEVICES`).
+    """The CUDA device of the current context, or the first (see `CUDA_VISIBLE_DEVICES`).
 
     Raises:
         NotHereError: cuda-core is missing, or there is no driver or no device.
@@ -52,14 +54,16 @@ def find_gpu() -> Gpu:
     except ImportError as error:
         raise NotHereError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
     try:
-        device = Device(0)
-        device.set_current()
+        Device(0)  # starts CUDA
+        status, current = driver.cuCtxGetDevice()
+        number = 0 if int(status) else int(current)
+        device = Device(number)
         _, memory_bytes = driver.cuDeviceTotalMem(device.device_id)
         _, version = driver.cuDriverGetVersion()
     except Exception as error:  # cuda-core's errors share no base but Exception
         raise NotHereError(_why(error)) from error
     cuda = f"{version // 1000}.{version % 1000 // 10}"
-    return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda)
+    return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda, number)
 
 
 def _why(error: Exception) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,13 +67,19 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """Piecewise linear map of intensities, extended beyond its ends by the end slopes."""
+class Curve:
+    """Piecewise linear map of intensities, extended beyond its ends by the end slopes.
+
+    Attributes:
+        source: intensities, ascending.
+        target: their values.
+    """
 
     source: NDArray[np.float64]
     target: NDArray[np.float64]
 
     def __call__(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """The values of intensities of any shape."""
         slopes = np.diff(self.target) / np.diff(self.source)
         mapped = np.interp(values, self.source, self.target)
         mapped += slopes[0] * np.minimum(values - self.source[0], 0)
@@ -155,17 +161,34 @@ def _count_integers(channel: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[n
     return np.arange(low, high + 1), counts
 
 
-def _curve(histogram: Histogram, landmarks: Landmarks | None, channel: int) -> _Curve:
+class Distribution(Protocol):
+    """What a curve is made from: statistics of the foreground of one channel."""
+
+    mean: float
+    std: float
+
+    def percentiles(self, percent: Sequence[float]) -> NDArray[np.float64]:
+        """Percentiles, as `numpy.percentile`."""
+
+
+def curve_of(histogram: Distribution, landmarks: Landmarks | None, channel: int) -> Curve:
+    """The map that normalises a channel of this distribution.
+
+    Args:
+        histogram: of the channel's foreground.
+        landmarks: target of histogram matching, or None for the z-score alone.
+        channel: its position, which picks its landmarks.
+    """
     mean, std = histogram.mean, histogram.std
     if landmarks is None:
-        return _Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
+        return Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
     source = histogram.percentiles(landmarks.percentiles)
     target = np.array(landmarks.values[channel])
     # Coarsely quantised images have equal percentiles; such a run maps to its mean target.
     knots, run = np.unique(source, return_inverse=True)
     if len(knots) < 2:
-        return _Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
-    return _Curve(knots, np.bincount(run, target) / np.bincount(run))
+        return Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
+    return Curve(knots, np.bincount(run, target) / np.bincount(run))
 
 
 def z_score_percentiles(
@@ -177,7 +200,7 @@ def z_score_percentiles(
 
 
 def _look_up(
-    channel: NDArray[Any], curve: _Curve, foreground: Foreground, out: NDArray[np.float32]
+    channel: NDArray[Any], curve: Curve, foreground: Foreground, out: NDArray[np.float32]
 ) -> None:
     low, high = int(channel.min()), int(channel.max())
     table = curve(np.arange(low, high + 1))
@@ -205,11 +228,8 @@ def table_of_counts(
         VolumeError: the channel has no foreground, or one value only.
     """
     values = np.arange(low, low + len(counts))
-    try:
-        histogram = Histogram.of_counts(values, counts, normalisation.foreground)
-    except VolumeError as error:
-        raise VolumeError(f"channel {index + 1} {error}") from error
-    table = _curve(histogram, normalisation.landmarks, index)(values)
+    histogram = Histogram.of_counts(values, counts, normalisation.foreground)
+    table = curve_of(histogram, normalisation.landmarks, index)(values)
     if normalisation.foreground == "nonzero" and 0 <= -low < len(table):
         table[-low] = 0
     return table
@@ -234,7 +254,7 @@ def normalise_channel(
         histogram = Histogram.of(channel, foreground)
     except VolumeError as error:
         raise VolumeError(f"channel {index + 1} {error}") from error
-    curve = _curve(histogram, normalisation.landmarks, index)
+    curve = curve_of(histogram, normalisation.landmarks, index)
     if _has_table(channel):
         _look_up(channel, curve, foreground, out)
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnseg._version import __version__
+from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import OutputError, VolumeError
 from attnseg.runtime.scans import Case
 from attnseg.runtime.segmenter import Segmentation, Segmenter
@@ -81,12 +82,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _identity(segmenter: Segmenter) -> dict[str, Any]:
+def _identity(segmenter: Segmenter, engine: EngineInfo) -> dict[str, Any]:
     """What a result depends on besides the scan."""
     manifest = segmenter.bundle.manifest
     return {
         "model": {"name": manifest.name, "manifest_sha256": segmenter.bundle.sha256},
-        "engine": segmenter.engine_info.to_dict(),
+        "engine": engine.to_dict(),
         "options": segmenter.settings,
     }
 
@@ -142,7 +143,7 @@ def _is_result(labels: Path) -> bool:
 
 def _difference(report: Mapping[str, Any], case: Case, segmenter: Segmenter) -> str:
     """In words, what a report was made from that this run is not; empty if nothing."""
-    expected = _identity(segmenter)
+    expected = _identity(segmenter, segmenter.engine_info)
     if report.get("inputs") != _inputs(case, [_sha256(f) for f in case.files], segmenter):
         return "another scan"
     if report.get("model") != expected["model"]:
@@ -186,7 +187,7 @@ def make_report(
         "case": case.name,
         "attnseg": __version__,
         "intended_use": segmenter.bundle.manifest.intended_use,
-        **_identity(segmenter),
+        **_identity(segmenter, result.engine),
         "inputs": _inputs(case, volume.sha256, segmenter),
         "labels_sha256": hashlib.sha256(labels).hexdigest(),
         "shape": list(volume.shape),
@@ -196,6 +197,7 @@ def make_report(
         "windows_per_pass": result.windows,
         "components_removed": result.components_removed,
         "elapsed_ms": {stage: round(ms, 1) for stage, ms in elapsed_ms.items()},
+        **({"device_memory": result.memory} if result.memory else {}),
         "warnings": list(result.warnings),
     }
 

@@ -97,6 +97,28 @@ def reorient(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:
     return np.asarray(apply_orientation(array, _turn(source, target)))
 
 
+def turned_strides(
+    shape: Sequence[int], strides: Sequence[int], source: str, target: str
+) -> tuple[int, tuple[int, int, int], tuple[int, int, int]]:
+    """What `reorient` does to an array, without the array.
+
+    Args:
+        shape: X, Y, Z.
+        strides: steps along X, Y and Z.
+        source: orientation of the array.
+        target: orientation wanted.
+
+    Returns:
+        Steps from element (0, 0, 0) of the array to that of the view; its shape; its strides.
+    """
+    offset, sizes, steps = 0, [0, 0, 0], [0, 0, 0]
+    for axis, (place, direction) in enumerate(_turn(source, target).astype(int).tolist()):
+        sizes[place], steps[place] = shape[axis], direction * strides[axis]
+        if direction < 0:
+            offset += strides[axis] * (shape[axis] - 1)
+    return offset, (sizes[0], sizes[1], sizes[2]), (steps[0], steps[1], steps[2])
+
+
 @dataclass(frozen=True)
 class _Image:
     array: NDArray[Any]

@@ -65,11 +65,11 @@ def openers(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, works: dict[str, fl
             raise EngineError(outcome)
         return Recorded(bundle, name, outcome)
 
-    def tensorrt(file: Path, build: EngineBuild, precision: str, window: Any) -> Any:
+    def tensorrt(file: Path, build: EngineBuild, *_: Any) -> Any:
         return result(build.builder)
 
     monkeypatch.setattr(choice, "open_tensorrt", tensorrt)
-    monkeypatch.setattr(choice, "OnnxRuntimeCudaEngine", lambda *_: result("onnxruntime-cuda"))
+    monkeypatch.setattr(choice, "open_onnxruntime_cuda", lambda *_: result("onnxruntime-cuda"))
 
 
 def test_the_order_is_native_rtx_onnxruntime_and_the_processor(bundle: Bundle) -> None:

@@ -11,7 +11,9 @@ from attnseg.runtime.errors import EngineError
 from attnseg.runtime.gpu import Gpu, capability, find_gpu
 
 
-def devices(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+def devices(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, current: int | None = None
+) -> None:
     """cuda-core on a machine with an RTX 3090, or with an error."""
 
     class Device:
@@ -21,10 +23,8 @@ def devices(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> 
             if error:
                 raise error
 
-        def set_current(self) -> None:
-            pass
-
     monkeypatch.setattr(cuda.core, "Device", Device)
+    monkeypatch.setattr(driver, "cuCtxGetDevice", lambda: (current is None, current))
     monkeypatch.setattr(driver, "cuDeviceTotalMem", lambda _: (0, 24 << 30))
     monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, 13010))
 
@@ -36,6 +36,11 @@ def test_the_gpu_is_described_as_people_speak_of_it(monkeypatch: pytest.MonkeyPa
     assert str(gpu) == (
         "NVIDIA GeForce RTX 3090, compute capability 8.6, 24 GiB, driver for CUDA 13.1"
     )
+
+
+def test_the_callers_gpu_is_the_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch, current=3)
+    assert find_gpu().number == 3
 
 
 @pytest.mark.parametrize(("target", "expected"), [("sm86", "8.6"), ("sm120", "12.0")])

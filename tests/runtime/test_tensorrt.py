@@ -13,7 +13,7 @@ import tensorrt_rtx_bindings
 from onnx import TensorProto, helper
 
 from attnseg.runtime.bundle import EngineBuild
-from attnseg.runtime.cuda.device import HostDevice
+from attnseg.runtime.cuda.device import HostDevice, Region
 from attnseg.runtime.engines import tensorrt
 from attnseg.runtime.engines.tensorrt import TensorRtEngine, check_build
 from attnseg.runtime.errors import EngineError
@@ -84,6 +84,7 @@ class StandIn:
 
     class ICudaEngine:
         num_io_tensors = 2
+        device_memory_size_v2 = 1000
 
         def __init__(self, model: onnx.ModelProto) -> None:
             self.model = model
@@ -185,6 +186,43 @@ def test_any_number_of_windows_goes_through_an_engine_for_two(
     result = engine(tmp_path, plan(kind)).infer(batch)
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, 2 * batch)
+
+
+class Recording(HostDevice):
+    """Repeats work as a CUDA graph does, and counts."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeated = 0
+
+    def recorded(self, work: Any) -> Any:
+        def repeat() -> None:
+            self.repeated += 1
+            work(8)  # another stream than the device's, on which nothing else runs
+
+        return repeat
+
+
+def test_work_on_the_same_memory_is_recorded_at_the_second_time(tmp_path: Path) -> None:
+    device = Recording()
+    (tmp_path / "model").write_bytes(plan(TensorProto.FLOAT16))
+    opened = TensorRtEngine(tmp_path / "model", build(), "fp16", device, StandIn)
+    assert opened.half and opened.batches == (2, 2)
+    assert opened.memory_bytes == 1000 + len(plan(TensorProto.FLOAT16))
+    size = 2 * 2 * 2 * 4 * 5 * 6
+    memory = [Region.of(device.allocate(size), 0, size) for _ in range(4)]
+    for run in range(4):
+        for images, logits in (memory[:2], memory[2:]):
+            batch = np.full((2, 2, *WINDOW), run, np.float16)
+            device.upload(batch, images)
+            opened.enqueue(images, logits, batch.shape)
+            device.download(logits, batch)
+            assert (batch == 2 * run).all()
+        assert device.repeated == 2 * run
+    with pytest.raises(EngineError, match=r"batch of shape \(1, 2, 4, 5, 6\) \(the engine takes"):
+        opened.enqueue(memory[0], memory[1], (1, 2, *WINDOW))
 
 
 def test_the_engine_says_what_it_is(tmp_path: Path) -> None:

@@ -7,48 +7,40 @@ result: sums are made in the same order, so equal logits give equal labels.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.cuda import kernels
-from attnseg.runtime.cuda.device import Device, DeviceBuffer
-from attnseg.runtime.cuda.kernels import Shape, Strided, Turn
-from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.cuda.device import DeviceArray, DeviceBuffer, Download, Mark, Region
+from attnseg.runtime.cuda.kernels import Shape, Strided, Tiling, Turn
+from attnseg.runtime.cuda.memory import (
+    MemoryPlan,
+    Need,
+    explain_shortage,
+    explain_upload,
+    least_plan,
+    plan_memory,
+)
+from attnseg.runtime.cuda.statistics import Box, DeviceChannel, Scan
+from attnseg.runtime.engines.base import DeviceEngine
+from attnseg.runtime.errors import EngineError, OutOfMemoryError, VolumeError
 from attnseg.runtime.executor import WindowOptions
-from attnseg.runtime.normalise import Normalisation, table_of_counts
+from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.tta import Fuse, Transform
 from attnseg.runtime.windows import WindowPlan, importance_map
 
-_VALUES = 1 << 16  # of int16
-_FAR = np.iinfo(np.int32).max
+_STATE = ("not_finite", "removed")  # of one int32 each, before the counts of the classes
+_STATE_NUMBERS = len(_STATE) + kernels.MOST_CLASSES
 
 
-class DeviceEngine(Protocol):
-    """Runs the network on device memory. The executor owns both buffers."""
-
-    @property
-    def batch(self) -> int:
-        """Windows that one call takes."""
-
-    @property
-    def half(self) -> bool:
-        """Whether it takes and gives fp16; otherwise fp32."""
-
-    def enqueue(self, images: DeviceBuffer, logits: DeviceBuffer, window: Sequence[int]) -> None:
-        """Run one batch after all work that the device was given before.
-
-        Args:
-            images: `(batch, C, x, y, z)`; read only.
-            logits: `(batch, K, x, y, z)`; written.
-            window: x, y, z.
-
-        Raises:
-            EngineError: it failed.
-        """
+def _up(size_bytes: int) -> int:
+    """So that int32 may follow."""
+    return -(-size_bytes // 256) * 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,7 @@ class DeviceOptions:
         min_voxels: components of a class with fewer voxels are removed.
         normalisation: of the model.
         labels: value of each class, at most 32.
+        most_bytes: device memory that may be taken, or None.
     """
 
     window: WindowOptions
@@ -70,6 +63,42 @@ class DeviceOptions:
     min_voxels: int
     normalisation: Normalisation
     labels: tuple[int, ...]
+    most_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelPlace:
+    """An array of labels, Fortran-contiguous, and where voxels of the model's orientation go in it.
+
+    Attributes:
+        shape: X, Y, Z of the array.
+        layout: of the model's orientation.
+    """
+
+    shape: tuple[int, int, int]
+    layout: Strided
+
+    @classmethod
+    def plain(cls, shape: tuple[int, int, int]) -> LabelPlace:
+        """In the model's orientation."""
+        return cls(shape, Strided(0, 1, shape[0], shape[0] * shape[1]))
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A volume that is on the device, or on its way there.
+
+    Attributes:
+        channels: of the volume.
+        shape: X, Y, Z in the model's orientation.
+        mark: end of the upload; None if nothing was copied.
+        place: where its labels go.
+    """
+
+    channels: tuple[DeviceChannel, ...]
+    shape: tuple[int, int, int]
+    mark: Mark | None
+    place: LabelPlace
 
 
 @dataclass(frozen=True)
@@ -77,228 +106,505 @@ class DeviceResult:
     """What a volume gave.
 
     Attributes:
-        labels: `(X, Y, Z)` uint8, Fortran-contiguous.
+        labels: `(X, Y, Z)` uint8, Fortran-contiguous; on the device if that was asked for.
         voxels: of each class but background, by class index.
         components_removed: by the clean-up.
         windows: run, over all passes.
+        windows_planned: of one pass; those without brain are not run.
+        elapsed_ms: of the device, per stage.
+        memory: what was planned of it, as `MemoryPlan.describe`.
     """
 
-    labels: NDArray[np.uint8]
+    labels: NDArray[np.uint8] | DeviceArray
     voxels: NDArray[np.int64]
     components_removed: int
     windows: int
+    windows_planned: int
+    elapsed_ms: dict[str, float]
+    memory: dict[str, int | str]
 
 
-def _placed(view: NDArray[Any]) -> tuple[NDArray[Any], Strided]:
-    """The memory of a flipped or permuted array in one piece, and where its elements lie there."""
-    steps = [stride // view.itemsize for stride in view.strides]
-    forward = view[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
-    order = sorted(range(3), key=lambda axis: -forward.strides[axis])
-    flat = forward.transpose(order)
-    if not flat.flags.c_contiguous:  # a slice of something larger
-        return _placed(np.ascontiguousarray(view))
-    offset = sum(-s * (n - 1) for s, n in zip(steps, view.shape, strict=True) if s < 0)
-    return flat.reshape(-1), Strided(offset, *steps)
+def _memory_order(
+    strides: Sequence[int], shape: Sequence[int], itemsize: int
+) -> tuple[Transform, tuple[int, int, int]] | None:
+    """How a volume is turned out of memory in one piece, and that memory's shape; or None."""
+    order = sorted(range(3), key=lambda axis: (-abs(strides[axis]), -shape[axis], axis))
+    step = itemsize
+    for axis in reversed(order):
+        if shape[axis] > 1 and abs(strides[axis]) != step:
+            return None  # a slice of something larger
+        step *= shape[axis]
+    source = [order.index(axis) for axis in range(3)]
+    flips = tuple(axis for axis in range(3) if strides[axis] < 0 and shape[axis] > 1)
+    turn = Transform("memory", (source[0], source[1], source[2]), flips)
+    x, y, z = (shape[axis] for axis in order)
+    return turn, (x, y, z)
+
+
+def _as_taken(channel: NDArray[Any]) -> NDArray[Any]:
+    """As int16 if that holds every value, else as float32."""
+    if channel.dtype == np.int16 or channel.dtype == np.float32:
+        return channel
+    if channel.dtype.kind in "iu":
+        limits = np.iinfo(np.int16)
+        fits = channel.dtype.itemsize == 1
+        if fits or (limits.min <= channel.min() and channel.max() <= limits.max):
+            return channel.astype(np.int16, order="K")
+    return channel.astype(np.float32, order="K")
+
+
+def _lowest(array: NDArray[Any]) -> NDArray[Any]:
+    """The memory of a turned array in one piece, as it lies."""
+    forward = array[tuple(slice(None, None, -1 if s < 0 else 1) for s in array.strides)]
+    order = sorted(range(3), key=lambda a: (-forward.strides[a], -forward.shape[a], a))
+    return forward.transpose(order)
+
+
+@dataclass
+class _Importance:
+    """The window whose importance map lies on the device."""
+
+    window: tuple[int, int, int] | None = None
 
 
 class DeviceExecutor:
     """Segments volumes on one device, one after the other."""
 
-    def __init__(self, device: Device, engine: DeviceEngine, options: DeviceOptions) -> None:
+    def __init__(self, engine: DeviceEngine, options: DeviceOptions) -> None:
         """Nothing is allocated before the first volume."""
-        self._device, self._engine, self._options = device, engine, options
+        self._engine, self._options, self._device = engine, options, engine.device
+        self._need: Need | None = None
+        self._plan: MemoryPlan | None = None
+        self._block: DeviceBuffer | None = None
+        self._importance = _Importance()
 
-    def _uploaded(self, array: NDArray[Any]) -> DeviceBuffer:
-        buffer = self._device.allocate(array.nbytes)
-        self._device.upload(array, buffer)
-        return buffer
+    def upload(self, channels: Sequence[Any], place: LabelPlace | None = None) -> Uploaded:
+        """Start the upload of a volume; another may be segmented meanwhile, by another thread.
 
-    def _zeros(self, size_bytes: int) -> DeviceBuffer:
-        buffer = self._device.allocate(size_bytes)
-        self._device.clear(buffer)
-        return buffer
+        Args:
+            channels: C arrays `(X, Y, Z)` of one shape, in the model's orientation; of numpy, or
+                int16 or float32 in one piece on this device.
+            place: where its labels go; None for an array like the channels.
 
-    def _downloaded(self, buffer: DeviceBuffer, shape: Any, kind: Any) -> NDArray[Any]:
-        array = np.empty(shape, kind)
-        self._device.download(buffer, array)
-        return array
+        Raises:
+            VolumeError: an array on the device is of another type, or not in one piece.
+            EngineError: the device failed.
+        """
+        x, y, z = channels[0].shape
+        with self._device.active():
+            found = [
+                self._taken(index, channel) if isinstance(channel, DeviceArray) else channel
+                for index, channel in enumerate(channels)
+            ]
+            mark = None
+            placed: list[DeviceChannel] = []
+            for channel in found:
+                if not isinstance(channel, DeviceChannel):
+                    channel, mark = self._sent(channel)
+                placed.append(channel)
+        return Uploaded(tuple(placed), (x, y, z), mark, place or LabelPlace.plain((x, y, z)))
 
-    def _image(
-        self, channels: Sequence[NDArray[np.int16]]
-    ) -> tuple[DeviceBuffer, tuple[int, int, int], tuple[int, int, int]]:
-        """The normalised box `(C, X, Y, Z)`, its shape, and its origin in the volume."""
-        device, normalisation = self._device, self._options.normalisation
-        shape = channels[0].shape
-        placed = [_placed(channel) for channel in channels]
-        volumes = [self._uploaded(flat) for flat, _ in placed]
-        counts = [self._zeros(4 * _VALUES) for _ in channels]
-        box = self._uploaded(np.array([_FAR] * 3 + [-1] * 3, np.int32))
-        for volume, count, (flat, layout) in zip(volumes, counts, placed, strict=True):
-            pointers = (volume.pointer, count.pointer, box.pointer)
-            args = kernels.ScanArgs(*pointers, layout, Shape.of(shape))
-            device.launch("scan", flat.size, args)
-        low, high = self._downloaded(box, (2, 3), np.int32)
+    def _taken(self, index: int, array: DeviceArray) -> DeviceChannel:
+        """Someone's array on the device, as it is."""
+        if array.dtype not in (np.int16, np.float32):
+            raise VolumeError(
+                f"channel {index + 1}: on a device, voxels must be int16 or float32, got "
+                f"{array.dtype}; convert them"
+            )
+        order = _memory_order(array.strides, array.shape, array.dtype.itemsize)
+        if order is None:
+            raise VolumeError(
+                f"channel {index + 1}: on a device, voxels must lie in one piece, got strides "
+                f"{array.strides}; make a contiguous copy"
+            )
+        turn, memory = order
+        back = sum(array.strides[axis] * (array.shape[axis] - 1) for axis in turn.flips)
+        size = prod(array.shape) * array.dtype.itemsize
+        buffer = Region(array.pointer + back, size, array.owner)
+        x, y, z = array.shape
+        return DeviceChannel(buffer, memory, turn, (x, y, z), array.dtype == np.float32)
+
+    def _sent(self, channel: NDArray[Any]) -> tuple[DeviceChannel, Mark]:
+        channel = _as_taken(channel)
+        order = _memory_order(channel.strides, channel.shape, channel.itemsize)
+        if order is None:
+            channel = np.ascontiguousarray(channel)
+            order = _memory_order(channel.strides, channel.shape, channel.itemsize)
+        assert order is not None, "it was made contiguous"
+        turn, memory = order
+        x, y, z = channel.shape
+        try:
+            buffer, mark = self._device.upload_ahead(_lowest(channel))
+        except OutOfMemoryError as error:
+            raise explain_upload(channel.nbytes, self._device.free_bytes()) from error
+        return DeviceChannel(buffer, memory, turn, (x, y, z), channel.dtype == np.float32), mark
+
+    def _needed(self, uploaded: Uploaded) -> Need:
+        options, engine = self._options, self._engine
+        landmarks = options.normalisation.landmarks
+        return Need(
+            uploaded.shape,
+            len(uploaded.channels),
+            len(options.labels),
+            options.window,
+            options.transforms,
+            len(landmarks.percentiles) if landmarks else 0,
+            any(channel.floating for channel in uploaded.channels),
+            engine.half,
+            engine.batches,
+            options.min_voxels > 1,
+            engine.memory_bytes,
+        )
+
+    def _prepare(self, uploaded: Uploaded) -> None:
+        """Have memory for a volume. If there is not enough, the smallest batch is tried once."""
+        need = self._needed(uploaded)
+        if need == self._need:
+            return
+        self._need = self._plan = self._block = None
+        self._importance = _Importance()
+        plan = plan_memory(need, self._options.most_bytes)
+        try:
+            self._block = self._device.allocate(plan.block_bytes)
+        except OutOfMemoryError:
+            self._take_least(need, plan)
+        else:
+            self._plan = plan
+        self._need = need
+
+    def _take_least(self, need: Need, plan: MemoryPlan) -> None:
+        self._block = self._plan = None  # freed before it is asked for again
+        self._importance = _Importance()
+        least = least_plan(need)
+        try:
+            self._block = self._device.allocate(least.block_bytes)
+        except OutOfMemoryError as error:
+            raise explain_shortage(need, plan, self._device.free_bytes()) from error
+        self._plan = least
+
+    def submit(
+        self,
+        uploaded: Uploaded,
+        progress: Callable[[float], None] | None = None,
+        on_device: bool = False,
+    ) -> Submitted:
+        """Segment a volume; its labels are on their way when this returns.
+
+        Args:
+            uploaded: the volume.
+            progress: told the share of passes that were given to the device.
+            on_device: leave the labels on the device.
+
+        Raises:
+            VolumeError: a channel has no foreground, one value only, or is not finite.
+            OutOfMemoryError: the device has not enough memory.
+            DeviceLostError: the device does nothing more for this process.
+            EngineError: the engine or the device failed.
+        """
+        with self._device.active():
+            self._prepare(uploaded)
+            try:
+                return self._run(uploaded, progress, on_device)
+            except OutOfMemoryError:  # of the engine, which allocates as it runs
+                assert self._need and self._plan
+                if self._plan == least_plan(self._need):
+                    raise
+                self._take_least(self._need, self._plan)
+                return self._run(uploaded, progress, on_device)
+            except EngineError:
+                self._device.check()  # if the device is lost, that is the error to tell
+                raise
+
+    def _run(
+        self, uploaded: Uploaded, progress: Callable[[float], None] | None, on_device: bool
+    ) -> Submitted:
+        assert self._plan is not None and self._block is not None
+        run = _Run(self._engine, self._options, self._plan, self._block, self._importance)
+        return run.volume(uploaded, progress, on_device)
+
+    def segment(self, channels: Sequence[Any]) -> DeviceResult:
+        """Segment one volume: `upload`, `submit` and `Submitted.result`."""
+        return self.submit(self.upload(channels)).result()
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A volume whose labels are on their way.
+
+    Attributes:
+        labels: on the device, Fortran-contiguous.
+        download: of the labels; None if they stay there.
+        state: download of the executor's numbers.
+        marks: the end of each stage, the first the beginning.
+        plan: of the memory.
+        classes: of the network.
+        windows: run, over all passes.
+        windows_planned: of one pass.
+        engine: that runs the network, for messages.
+        uploaded: the volume, which must live as long.
+    """
+
+    labels: DeviceArray
+    download: Download | None
+    state: Download
+    marks: tuple[tuple[str, Mark], ...]
+    plan: MemoryPlan
+    classes: int
+    windows: int
+    windows_planned: int
+    engine: DeviceEngine
+    uploaded: Uploaded
+
+    def result(self) -> DeviceResult:
+        """Wait for the labels; may be called by another thread than the next volume's.
+
+        Raises:
+            EngineError: the device failed, or the network's logits are not finite.
+        """
+        state = self.state.wait().view(np.int32)
+        if state[0]:
+            info = self.engine.info
+            raise EngineError(
+                f"engine {info.name} gave logits that are not finite in {info.precision}; try "
+                "--precision fp32 or another engine"
+            )
+        labels: NDArray[np.uint8] | DeviceArray = self.labels
+        if self.download:
+            labels = self.download.wait().reshape(self.labels.shape, order="F")
+        counts = state[len(_STATE) :][: self.classes].astype(np.int64)
+        return DeviceResult(
+            labels,
+            counts,
+            int(state[1]),
+            self.windows,
+            self.windows_planned,
+            self._elapsed_ms(),
+            self.plan.describe(),
+        )
+
+    def _elapsed_ms(self) -> dict[str, float]:
+        elapsed: dict[str, float] = {}
+        for (_, before), (stage, after) in zip(self.marks, self.marks[1:], strict=False):
+            elapsed[stage] = elapsed.get(stage, 0.0) + after.elapsed_ms(before)
+        return elapsed
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the windows that hold anything."""
+
+    transform: Transform
+    plan: WindowPlan
+    windows: NDArray[np.int32]
+    which: Region  # these, on the device
+    places: Region  # per window of the plan, its place among these
+
+
+class _Run:
+    """One volume on its way through the kernels."""
+
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        options: DeviceOptions,
+        plan: MemoryPlan,
+        block: DeviceBuffer,
+        importance: _Importance,
+    ) -> None:
+        self._engine, self._options, self._plan, self._block = engine, options, plan, block
+        self._importance = importance
+        self._device = engine.device
+        self._marks: list[tuple[str, Mark]] = []
+
+    def _region(self, name: str) -> Region:
+        return self._plan.region(self._block, name)
+
+    def _number(self, index: int) -> int:
+        """Address of one of the numbers that come back."""
+        return self._state.pointer + 4 * index
+
+    def _mark(self, stage: str) -> None:
+        self._marks.append((stage, self._device.mark()))
+
+    def volume(
+        self, uploaded: Uploaded, progress: Callable[[float], None] | None, on_device: bool
+    ) -> Submitted:
+        """See `DeviceExecutor.submit`."""
+        device = self._device
+        self._mark("upload")
+        if uploaded.mark:
+            device.after(uploaded.mark)
+        self._mark("upload")
+        voxels = prod(uploaded.shape)
+        # Not of the block: they may still be on their way when the next volume begins.
+        given = device.allocate(_up(voxels) + 4 * _STATE_NUMBERS)
+        labels = Region.of(given, 0, voxels)
+        self._state = Region.of(given, _up(voxels), 4 * _STATE_NUMBERS)
+        device.clear(given)
+        box = self._normalise(uploaded)
+        self._mark("normalise")
+        passes = self._passes(box, len(uploaded.channels))
+        self._mark("windows")
+        for index in range(len(passes)):
+            self._network(passes[index], box, len(uploaded.channels))
+            self._mark("network")
+            self._blend(passes, index, box)
+            self._mark("blend")
+            if progress:
+                progress((index + 1) / len(passes))
+        self._clean(box)
+        self._mark("clean-up")
+        self._paste(labels, uploaded.place, box)
+        self._mark("paste")
+        shape = uploaded.place.shape
+        strides = (1, shape[0], shape[0] * shape[1])
+        whole = DeviceArray(labels.pointer, shape, strides, np.dtype(np.uint8), labels, device)
+        return Submitted(
+            whole,
+            None if on_device else device.download_behind(labels),
+            device.download_behind(self._state),
+            tuple(self._marks),
+            self._plan,
+            len(self._options.labels),
+            sum(len(one.windows) for one in passes),
+            len(passes[0].plan.windows),
+            self._engine,
+            uploaded,
+        )
+
+    def _normalise(self, uploaded: Uploaded) -> Box:
+        normalisation = self._options.normalisation
+        regions = self._region("scan"), self._region("refine")
+        scan = Scan(self._device, uploaded.channels, *regions)
+        box = scan.box
         if normalisation.foreground == "all":
-            low, high = np.zeros(3, int), np.array(shape) - 1
-        elif high[0] < 0:
+            box = Box((0, 0, 0), uploaded.shape)
+        elif box is None:
             raise VolumeError(
                 "all voxels of all channels are zero; check that the right files were given"
             )
-        size = [int(n) for n in high - low + 1]
-        image = device.allocate(4 * len(channels) * int(np.prod(size)))
-        for index, (volume, count) in enumerate(zip(volumes, counts, strict=True)):
-            found = self._downloaded(count, _VALUES, np.int32).astype(np.int64)
-            table = self._uploaded(table_of_counts(found, -(_VALUES // 2), normalisation, index))
-            target = image.pointer + 4 * index * int(np.prod(size))
-            normalise = kernels.NormaliseArgs(
-                volume.pointer,
-                table.pointer,
-                target,
-                placed[index][1],
-                Shape.of(size),
-                Shape.of([int(n) for n in low]),
-            )
-            device.launch("normalise", int(np.prod(size)), normalise)
-        return image, (size[0], size[1], size[2]), (int(low[0]), int(low[1]), int(low[2]))
+        scan.normalise(self._region("image"), box, normalisation)
+        return box
 
-    def _occupied(
-        self, image: DeviceBuffer, shape: Any, channels: int, transform: Transform, plan: WindowPlan
-    ) -> NDArray[np.int32]:
-        """Starts of the windows that hold anything, `(windows, 3)`."""
-        starts = np.array([window.start for window in plan.windows], np.int32)
-        flags, places = self._zeros(4 * len(starts)), self._uploaded(starts)
-        args = kernels.OccupyArgs(
-            image.pointer,
-            flags.pointer,
-            places.pointer,
-            Shape.of(shape),
-            Shape.of(plan.pad_before),
-            Shape.of(plan.window),
-            Turn.of(transform),
-            channels,
-            len(starts),
-        )
-        self._device.launch("occupy", int(np.prod(shape)), args)
-        keep = self._downloaded(flags, len(starts), np.int32) > 0
-        return np.ascontiguousarray(starts[keep])
-
-    def _pass(
-        self, image: DeviceBuffer, shape: Any, channels: int, transform: Transform
-    ) -> tuple[DeviceBuffer, DeviceBuffer, WindowPlan, int]:
-        """Blended logits and weights of the turned, padded image, its plan, and windows run."""
-        device, engine = self._device, self._engine
-        classes = len(self._options.labels)
-        plan = self._options.window.plan([shape[axis] for axis in transform.axes])
-        starts = self._occupied(image, shape, channels, transform, plan)
-        importance = self._uploaded(importance_map(plan.window))
-        voxels, padded = int(np.prod(plan.window)), int(np.prod(plan.padded_shape))
-        blended, weights = self._zeros(4 * classes * padded), self._zeros(4 * padded)
-        kind = 2 if engine.half else 4
-        batch = self._zeros(kind * engine.batch * channels * voxels)
-        logits = device.allocate(kind * engine.batch * classes * voxels)
-        for first in range(0, len(starts), engine.batch):
-            some = np.ascontiguousarray(starts[first : first + engine.batch])
-            places = self._uploaded(some)
-            gather = kernels.GatherArgs(
-                image.pointer,
-                batch.pointer,
-                places.pointer,
-                Shape.of(shape),
-                Shape.of(plan.pad_before),
-                Shape.of(plan.window),
+    def _passes(self, box: Box, channels: int) -> list[_Pass]:
+        """Find the windows of every pass that hold anything; waits once for all."""
+        transforms = self._options.transforms
+        plans = [self._options.window.plan([box.shape[a] for a in t.axes]) for t in transforms]
+        numbers = [len(plan.windows) for plan in plans]
+        starts = np.cumsum([0, *numbers]).tolist()
+        flags = Region.of(self._region("flags"), 0, 4 * starts[-1])
+        self._device.clear(flags)
+        for transform, plan, start in zip(transforms, plans, starts, strict=False):
+            args = kernels.OccupyArgs(
+                self._region("image").pointer,
+                flags.pointer + 4 * start,
+                Shape.of(box.shape),
+                Tiling.of(plan),
                 Turn.of(transform),
                 channels,
-                int(engine.half),
             )
-            device.launch("gather", len(some) * channels * voxels, gather)
-            engine.enqueue(batch, logits, plan.window)
-            blend = kernels.BlendArgs(
-                logits.pointer,
-                importance.pointer,
-                blended.pointer,
-                weights.pointer,
-                places.pointer,
-                Shape.of(plan.padded_shape),
-                Shape.of(plan.window),
-                len(some),
-                classes,
-                int(engine.half),
-            )
-            device.launch("blend", padded, blend)
-        return blended, weights, plan, len(starts)
+            self._device.launch("occupy", prod(box.shape), args)
+        found = np.empty(starts[-1], np.int32)
+        self._device.download(flags, found)
+        places = np.where(found > 0, 0, -1).astype(np.int32)
+        result = []
+        for index, (transform, plan) in enumerate(zip(transforms, plans, strict=True)):
+            own = slice(starts[index], starts[index + 1])
+            windows = np.flatnonzero(found[own]).astype(np.int32)
+            places[own][windows] = np.arange(len(windows))
+            which = Region.of(self._region("which"), 4 * self._plan.windows * index, windows.nbytes)
+            place = Region.of(self._region("places"), 4 * starts[index], 4 * numbers[index])
+            result.append(_Pass(transform, plan, windows, which, place))
+            if len(windows):
+                self._device.upload(windows, which)
+        self._device.upload(places, self._region("places"))
+        return result
 
-    def _classes(self, image: DeviceBuffer, shape: Any, channels: int) -> tuple[DeviceBuffer, int]:
-        """Class per voxel of the box over all passes, and windows run."""
-        options, count = self._options, len(self._options.labels)
-        voxels, windows = int(np.prod(shape)), 0
-        found = self._device.allocate(voxels)
-        several = len(options.transforms) > 1
-        scores = self._zeros(4 * count * voxels) if several else None
-        for transform in options.transforms:
-            blended, weights, plan, run = self._pass(image, shape, channels, transform)
-            windows += run
-            fuse = kernels.FuseArgs(
-                blended.pointer,
-                weights.pointer,
-                scores.pointer if scores else None,
-                None if scores else found.pointer,
-                Shape.of(shape),
-                Shape.of(plan.padded_shape),
-                Shape.of(plan.pad_before),
-                Turn.of(transform),
-                count,
-                int(options.fuse == "vote"),
-            )
-            self._device.launch("fuse", voxels, fuse)
-        if scores:
-            decide = kernels.DecideArgs(scores.pointer, found.pointer, voxels, count)
-            self._device.launch("decide", voxels, decide)
-        return found, windows
+    def _network(self, one: _Pass, box: Box, channels: int) -> None:
+        """Logits of every window of a pass, side by side."""
+        plan, classes = self._plan, len(self._options.labels)
+        window = prod(one.plan.window)
+        kind = 2 if self._engine.half else 4
+        image_bytes, logit_bytes = kind * channels * window, kind * classes * window
+        images, logits = self._region("images"), self._region("logits")
+        narrow = plan.half_logits and not self._engine.half
+        for start in range(0, len(one.windows), plan.chunk):
+            some = min(plan.chunk, len(one.windows) - start)
+            self._gather(one, box, channels, start, some)
+            for first in range(0, some, plan.batch):
+                batch = plan.batch
+                taken = Region.of(images, first * image_bytes, batch * image_bytes)
+                place = (start + first) * logit_bytes
+                given = Region.of(logits, place, batch * logit_bytes)
+                if narrow:
+                    given = self._region("wide")
+                shape = (batch, channels, *one.plan.window)
+                self._engine.enqueue(taken, given, shape)
+                if narrow:
+                    count = batch * classes * window
+                    kept = logits.pointer + place // 2
+                    self._device.launch("narrow", count, kernels.NarrowArgs(given.pointer, kept))
 
-    def _clean(self, classes: DeviceBuffer, shape: Any) -> int:
-        """Remove small components; how many."""
+    def _gather(self, one: _Pass, box: Box, channels: int, start: int, some: int) -> None:
+        args = kernels.GatherArgs(
+            self._region("image").pointer,
+            self._region("images").pointer,
+            one.which.pointer + 4 * start,
+            Shape.of(box.shape),
+            Tiling.of(one.plan),
+            Turn.of(one.transform),
+            channels,
+            int(self._engine.half),
+        )
+        self._device.launch("gather", some * channels * prod(one.plan.window), args)
+
+    def _blend(self, passes: list[_Pass], index: int, box: Box) -> None:
+        one, several = passes[index], len(passes) > 1
+        if self._importance.window != one.plan.window:
+            self._device.upload(importance_map(one.plan.window), self._region("importance"))
+            self._importance.window = one.plan.window
+        args = kernels.BlendArgs(
+            self._region("logits").pointer,
+            self._region("importance").pointer,
+            one.places.pointer,
+            None,
+            self._region("scores").pointer if several else None,
+            self._region("classes").pointer,
+            self._number(0),
+            Shape.of(box.shape),
+            Tiling.of(one.plan),
+            Turn.of(one.transform),
+            len(self._options.labels),
+            int(self._plan.half_logits),
+            int(self._options.fuse == "vote"),
+            int(index == 0),
+            int(index == len(passes) - 1),
+        )
+        self._device.launch("blend", prod(box.shape), args)
+
+    def _clean(self, box: Box) -> None:
+        """Remove small components."""
         if self._options.min_voxels <= 1:
-            return 0
-        voxels = int(np.prod(shape))
-        parents, sizes = (self._device.allocate(4 * voxels) for _ in range(2))
-        removed = self._zeros(4)
+            return
         args = kernels.LabelArgs(
-            classes.pointer,
-            parents.pointer,
-            sizes.pointer,
-            removed.pointer,
-            Shape.of(shape),
+            self._region("classes").pointer,
+            self._region("parents").pointer,
+            self._region("sizes").pointer,
+            self._number(1),
+            Shape.of(box.shape),
             self._options.min_voxels,
         )
         for name in ("label_start", "label_merge", "label_count", "label_remove"):
-            self._device.launch(name, voxels, args)
-        return int(self._downloaded(removed, 1, np.int32)[0])
+            self._device.launch(name, prod(box.shape), args)
 
-    def segment(self, channels: Sequence[NDArray[np.int16]]) -> DeviceResult:
-        """Segment one volume.
-
-        Args:
-            channels: C arrays `(X, Y, Z)` int16 of one shape, in the model's orientation.
-
-        Raises:
-            VolumeError: a channel has no foreground, or one value only.
-            EngineError: the engine or the device failed.
-        """
-        shape = channels[0].shape
-        image, box, origin = self._image(channels)
-        classes, windows = self._classes(image, box, len(channels))
-        removed = self._clean(classes, box)
-        labels, counts = self._zeros(int(np.prod(shape))), self._zeros(4 * kernels.MOST_CLASSES)
-        paste = kernels.PasteArgs(
-            classes.pointer,
+    def _paste(self, labels: Region, place: LabelPlace, box: Box) -> None:
+        args = kernels.PasteArgs(
+            self._region("classes").pointer,
             labels.pointer,
-            counts.pointer,
-            Strided(0, 1, shape[0], shape[0] * shape[1]),
-            Shape.of(box),
-            Shape.of(origin),
+            self._number(len(_STATE)),
+            place.layout,
+            Shape.of(box.shape),
+            Shape.of(box.origin),
             (ctypes.c_ubyte * kernels.MOST_CLASSES)(*self._options.labels),
         )
-        self._device.launch("paste", int(np.prod(box)), paste)
-        found = self._downloaded(labels, shape[::-1], np.uint8).T
-        voxels = self._downloaded(counts, kernels.MOST_CLASSES, np.int32).astype(np.int64)
-        return DeviceResult(found, voxels[: len(self._options.labels)], removed, windows)
+        self._device.launch("paste", prod(box.shape), args)

@@ -18,10 +18,13 @@ from typing import Any
 
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.tta import Transform
+from attnseg.runtime.windows import WindowPlan
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 MOST_CLASSES = 32
 _DIGEST_BYTES = 32
+MOST_INDICES = (1 << 32) - 1
+"""Of one launch."""
 
 
 class Shape(ctypes.Structure):
@@ -62,13 +65,48 @@ def _fields(pointers: str, shapes: str, *rest: tuple[str, Any]) -> tuple[tuple[s
     )
 
 
+class Tiling(ctypes.Structure):
+    """A window plan of `attnseg.runtime.windows`."""
+
+    _fields_ = tuple((name, Shape) for name in ("window", "count", "stride", "last", "pad"))
+
+    @classmethod
+    def of(cls, plan: WindowPlan) -> Tiling:
+        """From a plan."""
+        starts = [sorted({w.start[axis] for w in plan.windows}) for axis in range(3)]
+        return cls(
+            Shape.of(plan.window),
+            Shape.of([len(along) for along in starts]),
+            Shape.of([along[1] if len(along) > 1 else 1 for along in starts]),
+            Shape.of([along[-1] for along in starts]),
+            Shape.of(plan.pad_before),
+        )
+
+
+def _ints(names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, ctypes.c_int) for name in names.split())
+
+
 class ScanArgs(ctypes.Structure):
-    """Of kernel `scan`; one index per voxel."""
+    """Of kernels `scan` and `scan_float`; one index per voxel, in the order of memory."""
+
+    _fields_ = _fields("volume counts box", "shape", ("turn", Turn))
+
+
+class RefineArgs(ctypes.Structure):
+    """Of kernel `refine`; one index per voxel, in the order of memory."""
+
+    _fields_ = _fields("volume chosen counts", "")
+
+
+class MomentArgs(ctypes.Structure):
+    """Of kernel `moment`; one index per lane."""
 
     _fields_ = (
-        *_fields("volume counts box", ""),
-        ("layout", Strided),
-        ("shape", Shape),
+        *_fields("volume sums", ""),
+        ("mean", ctypes.c_double),
+        ("voxels", ctypes.c_longlong),
+        *_ints("lanes squared"),
     )
 
 
@@ -83,58 +121,55 @@ class NormaliseArgs(ctypes.Structure):
     )
 
 
+class NormaliseFloatArgs(ctypes.Structure):
+    """Of kernel `normalise_float`; one index per voxel of the box."""
+
+    _fields_ = (
+        *_fields("volume knots image", ""),
+        ("layout", Strided),
+        ("shape", Shape),
+        ("origin", Shape),
+        *_ints("count keep_zero"),
+    )
+
+
 class OccupyArgs(ctypes.Structure):
     """Of kernel `occupy`; one index per voxel of the image."""
 
-    _fields_ = _fields(
-        "image occupied starts",
-        "shape pad window",
+    _fields_ = (
+        *_fields("image occupied", "shape"),
+        ("tiling", Tiling),
         ("turn", Turn),
-        ("channels", ctypes.c_int),
-        ("windows", ctypes.c_int),
+        *_ints("channels"),
     )
 
 
 class GatherArgs(ctypes.Structure):
     """Of kernel `gather`; one index per element of the batch."""
 
-    _fields_ = _fields(
-        "image batch starts",
-        "shape pad window",
+    _fields_ = (
+        *_fields("image batch windows", "shape"),
+        ("tiling", Tiling),
         ("turn", Turn),
-        ("channels", ctypes.c_int),
-        ("half", ctypes.c_int),
+        *_ints("channels half"),
     )
+
+
+class NarrowArgs(ctypes.Structure):
+    """Of kernel `narrow`; one index per logit."""
+
+    _fields_ = _fields("logits kept", "")
 
 
 class BlendArgs(ctypes.Structure):
-    """Of kernel `blend`; one index per voxel of the padded image."""
+    """Of kernel `blend`; one index per voxel of the image."""
 
-    _fields_ = _fields(
-        "logits importance blended weights starts",
-        "padded window",
-        ("windows", ctypes.c_int),
-        ("classes", ctypes.c_int),
-        ("half", ctypes.c_int),
-    )
-
-
-class FuseArgs(ctypes.Structure):
-    """Of kernel `fuse`; one index per voxel of the image."""
-
-    _fields_ = _fields(
-        "blended weights scores classes",
-        "shape padded pad",
+    _fields_ = (
+        *_fields("logits importance places blended scores classes not_finite", "shape"),
+        ("tiling", Tiling),
         ("turn", Turn),
-        ("count", ctypes.c_int),
-        ("vote", ctypes.c_int),
+        *_ints("count half vote first last"),
     )
-
-
-class DecideArgs(ctypes.Structure):
-    """Of kernel `decide`; one index per voxel."""
-
-    _fields_ = _fields("scores classes", "", ("voxels", ctypes.c_longlong), ("count", ctypes.c_int))
 
 
 class LabelArgs(ctypes.Structure):
@@ -157,12 +192,15 @@ class PasteArgs(ctypes.Structure):
 
 ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "scan": ScanArgs,
+    "scan_float": ScanArgs,
+    "refine": RefineArgs,
+    "moment": MomentArgs,
     "normalise": NormaliseArgs,
+    "normalise_float": NormaliseFloatArgs,
     "occupy": OccupyArgs,
     "gather": GatherArgs,
+    "narrow": NarrowArgs,
     "blend": BlendArgs,
-    "fuse": FuseArgs,
-    "decide": DecideArgs,
     "label_start": LabelArgs,
     "label_merge": LabelArgs,
     "label_count": LabelArgs,

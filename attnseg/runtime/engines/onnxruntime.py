@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError, NotHereError
+from attnseg.runtime.errors import EngineError, NotHereError, OutOfMemoryError
 from attnseg.runtime.gpu import find_gpu
 
 _CUDA = "CUDAExecutionProvider"
+_BATCH = 4  # windows of one call; enough to fill a GPU, and a divisor of most volumes' windows
 
 
 class _Session:
@@ -34,6 +37,7 @@ class _Session:
             raise EngineError(f"{model}: ONNX Runtime refuses it ({error})") from error
         self._session.disable_fallback()  # to another provider, without a word
         self._input = self._session.get_inputs()[0].name
+        self._output = self._session.get_outputs()[0]
         half = self._session.get_inputs()[0].type == "tensor(float16)"
         self._type = np.float16 if half else np.float32
         self.version = str(ort.__version__)
@@ -52,6 +56,44 @@ class _Session:
                 f"ONNX Runtime failed on a batch of shape {batch.shape} ({error})"
             ) from error
         return np.asarray(result[0]).astype(np.float32, copy=False)
+
+    @property
+    def half(self) -> bool:
+        """Whether the graph takes and gives fp16."""
+        return self._type is np.float16
+
+    @property
+    def classes(self) -> int:
+        """Channels of the logits."""
+        return int(self._output.shape[1])
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Windows of one call, if the graph takes no other number."""
+        size = self._session.get_inputs()[0].shape[0]
+        return size if isinstance(size, int) else None
+
+    def run_on(
+        self, kind: str, number: int, images: int, logits: int, shape: Sequence[int]
+    ) -> None:
+        """Run on memory of a device, `cuda` or `cpu`; does not wait for the device."""
+        import onnxruntime as ort
+
+        binding = self._session.io_binding()
+        given = (shape[0], self.classes, *shape[2:])
+        binding.bind_input(self._input, kind, number, self._type, list(shape), images)
+        binding.bind_output(self._output.name, kind, number, self._type, list(given), logits)
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:  # its exceptions share no base but Exception
+            text = " ".join(str(error).split())
+            short = "Failed to allocate memory" in text or "out of memory" in text.lower()
+            kind_of_error = OutOfMemoryError if short else EngineError
+            raise kind_of_error(
+                f"ONNX Runtime failed on a batch of shape {tuple(shape)} ({text})"
+            ) from error
 
 
 class OnnxRuntimeEngine:
@@ -84,42 +126,110 @@ class OnnxRuntimeEngine:
         return self._session.infer(batch)
 
 
-class OnnxRuntimeCudaEngine:
-    """Runs an ONNX graph by ONNX Runtime's CUDA provider, in the graph's own precision."""
+class OnnxRuntimeDeviceEngine:
+    """Runs an ONNX graph on memory of a device, in the graph's own precision, by IO binding."""
 
-    def __init__(self, model: Path, precision: str) -> None:
-        """Open `model`.
+    def __init__(self, session: _Session, precision: str, device: Device, limit: int = 0) -> None:
+        """An open session.
 
-        Raises:
-            EngineError: there is no GPU, onnxruntime-gpu is missing or cannot load its CUDA
-                libraries, or it refuses the file.
+        Args:
+            session: of the graph, with a provider for the device.
+            precision: of the graph.
+            device: where it runs.
+            limit: device memory that the session may take, 0 if it has no limit.
         """
-        gpu = find_gpu()
-        try:
-            importlib.metadata.version("onnxruntime-gpu")
-            import onnxruntime as ort
-        except ImportError as error:  # PackageNotFoundError is one too
-            raise NotHereError(
-                "onnxruntime-gpu is not installed; pip install 'attnseg[gpu]'"
-            ) from error
-        if _CUDA not in ort.get_available_providers():
-            raise NotHereError(
-                "onnxruntime is installed beside onnxruntime-gpu and hides its CUDA provider; "
-                "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu"
-            )
-        with redirect_stdout(io.StringIO()):  # it prints
-            ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
-        # TensorFloat-32 would round fp32 graphs to 10 bits.
-        settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
-        self._session = _Session(model, {}, [(_CUDA, settings)])
-        if self._session.provider != _CUDA:  # it goes on without a word on the processor
-            raise NotHereError(
-                "ONNX Runtime could not load its CUDA provider; pip install "
-                "'onnxruntime-gpu[cuda,cudnn]', and see attnseg doctor for the driver"
-            )
-        version = self._session.version
-        self.info = EngineInfo("onnxruntime-cuda", version, precision, gpu.name)
+        self._session, self._device, self.memory_bytes = session, device, limit
+        name = "onnxruntime-cuda" if device.kind == "cuda" else "onnxruntime"
+        self.info = EngineInfo(name, session.version, precision, device.name)
+
+    @property
+    def device(self) -> Device:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return self._device
+
+    @property
+    def half(self) -> bool:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return self._session.half
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        fixed = self._session.fixed_batch
+        return (fixed, fixed) if fixed else (_BATCH, 1)
+
+    def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
+        """See `attnseg.runtime.engines.base.DeviceEngine.enqueue`."""
+        device = self._device
+        self._session.run_on(device.kind, device.number, images.pointer, logits.pointer, shape)
 
     def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `attnseg.runtime.engines.base.Engine.infer`."""
-        return self._session.infer(batch)
+        kind = np.float16 if self.half else np.float32
+        content = np.ascontiguousarray(batch, kind)
+        logits = np.empty((len(batch), self._session.classes, *batch.shape[2:]), kind)
+        with self._device.active():
+            taken, given = (
+                Region.of(self._device.allocate(array.nbytes), 0, array.nbytes)
+                for array in (content, logits)
+            )
+            self._device.upload(content, taken)
+            self.enqueue(taken, given, batch.shape)
+            self._device.download(given, logits)
+        return logits.astype(np.float32, copy=False)
+
+
+def _import_gpu_runtime() -> Any:
+    """ONNX Runtime with its CUDA provider. Raises `NotHereError` if it is not installed."""
+    try:
+        importlib.metadata.version("onnxruntime-gpu")
+        import onnxruntime as ort
+    except ImportError as error:  # PackageNotFoundError is one too
+        raise NotHereError(
+            "onnxruntime-gpu is not installed; pip install 'attnseg[gpu]'"
+        ) from error
+    if _CUDA not in ort.get_available_providers():
+        raise NotHereError(
+            "onnxruntime is installed beside onnxruntime-gpu and hides its CUDA provider; "
+            "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu"
+        )
+    return ort
+
+
+def open_onnxruntime_cuda(
+    model: Path, precision: str, card: Callable[[], Device], limit: int = 0
+) -> OnnxRuntimeDeviceEngine:
+    """Open an ONNX graph on the GPU.
+
+    Args:
+        model: the graph.
+        precision: of the graph.
+        card: opens the GPU.
+        limit: device memory that ONNX Runtime may take for weights and activations, in bytes; 0
+            for any.
+
+    Raises:
+        EngineError: there is no GPU, onnxruntime-gpu is missing or cannot load its CUDA libraries,
+            or it refuses the file.
+    """
+    find_gpu()
+    ort = _import_gpu_runtime()
+    device = card()
+    with redirect_stdout(io.StringIO()):  # it prints
+        ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
+    settings = {
+        "device_id": str(device.number),
+        "user_compute_stream": str(device.stream),
+        "use_tf32": "0",  # TensorFloat-32 would round fp32 graphs to 10 bits
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+    }
+    if limit:
+        settings["gpu_mem_limit"] = str(limit)
+    with device.active():
+        session = _Session(model, {}, [(_CUDA, settings)])
+    if session.provider != _CUDA:  # it goes on without a word on the processor
+        raise NotHereError(
+            "ONNX Runtime could not load its CUDA provider; pip install "
+            "'onnxruntime-gpu[cuda,cudnn]', and see attnseg doctor for the driver"
+        )
+    return OnnxRuntimeDeviceEngine(session, precision, device, limit)

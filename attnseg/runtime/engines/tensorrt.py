@@ -1,7 +1,8 @@
 """TensorRT 10 and 11 and TensorRT-RTX: one adapter, as their bindings agree.
 
-An engine file has one window and one batch size. Its input and output lie in device memory that the
-adapter owns; windows come and go through it.
+An engine file has one window and one batch size. It runs on the device's stream, on memory of the
+caller. What it does for one pair of addresses is recorded at the second time and repeated from then
+on (a CUDA graph), which spares the launches of its some sixty kernels.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.bundle import EngineBuild
-from attnseg.runtime.cuda.device import CudaDevice, Device
+from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import EngineError, NotHereError
 from attnseg.runtime.gpu import Gpu, capability, find_gpu
@@ -27,6 +29,7 @@ from attnseg.runtime.windows import Shape
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
 _AMPERE = 80
+_MOST_RECORDED = 256  # pairs of addresses; a volume of 512x512x300 has 192 windows of 64
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX builds for by name."""
 
@@ -112,9 +115,20 @@ def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None
 
 
 def open_tensorrt(
-    file: Path, build: EngineBuild, precision: str, window: Shape | None
+    file: Path,
+    build: EngineBuild,
+    precision: str,
+    window: Shape | None,
+    card: Callable[[], Device],
 ) -> TensorRtEngine:
     """Open an engine file of a bundle on this machine's GPU.
+
+    Args:
+        file: the engine.
+        build: what it was built for.
+        precision: of its network.
+        window: that it must take; None for any size.
+        card: opens the GPU; called when the file fits it.
 
     Raises:
         EngineError: there is no GPU or no library, the file is for another one, or the library
@@ -123,7 +137,7 @@ def open_tensorrt(
     gpu = find_gpu()
     library = load_library(build.builder)
     check_build(build, library.__version__, gpu, window)
-    return TensorRtEngine(file, build, precision, CudaDevice(), library, _cache_file(file, build))
+    return TensorRtEngine(file, build, precision, card(), library, _cache_file(file, build))
 
 
 def _cache_file(file: Path, build: EngineBuild) -> Path | None:
@@ -167,9 +181,12 @@ class TensorRtEngine:
         self._cache: Any = None  # the context uses it as long as it lives
         self._kept = False
         self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
+        self.batches = (build.batch, build.batch)
+        self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
         self._log.error = ""
         try:
-            self._load(build)
+            with device.active():
+                self._load(build)
         except EngineError:
             raise
         except Exception as error:  # the bindings' errors share no base but Exception
@@ -219,11 +236,10 @@ class TensorRtEngine:
         channels = engine.get_tensor_shape(inputs[0])[1]
         if not self._context.set_input_shape(inputs[0], (build.batch, channels, *build.window)):
             raise self._failure("does not take the window of the manifest")
-        self._arrays = [self._host_array(name) for name in (inputs[0], outputs[0])]
-        self._buffers = [self._device.allocate(array.nbytes) for array in self._arrays]
-        for name, buffer in zip((inputs[0], outputs[0]), self._buffers, strict=True):
-            if not self._context.set_tensor_address(name, buffer.pointer):
-                raise self._failure("does not take its memory")
+        self._names = inputs[0], outputs[0]
+        self._arrays = [self._host_array(name) for name in self._names]
+        if self._arrays[0].dtype != self._arrays[1].dtype:
+            raise EngineError(f"{self._file.name}: its input and output are not of one type")
 
     def _host_array(self, name: str) -> NDArray[Any]:
         types = {self._library.DataType.HALF: np.float16, self._library.DataType.FLOAT: np.float32}
@@ -232,24 +248,70 @@ class TensorRtEngine:
             raise EngineError(f"{self._file.name}: its {name} is neither fp16 nor fp32")
         return np.zeros(tuple(self._context.get_tensor_shape(name)), kind)
 
+    @property
+    def device(self) -> Device:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return self._device
+
+    @property
+    def half(self) -> bool:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return self._arrays[0].dtype == np.float16
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its activations, and its file, which is mostly weights."""
+        return int(self._engine.device_memory_size_v2) + self._file.stat().st_size
+
+    def _execute(self, images: int, logits: int, stream: int) -> None:
+        for name, pointer in zip(self._names, (images, logits), strict=True):
+            if not self._context.set_tensor_address(name, pointer):
+                raise self._failure("does not take its memory")
+        self._log.error = ""
+        if not self._context.execute_async_v3(stream):
+            raise self._failure("failed")
+
+    def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
+        """See `attnseg.runtime.engines.base.DeviceEngine.enqueue`."""
+        if tuple(shape) != self._arrays[0].shape:
+            raise self._refused(shape)
+        key = images.pointer, logits.pointer
+        if key not in self._recorded:  # the first run may set things up, and is not recorded
+            if len(self._recorded) == _MOST_RECORDED:
+                self._recorded.clear()
+            self._recorded[key] = None
+            self._execute(*key, self._device.stream)
+            return
+        repeat = self._recorded[key]
+        if repeat is None:
+            repeat = self._device.recorded(lambda stream: self._execute(*key, stream))
+            repeat = repeat or (lambda: self._execute(*key, self._device.stream))
+            self._recorded[key] = repeat
+        repeat()
+
+    def _refused(self, shape: Sequence[int]) -> EngineError:
+        return EngineError(
+            f"{self.info.name} failed on a batch of shape {tuple(shape)} (the engine takes "
+            f"{self._arrays[0].shape})"
+        )
+
     def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `attnseg.runtime.engines.base.Engine.infer`."""
         image, logits = self._arrays
         if batch.shape[1:] != image.shape[1:]:
-            raise EngineError(
-                f"{self.info.name} failed on a batch of shape {batch.shape} (the engine takes "
-                f"{image.shape})"
-            )
+            raise self._refused(batch.shape)
         result = np.empty((len(batch), *logits.shape[1:]), np.float32)
-        for start in range(0, len(batch), len(image)):
-            part = batch[start : start + len(image)]
-            image[: len(part)] = part
-            self._device.upload(image, self._buffers[0])
-            self._log.error = ""
-            if not self._context.execute_async_v3(self._device.stream):
-                raise self._failure("failed")
-            self._device.download(self._buffers[1], logits)
-            result[start : start + len(part)] = logits[: len(part)]
+        with self._device.active():
+            regions = [
+                Region.of(self._device.allocate(a.nbytes), 0, a.nbytes) for a in self._arrays
+            ]
+            for start in range(0, len(batch), len(image)):
+                part = batch[start : start + len(image)]
+                image[: len(part)] = part
+                self._device.upload(image, regions[0])
+                self.enqueue(regions[0], regions[1], image.shape)
+                self._device.download(regions[1], logits)
+                result[start : start + len(part)] = logits[: len(part)]
         self._keep_cache()
         return result
 

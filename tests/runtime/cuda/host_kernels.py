@@ -6,8 +6,6 @@ import ctypes
 import subprocess
 from pathlib import Path
 
-import numpy as np
-
 from attnseg.runtime.cuda.kernels import ARGUMENTS, SOURCE
 
 FLAGS = ("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
@@ -24,9 +22,4 @@ class HostKernels:
 
     def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
         assert isinstance(args, ARGUMENTS[name])
-        self._library[name](ctypes.c_longlong(count), ctypes.byref(args))
-
-
-def pointer(array: np.ndarray) -> int:
-    assert array.flags.c_contiguous
-    return int(array.ctypes.data)
+        self._library[name](ctypes.c_uint(count), ctypes.byref(args))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attnseg.runtime.cuda.device import CudaDevice, HostDevice, _in
+from attnseg.runtime.cuda.device import HostDevice, Region
 from attnseg.runtime.errors import EngineError
 
 
@@ -28,22 +28,19 @@ def test_a_pointer_is_where_the_bytes_are() -> None:
     assert buffer.size_bytes == 8
 
 
-def test_an_error_of_cuda_names_itself_and_the_step() -> None:
-    @_in("upload")
-    def fails(text: str) -> None:
-        raise RuntimeError(text)
+def test_a_region_is_a_part_that_keeps_the_whole() -> None:
+    device = HostDevice()
+    region = Region.of(device.allocate(8), 2, 3)
+    whole = region.buffer
+    device.clear(whole)
+    device.upload(np.array([7, 8, 9], np.uint8), region)
+    back = np.empty(8, np.uint8)
+    device.download(whole, back)
+    assert back.tolist() == [0, 0, 7, 8, 9, 0, 0, 0]
+    device.clear(region)
+    np.testing.assert_array_equal(device.download_behind(whole).wait(), np.zeros(8))
 
-    message = r"the GPU failed in upload: CUDA_ERROR_LAUNCH_FAILED: it failed$"
-    with pytest.raises(EngineError, match=message):
-        fails("CUDA_ERROR_LAUNCH_FAILED:\nit failed")
-    with pytest.raises(EngineError, match="OUT_OF_MEMORY; free memory on the GPU"):
-        fails("CUDA_ERROR_OUT_OF_MEMORY")
 
-
-def test_without_a_gpu_the_cuda_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> None:
-        raise EngineError("no NVIDIA driver on this machine")
-
-    monkeypatch.setattr("attnseg.runtime.cuda.device.find_gpu", none)
-    with pytest.raises(EngineError, match="no NVIDIA driver"):
-        CudaDevice()
+def test_without_kernels_nothing_is_launched() -> None:
+    with pytest.raises(EngineError, match="opened without kernels"):
+        HostDevice().launch("scan", 1, None)  # type: ignore[arg-type]

@@ -1,80 +1,47 @@
-"""The whole device executor on the host, against the numpy path with the same engine."""
+"""The whole device executor, against the numpy path with the same engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.cuda.device import DeviceBuffer, HostDevice, _array
-from attnseg.runtime.cuda.executor import DeviceExecutor, DeviceOptions, DeviceResult
+from attnseg.runtime.cuda.device import Device, DeviceArray, HostDevice
+from attnseg.runtime.cuda.executor import DeviceExecutor, DeviceOptions
 from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.engines.cpu import open_engine
-from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.errors import EngineError, OutOfMemoryError, VolumeError
 from attnseg.runtime.executor import WindowOptions
-from attnseg.runtime.normalise import Normalisation
+from attnseg.runtime.normalise import Landmarks, Normalisation, normalise
 from attnseg.runtime.scans import find_cases
+from attnseg.runtime.segmenter import Segmentation
 from attnseg.runtime.tta import PASSES
 from attnseg.runtime.volume import read_volume
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import LinearEngine
-from tests.runtime.cuda.host_kernels import HostKernels
+from tests.runtime.cuda.engines import Halved, Through
 
 MATRIX = np.random.default_rng(8).standard_normal((4, 4)).astype(np.float32)
-
-
-class OnHost:
-    """An engine of host arrays as one of device memory; several windows at a time."""
-
-    def __init__(self, engine: Engine, batch: int, half: bool = False) -> None:
-        self._engine, self.batch, self.half = engine, batch, half
-
-    def enqueue(self, images: DeviceBuffer, logits: DeviceBuffer, window: Sequence[int]) -> None:
-        kind = np.float16 if self.half else np.float32
-        batch, result = (
-            _array(buffer.pointer, buffer.size_bytes).view(kind).reshape(self.batch, 4, *window)
-            for buffer in (images, logits)
-        )
-        for index in range(self.batch):
-            part = batch[index : index + 1].astype(np.float32)
-            result[index] = self._engine.infer(part)[0]
-
-
-@pytest.fixture(scope="session")
-def device(tmp_path_factory: pytest.TempPathFactory) -> HostDevice:
-    return HostDevice(HostKernels(tmp_path_factory.mktemp("kernels")).launch)
-
-
-def options(bundle: Bundle, chosen: SegmentOptions) -> DeviceOptions:
-    inference = bundle.manifest.inference
-    window = None if chosen.window == "full" else inference.window
-    if isinstance(chosen.window, int):
-        window = (chosen.window,) * 3
-    return DeviceOptions(
-        WindowOptions(window, inference.overlap, inference.window_multiple),
-        PASSES[chosen.tta],
-        chosen.fuse,
-        inference.min_voxels if chosen.min_voxels is None else chosen.min_voxels,
-        bundle.manifest.normalisation,
-        tuple(label.value for label in bundle.manifest.labels),
-    )
+LINEAR = LinearEngine(MATRIX)
+BUNDLE = Bundle.default()
 
 
 def both(
-    device: HostDevice, engine: Engine, volume: Volume, chosen: SegmentOptions, batch: int = 3
-) -> tuple[DeviceResult, np.ndarray]:
-    bundle = Bundle.default()
-    executor = DeviceExecutor(device, OnHost(engine, batch), options(bundle, chosen))
-    turned = volume.oriented(bundle.manifest.orientation)
-    result = executor.segment(turned.channels)  # type: ignore[arg-type]
-    expected = Segmenter(bundle, chosen, engine).segment(turned)
-    voxels = np.bincount(expected.labels.ravel(), minlength=5)[[1, 2, 4]]
-    np.testing.assert_array_equal(result.voxels[1:], voxels)
+    engine: Through, reference: Engine, volume: Volume, chosen: SegmentOptions
+) -> tuple[Segmentation, Segmentation]:
+    """The same by the device executor and by numpy; all but the labels is compared here."""
+    result = Segmenter(BUNDLE, chosen, engine).segment(volume)
+    expected = Segmenter(BUNDLE, chosen, reference).segment(volume)
+    assert result.volumes_ml == expected.volumes_ml
     assert result.components_removed == expected.components_removed
-    return result, expected.labels
+    assert result.windows == expected.windows
+    assert result.memory["planned_bytes"]
+    return result, expected
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +49,7 @@ def volume(small_synthetic: SyntheticCase) -> Volume:
     return Volume(small_synthetic.images, small_synthetic.affine)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batches", [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -90,84 +57,349 @@ def volume(small_synthetic: SyntheticCase) -> Volume:
         SegmentOptions(tta="paper"),
         SegmentOptions(tta="mirror8", fuse="mean"),
         SegmentOptions(window=32, min_voxels=0),
+        SegmentOptions(window=32, overlap=0.7, min_voxels=20),
         SegmentOptions(window="full", tta="paper"),
     ],
-    ids=["default", "vote", "mean", "small windows", "one pass"],
+    ids=["default", "vote", "mean", "small windows", "overlap", "one pass"],
 )
 def test_labels_are_the_numpy_executors(
-    device: HostDevice, volume: Volume, chosen: SegmentOptions, batch: int
+    device: Device, volume: Volume, chosen: SegmentOptions, batches: tuple[int, int]
 ) -> None:
-    result, expected = both(device, LinearEngine(MATRIX), volume, chosen, batch)
-    assert len(np.unique(expected)) > 2
-    np.testing.assert_array_equal(result.labels, expected)
+    result, expected = both(Through(device, LINEAR, batches), LINEAR, volume, chosen)
+    assert len(np.unique(expected.labels)) > 2
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+def test_an_engine_of_fp16_gives_what_it_gives_to_numpy(device: Device, volume: Volume) -> None:
+    chosen = SegmentOptions(tta="paper")
+    engine = Through(device, LINEAR, half=True)
+    result, expected = both(engine, Halved(LINEAR), volume, chosen)
+    np.testing.assert_array_equal(result.labels, expected.labels)
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "SAL", "IPR"])
 def test_any_orientation_in_memory_gives_the_same(
-    device: HostDevice, volume: Volume, orientation: str
+    device: Device, volume: Volume, orientation: str
 ) -> None:
-    expected, _ = both(device, LinearEngine(MATRIX), volume, SegmentOptions())
     turned = volume.oriented(orientation)
     copied = Volume([np.asfortranarray(c) for c in turned.channels], turned.affine)
-    result, _ = both(device, LinearEngine(MATRIX), copied, SegmentOptions())
+    result, expected = both(Through(device, LINEAR), LINEAR, copied, SegmentOptions())
     np.testing.assert_array_equal(result.labels, expected.labels)
+    assert result.labels.flags.f_contiguous  # as files hold it
 
 
-def test_a_slice_of_a_larger_array_is_taken(device: HostDevice, volume: Volume) -> None:
-    expected, _ = both(device, LinearEngine(MATRIX), volume, SegmentOptions())
+def test_a_slice_of_a_larger_array_is_taken(device: Device, volume: Volume) -> None:
     padded = [np.pad(c, 4)[4:-4, 4:-4, 4:-4] for c in volume.channels]
-    result, _ = both(device, LinearEngine(MATRIX), Volume(padded, volume.affine), SegmentOptions())
+    sliced = Volume(padded, volume.affine)
+    result, expected = both(Through(device, LINEAR), LINEAR, sliced, SegmentOptions())
     np.testing.assert_array_equal(result.labels, expected.labels)
 
 
-def test_the_same_case_gives_the_same_bytes(device: HostDevice, volume: Volume) -> None:
-    chosen = SegmentOptions(tta="paper")
-    first, second = (
-        both(device, LinearEngine(MATRIX), volume, chosen)[0].labels.tobytes() for _ in range(2)
-    )
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
+def test_any_type_of_voxel_is_taken(device: Device, volume: Volume, kind: Any) -> None:
+    top = np.iinfo(kind).max if np.issubdtype(kind, np.integer) else 1e6
+    channels = []
+    for channel in volume.channels:
+        part = np.asarray(channel, np.float64) / np.max(channel)
+        values = (part * min(top, 60_000)).astype(kind)
+        values[part > 0] = np.maximum(values[part > 0], 1)
+        channels.append(values)
+    typed = Volume(channels, volume.affine)
+    result, expected = both(Through(device, LINEAR), LINEAR, typed, SegmentOptions())
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+class Probe:
+    """An engine that keeps the one window that it is given, and finds nothing."""
+
+    batches, half, memory_bytes = (1, 1), False, 0
+    info = LINEAR.info
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.seen = np.empty(0, np.float32)
+
+    def infer(self, batch: np.ndarray) -> Any:
+        raise AssertionError("the device executor does not call it")
+
+    def enqueue(self, images: Any, logits: Any, shape: Any) -> None:
+        self.seen = np.empty(tuple(shape), np.float32)
+        self.device.download(images, self.seen)
+        zeros = np.zeros((1, 2, *shape[2:]), np.float32)
+        self.device.upload(zeros, logits)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([np.int16, np.float32]),
+    st.sampled_from(["nonzero", "all"]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([3, 40, 30_000]),
+)
+def test_what_the_network_sees_is_normalised_as_numpy_does(
+    host: HostDevice, kind: Any, foreground: Any, matched: bool, seed: int, levels: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-levels, levels, (2, 8, 8, 8))
+    channels = (values * (rng.random(values.shape) < 0.7)).astype(kind)
+    if kind == np.float32:
+        channels *= np.float32(0.37)
+    channels[:, 0, 0, 0], channels[:, 7, 7, 7] = levels, 1  # the box is the whole
+    landmarks = Landmarks((1, 50, 90), ((-1.5, 0.1, 2.0), (-1.0, 0.5, 1.0))) if matched else None
+    normalisation = Normalisation(foreground, landmarks)
+    window = WindowOptions((8, 8, 8))
+    probe = Probe(host)
+    options = DeviceOptions(window, PASSES["none"], "vote", 0, normalisation, (0, 1))
+    DeviceExecutor(probe, options).segment(list(channels))
+    expected = normalise(channels, normalisation)
+    if kind == np.int16:
+        np.testing.assert_array_equal(probe.seen[0], expected)
+    else:
+        np.testing.assert_allclose(probe.seen[0], expected, rtol=2e-6, atol=2e-6)
+
+
+def test_the_same_case_gives_the_same_bytes(device: Device, volume: Volume) -> None:
+    segmenter = Segmenter(BUNDLE, SegmentOptions(tta="paper"), Through(device, LINEAR, half=True))
+    first, second = (segmenter.segment(volume).labels.tobytes() for _ in range(2))
     assert first == second
 
 
-def test_the_shipped_model_finds_the_same_on_whole_cases(
-    device: HostDevice, integration_data: Path
+def test_volumes_of_other_shapes_follow_one_another(device: Device, volume: Volume) -> None:
+    engine = Through(device, LINEAR)
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), engine)
+    small = Volume([c[5:60, 9:80, 3:] for c in volume.channels], volume.affine)
+    for one in (volume, small, volume):
+        expected = Segmenter(BUNDLE, SegmentOptions(), LINEAR).segment(one)
+        np.testing.assert_array_equal(segmenter.segment(one).labels, expected.labels)
+
+
+def test_a_volume_may_come_and_go_while_another_is_segmented(
+    device: Device, volume: Volume
 ) -> None:
-    engine = open_engine("openvino", Bundle.default().file("onnx"), "fp32", 2)
-    case = find_cases(integration_data, Bundle.default().manifest.channels).cases[0]
-    volume = read_volume(case.files)
-    result, expected = both(device, engine, volume, SegmentOptions(), batch=1)
-    np.testing.assert_array_equal(result.labels, expected)
-    assert result.voxels[1:].sum() > 1000
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(device, LINEAR))
+    mirrored = Volume([c[::-1].copy() for c in volume.channels], volume.affine)
+    staged = [segmenter.stage(one) for one in (volume, mirrored, volume)]
+    pending = [segmenter.submit(one) for one in staged]
+    results = [one.result() for one in pending]
+    for one, result in zip((volume, mirrored, volume), results, strict=True):
+        expected = Segmenter(BUNDLE, SegmentOptions(), LINEAR).segment(one)
+        np.testing.assert_array_equal(result.labels, expected.labels)
 
 
+def test_windows_without_brain_are_not_run(host: HostDevice) -> None:
+    rng = np.random.default_rng(2)
+    channels = [np.zeros((96, 96, 96), np.int16) for _ in range(4)]
+    for channel in channels:
+        channel[:8, :8, :8] = rng.integers(1, 9, (8, 8, 8))
+        channel[-8:, -8:, -8:] = rng.integers(1, 9, (8, 8, 8))
+    engine = Through(host, LINEAR, (1, 1))
+    chosen = SegmentOptions(window=32, overlap=0.0, min_voxels=0)
+    result, expected = both(engine, LINEAR, Volume(channels, np.diag([-1, -1, 1, 1])), chosen)
+    assert len(engine.shapes) == 2 and result.windows == 27
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+@pytest.fixture(scope="module")
+def cases(integration_data: Path) -> list[Volume]:
+    """Three cases, or the one that there is."""
+    found = find_cases(integration_data, BUNDLE.manifest.channels).cases
+    return [read_volume(case.files) for case in found[:: max(1, len(found) // 3)][:3]]
+
+
+def test_the_shipped_model_finds_the_same_in_whole_cases(
+    host: HostDevice, cases: list[Volume]
+) -> None:
+    engine = open_engine("openvino", BUNDLE.file("onnx"), "fp32", 2)
+    for case in cases:
+        chosen = SegmentOptions()
+        result, expected = both(Through(host, engine, (1, 1)), engine, case, chosen)
+        np.testing.assert_array_equal(result.labels, expected.labels)
+        assert np.count_nonzero(result.labels) > 1000
+        assert 0 < result.memory["planned_bytes"] < 2e9  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
 @pytest.mark.parametrize(
     ("change", "message"), [(0, "channel 2 holds only zeros"), (7, "channel 2 holds no value but")]
 )
 def test_a_channel_without_content_is_refused(
-    device: HostDevice, volume: Volume, change: int, message: str
+    device: Device, volume: Volume, change: int, message: str, kind: Any
 ) -> None:
-    channels = [np.array(c) for c in volume.channels]
-    channels[1] = (channels[1] > 0).astype(np.int16) * np.int16(change)
-    executor = DeviceExecutor(
-        device, OnHost(LinearEngine(MATRIX), 1), options(Bundle.default(), SegmentOptions())
-    )
+    channels = [np.array(c, kind) for c in volume.channels]
+    channels[1] = ((channels[1] > 0) * change).astype(kind)
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(device, LINEAR))
     with pytest.raises(VolumeError, match=message):
-        executor.segment(channels)
+        segmenter.segment(Volume(channels, volume.affine))
+    empty = [channels[1] * kind(0)] * 4
+    executor = segmenter._executor
+    assert executor is not None
     with pytest.raises(VolumeError, match="all voxels of all channels are zero"):
-        executor.segment([c * np.int16(0) for c in channels])
+        executor.segment(empty)
+    result, expected = both(Through(device, LINEAR), LINEAR, volume, SegmentOptions())
+    np.testing.assert_array_equal(result.labels, expected.labels)  # a failure changes nothing
 
 
-def test_the_whole_volume_is_the_box_where_the_model_says_so(device: HostDevice) -> None:
-    rng = np.random.default_rng(9)
-    channels = [rng.integers(-500, 500, (20, 18, 16)).astype(np.int16) for _ in range(4)]
-    chosen = DeviceOptions(
-        WindowOptions((16, 16, 16), 0.25),
-        PASSES["none"],
-        "vote",
-        0,
-        Normalisation(foreground="all"),
-        (0, 1, 2, 4),
-    )
-    result = DeviceExecutor(device, OnHost(LinearEngine(MATRIX), 2), chosen).segment(channels)
-    z_scores = np.stack([(c - c.mean()) / c.std() for c in channels]).astype(np.float32)
-    expected = np.einsum("kc,cxyz->kxyz", MATRIX, z_scores).argmax(axis=0)
-    assert np.mean(result.labels == np.array([0, 1, 2, 4])[expected]) > 0.999
+def test_logits_that_are_not_finite_are_refused(device: Device, volume: Volume) -> None:
+    broken = LinearEngine(MATRIX * np.float32(np.inf))
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(device, broken))
+    with pytest.raises(EngineError, match="logits that are not finite in fp32; try --precision"):
+        segmenter.segment(volume)
+
+
+def least_bytes(error: str) -> int:
+    return int(error.split("at least ")[1].split(" MB")[0]) * 10**6
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_less_memory_means_smaller_batches_and_the_same_labels(
+    device: Device, volume: Volume, half: bool
+) -> None:
+    def segmented(most: int | None) -> Segmentation:
+        engine = Through(device, LINEAR, half=half)
+        chosen = SegmentOptions(tta="paper", window=32, max_memory_bytes=most)
+        return Segmenter(BUNDLE, chosen, engine).segment(volume)
+
+    with pytest.raises(OutOfMemoryError, match=r"80x88x72 takes at least \d+ MB .* allows 1 MB"):
+        segmented(10**6)
+    with pytest.raises(OutOfMemoryError) as refused:
+        segmented(10**6)
+    free = segmented(None)
+    tight = segmented(least_bytes(str(refused.value)))
+    assert int(tight.memory["batch"]) <= int(free.memory["batch"]) == 3
+    assert tight.memory["logits"] == "fp16"
+    assert int(tight.memory["planned_bytes"]) <= least_bytes(str(refused.value))
+    assert int(tight.memory["planned_bytes"]) < int(free.memory["planned_bytes"])
+    # Logits of fp32 are kept in fp16 then: classes change where two are nearly equal.
+    assert np.mean(tight.labels != free.labels) <= (0 if half else 1e-3)
+
+
+class Small(HostDevice):
+    """A host device with little memory."""
+
+    def __init__(self, device: HostDevice, most: int) -> None:
+        super().__init__(device._launcher)
+        self._most = most
+
+    def allocate(self, size_bytes: int) -> Any:
+        if size_bytes > self._most:
+            raise OutOfMemoryError("the GPU failed in allocating memory: CUDA_ERROR_OUT_OF_MEMORY")
+        return super().allocate(size_bytes)
+
+    def free_bytes(self) -> int:
+        return self._most
+
+
+def test_a_smaller_batch_is_tried_once_where_memory_is_short(
+    host: HostDevice, volume: Volume
+) -> None:
+    chosen = SegmentOptions(window=32)
+    engine = Through(Small(host, 26 * 10**6), LINEAR)
+    result = Segmenter(BUNDLE, chosen, engine).segment(volume)
+    assert result.memory["batch"] == 1 and result.memory["logits"] == "fp16"
+    smaller = Through(Small(host, 2 * 10**6), LINEAR)
+    message = r"takes \d+ MB of device memory, and at least \d+ MB with .*; 2 MB are free: close"
+    with pytest.raises(OutOfMemoryError, match=message):
+        Segmenter(BUNDLE, chosen, smaller).segment(volume)
+    least = Through(Small(host, 10**6), LINEAR)
+    with pytest.raises(
+        OutOfMemoryError, match=r"a channel of the volume takes 2 MB .*, 1 MB are free"
+    ):
+        Segmenter(BUNDLE, chosen, least).segment(volume)
+
+
+def test_an_engine_that_runs_out_of_memory_is_given_less_once(
+    host: HostDevice, volume: Volume
+) -> None:
+    engine = Through(host, LINEAR)
+    engine.failures.append(OutOfMemoryError("no memory for a batch of 3"))
+    result = Segmenter(BUNDLE, SegmentOptions(window=32), engine).segment(volume)
+    assert result.memory["batch"] == 1
+    engine.failures += [OutOfMemoryError("no memory"), OutOfMemoryError("none at all")]
+    with pytest.raises(OutOfMemoryError, match="none at all"):
+        Segmenter(BUNDLE, SegmentOptions(window=32), engine).segment(volume)
+
+
+def test_labels_may_stay_on_the_device(device: Device, volume: Volume) -> None:
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(device, LINEAR))
+    expected = segmenter.segment(volume)
+    found = segmenter.segment(volume, on_device=True)
+    assert isinstance(found.labels, DeviceArray)
+    assert found.volumes_ml == expected.volumes_ml
+    copy = np.empty(volume.shape[::-1], np.uint8)
+    device.download(found.labels.owner, copy)
+    np.testing.assert_array_equal(copy.T, expected.labels)
+    if device.kind == "cpu":
+        np.testing.assert_array_equal(np.from_dlpack(found.labels), expected.labels)
+        assert not hasattr(found.labels, "__cuda_array_interface__")
+
+
+class HostArrays(HostDevice):
+    """A host device that takes arrays by DLPack, as a card does."""
+
+    def view(self, array: Any) -> DeviceArray | None:
+        if isinstance(array, np.ndarray):
+            return None
+        found = np.from_dlpack(array)
+        return DeviceArray(
+            int(found.ctypes.data), found.shape, found.strides, found.dtype, found, self
+        )
+
+
+class Elsewhere:
+    """An array of another library."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "SAL"])
+def test_arrays_of_other_libraries_are_taken_as_they_are(
+    host: HostDevice, volume: Volume, kind: Any, order: Any, orientation: str
+) -> None:
+    turned = volume.oriented(orientation)
+    arrays = [np.array(c, kind, order=order) for c in turned.channels]
+    elsewhere: Any = [Elsewhere(array) for array in arrays]
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+    expected = segmenter.segment(Volume(arrays, turned.affine))
+    found = segmenter.segment(Volume(elsewhere, turned.affine))
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    assert found.volumes_ml == expected.volumes_ml
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.astype(np.float64), "channel 2: on a device, voxels must be int16 or float32"),
+        (lambda a: a[::2], "channel 2: expected a 3-D array of the shape of channel 1"),
+        (lambda a: a[0], "channel 2: expected a 3-D array"),
+        (
+            lambda a: np.pad(a, 1)[1:-1, 1:-1, 1:-1],
+            "channel 2: on a device, voxels must lie in one piece, .*; make a contiguous copy",
+        ),
+    ],
+)
+def test_arrays_that_cannot_be_taken_are_named(
+    host: HostDevice, volume: Volume, change: Any, message: str
+) -> None:
+    elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+    elsewhere[1] = Elsewhere(change(elsewhere[1].array))
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+    with pytest.raises(VolumeError, match=message):
+        segmenter.segment(Volume(elsewhere, volume.affine))
+
+
+def test_arrays_of_host_and_device_are_not_mixed(host: HostDevice, volume: Volume) -> None:
+    mixed: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+    mixed[3] = mixed[3].array
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+    with pytest.raises(VolumeError, match="channel 4: expected an array on host, as the others"):
+        segmenter.segment(Volume(mixed, volume.affine))

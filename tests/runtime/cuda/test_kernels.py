@@ -1,10 +1,11 @@
-"""Every kernel against numpy, scipy or the numpy executor, on the host."""
+"""Every kernel against numpy, scipy or the numpy executor; on the host, and on a card."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +15,14 @@ from scipy import ndimage
 
 from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.cuda import kernels
+from attnseg.runtime.cuda.device import Device, HostDevice
+from attnseg.runtime.cuda.executor import _lowest, _memory_order
 from attnseg.runtime.cuda.kernels import (
     ARGUMENTS,
     SOURCE,
-    BlendArgs,
-    DecideArgs,
-    FuseArgs,
-    GatherArgs,
-    LabelArgs,
-    NormaliseArgs,
-    PasteArgs,
-    ScanArgs,
     Shape,
     Strided,
+    Tiling,
     Turn,
     cached_kernels,
     compile_kernels,
@@ -34,28 +30,25 @@ from attnseg.runtime.cuda.kernels import (
 from attnseg.runtime.errors import EngineError
 from attnseg.runtime.executor import WindowOptions, pad_image, sliding_window
 from attnseg.runtime.tta import PASSES, Fusion, Transform, argmax_classes
-from attnseg.runtime.windows import WindowPlan, importance_map
+from attnseg.runtime.windows import WindowPlan, importance_map, plan_windows
 from tests.conftest import LinearEngine
-from tests.runtime.cuda.host_kernels import HostKernels, pointer
 
 TRANSFORMS = [t for transforms in PASSES.values() for t in transforms]
 TRANSFORMS.append(Transform("all axes", axes=(2, 0, 1), flips=(0, 2)))
+IDENTITY = PASSES["none"][0]
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    return HostKernels(tmp_path_factory.mktemp("kernels"))
-
-
-def layout(array: np.ndarray) -> tuple[np.ndarray, Strided]:
-    """The elements of a view from its lowest address on, and how they lie."""
-    steps = [s // array.itemsize for s in array.strides]
-    offset = -sum(s * (n - 1) for s, n in zip(steps, array.shape, strict=True) if s < 0)
-    return array, Strided(offset, *steps)
-
-
-def lowest(array: np.ndarray) -> int:
-    return int(np.lib.array_utils.byte_bounds(array)[0])
+def run(device: Device, name: str, count: int, *values: Any) -> None:
+    """Launch a kernel on arrays, which are changed as it changes them."""
+    arrays = [value for value in values if isinstance(value, np.ndarray)]
+    buffers = [device.allocate(array.nbytes) for array in arrays]
+    for array, buffer in zip(arrays, buffers, strict=True):
+        device.upload(array, buffer)
+    pointers = iter(buffer.pointer for buffer in buffers)
+    fields = [next(pointers) if isinstance(value, np.ndarray) else value for value in values]
+    device.launch(name, count, ARGUMENTS[name](*fields))
+    for array, buffer in zip(arrays, buffers, strict=True):
+        device.download(buffer, array)
 
 
 VIEWS = {
@@ -66,212 +59,317 @@ VIEWS = {
 }
 
 
+def placed(view: np.ndarray) -> tuple[np.ndarray, Shape, Turn]:
+    """The memory of a view as it lies, its shape, and the turn from it to the view."""
+    order = _memory_order(view.strides, view.shape, view.itemsize)
+    assert order is not None
+    memory = np.ascontiguousarray(_lowest(view))
+    assert order[1] == memory.shape
+    np.testing.assert_array_equal(order[0].apply(memory), view)
+    return memory, Shape.of(order[1]), Turn.of(order[0])
+
+
+def layout(array: np.ndarray) -> Strided:
+    """How the elements of a view lie from its lowest address on."""
+    steps = [s // array.itemsize for s in array.strides]
+    offset = -sum(s * (n - 1) for s, n in zip(steps, array.shape, strict=True) if s < 0)
+    return Strided(offset, *steps)
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_values_are_counted_and_the_box_is_found(host: HostKernels, view: str) -> None:
+def test_values_are_counted_and_the_box_is_found(device: Device, view: str) -> None:
     volume = np.zeros((9, 7, 8), np.int16)
     volume[2:7, 1:4, 3:8] = np.random.default_rng(0).integers(-32768, 32767, (5, 3, 5))
     volume[2, 1, 3] = volume[6, 3, 7] = 5  # the corners are not 0
-    placed, how = layout(VIEWS[view](volume))
     counts, box = np.zeros(65536, np.int32), np.array([99, 99, 99, -1, -1, -1], np.int32)
-    shape = Shape.of(volume.shape)
-    args = ScanArgs(lowest(placed), pointer(counts), pointer(box), how, shape)
-    host.launch("scan", volume.size, args)
+    memory, shape, turn = placed(VIEWS[view](volume))
+    run(device, "scan", volume.size, memory, counts, box, shape, turn)
     expected = np.bincount(volume.ravel().astype(np.int64) + 32768, minlength=65536)
+    expected[32768] = 0
     np.testing.assert_array_equal(counts, expected)
     assert box.tolist() == [2, 1, 3, 6, 3, 7]
 
 
+def test_keys_of_floats_are_in_their_order(device: Device) -> None:
+    values = np.array([-np.inf, -3e38, -2.5, -1e-40, 1e-40, 0.5, 1.0, 3e38, np.inf], np.float32)
+    upper = []
+    for value in values:
+        counts, box = np.zeros(65536, np.int32), np.array([9, 9, 9, -1, -1, -1], np.int32)
+        volume = np.array([0, value, -0.0], np.float32)
+        args = (volume, counts, box, Shape(3, 1, 1), Turn.of(IDENTITY))
+        run(device, "scan_float", 3, *args)
+        assert box.tolist() == [1, 0, 0, 1, 0, 0] and counts.sum() == 1
+        upper.append(int(np.argmax(counts)))
+    assert upper == sorted(upper)
+    assert upper[0] == 0x007F and upper[-1] == 0xFF80
+
+
+def test_lower_halves_are_counted_for_chosen_upper_ones(device: Device) -> None:
+    volume = np.random.default_rng(1).uniform(1, 2, 500).astype(np.float32)
+    volume[:3] = (0, -1.5, 1.5)
+    keys = volume.view(np.uint32) | np.uint32(1 << 31)
+    half = int(keys[2] >> 16)
+    chosen, counts = np.full(65536, -1, np.int32), np.zeros((2, 65536), np.int32)
+    chosen[half] = 1
+    run(device, "refine", volume.size, volume, chosen, counts)
+    mine = keys[(keys >> 16 == half) & (volume > 0)] & 65535
+    np.testing.assert_array_equal(counts[1], np.bincount(mine, minlength=65536))
+    assert not counts[0].any()
+
+
+@pytest.mark.parametrize("squared", [0, 1])
+def test_sums_of_lanes_are_the_sum(device: Device, squared: int) -> None:
+    volume = np.random.default_rng(1).standard_normal(1003).astype(np.float32)
+    volume[::3] = 0
+    sums, mean = np.zeros(16), 0.25
+    run(device, "moment", 16, volume, sums, mean, volume.size, 16, squared)
+    some = volume[volume != 0].astype(np.float64)
+    expected = ((some - mean) ** 2 if squared else some).sum()
+    np.testing.assert_allclose(sums.sum(), expected, rtol=1e-13)
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_box_goes_through_the_table(host: HostKernels, view: str) -> None:
+def test_the_box_goes_through_the_table(device: Device, view: str) -> None:
     rng = np.random.default_rng(1)
     volume = rng.integers(-32768, 32767, (9, 7, 8)).astype(np.int16)
     table = rng.standard_normal(65536).astype(np.float32)
-    placed, how = layout(VIEWS[view](volume))
     image = np.empty((4, 3, 5), np.float32)
-    origin = Shape(3, 2, 1)
-    args = NormaliseArgs(
-        lowest(placed), pointer(table), pointer(image), how, Shape.of(image.shape), origin
-    )
-    host.launch("normalise", image.size, args)
+    turned = VIEWS[view](volume)
+    memory, how = np.ascontiguousarray(_lowest(turned)), layout(turned)
+    args = (memory, table, image, how, Shape.of(image.shape), Shape(3, 2, 1))
+    run(device, "normalise", image.size, *args)
     np.testing.assert_array_equal(image, table[volume[3:7, 2:5, 1:6].astype(int) + 32768])
 
 
-def starts_of(plan: WindowPlan) -> np.ndarray:
-    return np.array([window.start for window in plan.windows], np.int32)
+@pytest.mark.parametrize("keep_zero", [0, 1])
+def test_floats_go_through_the_curve(device: Device, keep_zero: int) -> None:
+    knots = np.array([[-1.0, 0.5, 2.0], [-3.0, 1.0, 2.0]])
+    volume = np.array([-2, -1, -0.25, 0, 0.5, 1, 2, 3], np.float32)
+    image = np.empty(8, np.float32)
+    # Slopes are 8/3 and 2/3; beyond the ends they go on.
+    expected = [-3 - 8 / 3, -3, -1, 0 if keep_zero else -1 / 3, 1, 4 / 3, 2, 2 + 2 / 3]
+    args = (volume, knots, image, Strided(0, 1, 1, 1), Shape(8, 1, 1), Shape(0, 0, 0))
+    run(device, "normalise_float", 8, *args, 3, keep_zero)
+    np.testing.assert_allclose(image, expected, rtol=1e-6)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.tuples(*[st.integers(1, 16)] * 3),
+    st.floats(0, 0.95),
+)
+def test_the_tiling_is_the_plan(
+    host: HostDevice, shape: tuple[int, ...], window: tuple[int, ...], overlap: float
+) -> None:
+    """Every window of the plan, seen by the kernel that marks the windows around a voxel."""
+    plan = plan_windows(shape, window, overlap)
+    voxel = np.array([hash((shape, overlap)) % n for n in shape])
+    image = np.zeros(shape, np.float32)
+    image[tuple(voxel)] = 1
+    flags = np.zeros(len(plan.windows), np.int32)
+    args = (image, flags, Shape.of(shape), Tiling.of(plan), Turn.of(IDENTITY), 1)
+    run(host, "occupy", image.size, *args)
+    at = voxel + plan.pad_before
+    expected = [np.all(at >= w.start) and np.all(at < w.stop) for w in plan.windows]
+    np.testing.assert_array_equal(flags > 0, expected)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
+def test_windows_with_content_are_found(device: Device, transform: Transform) -> None:
+    image = np.zeros((2, 30, 25, 20), np.float32)
+    image[1, 3:9, 20:24, 5] = 1
+    turned = np.ascontiguousarray(transform.apply(image))
+    plan = WindowOptions((8, 8, 8), 0.25).plan(turned.shape[1:])
+    flags = np.zeros(len(plan.windows), np.int32)
+    args = (image, flags, Shape.of(image.shape[1:]), Tiling.of(plan), Turn.of(transform), 2)
+    run(device, "occupy", image[0].size, *args)
+    padded = pad_image(turned, plan)
+    expected = [padded[(slice(None), *w.slices())].any() for w in plan.windows]
+    np.testing.assert_array_equal(flags > 0, expected)
+    assert 0 < sum(expected) < len(expected)
 
 
 def gathered(
-    host: HostKernels, image: np.ndarray, transform: Transform, plan: WindowPlan, half: bool
+    device: Device, image: np.ndarray, transform: Transform, plan: WindowPlan, half: bool
 ) -> np.ndarray:
-    starts = starts_of(plan)
+    windows = np.arange(len(plan.windows), dtype=np.int32)
     kind = np.float16 if half else np.float32
-    batch = np.empty((len(starts), len(image), *plan.window), kind)
-    args = GatherArgs(
-        pointer(image),
-        pointer(batch),
-        pointer(starts),
-        Shape.of(image.shape[1:]),
-        Shape.of(plan.pad_before),
-        Shape.of(plan.window),
-        Turn.of(transform),
-        len(image),
-        int(half),
-    )
-    host.launch("gather", batch.size, args)
+    batch = np.empty((len(windows), len(image), *plan.window), kind)
+    shape, tiling = Shape.of(image.shape[1:]), Tiling.of(plan)
+    args = (image, batch, windows, shape, tiling, Turn.of(transform), len(image), int(half))
+    run(device, "gather", batch.size, *args)
     return batch
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
 def test_windows_of_the_turned_image_are_numpys(
-    host: HostKernels, transform: Transform, half: bool
+    device: Device, transform: Transform, half: bool
 ) -> None:
     image = np.random.default_rng(2).standard_normal((3, 11, 9, 5)).astype(np.float32)
     turned = transform.apply(image)
     plan = WindowOptions((8, 8, 8), 0.25).plan(turned.shape[1:])
-    batch = gathered(host, image, transform, plan, half)
+    batch = gathered(device, image, transform, plan, half)
     padded = pad_image(np.ascontiguousarray(turned), plan)
     expected = np.stack([padded[(slice(None), *w.slices())] for w in plan.windows])
     np.testing.assert_array_equal(batch, expected.astype(batch.dtype))
 
 
-def blended(
-    host: HostKernels, logits: np.ndarray, plan: WindowPlan, at_once: int
-) -> tuple[np.ndarray, np.ndarray]:
-    total = np.zeros((logits.shape[1], *plan.padded_shape), np.float32)
-    weights = np.zeros(plan.padded_shape, np.float32)
-    importance, starts = importance_map(plan.window), starts_of(plan)
-    for first in range(0, len(logits), at_once):
-        part = np.ascontiguousarray(logits[first : first + at_once])
-        some = np.ascontiguousarray(starts[first : first + at_once])
-        args = BlendArgs(
-            pointer(part),
-            pointer(importance),
-            pointer(total),
-            pointer(weights),
-            pointer(some),
-            Shape.of(plan.padded_shape),
-            Shape.of(plan.window),
-            len(part),
-            logits.shape[1],
+def test_narrowed_logits_are_rounded_as_numpy_rounds(device: Device) -> None:
+    rng = np.random.default_rng(2)
+    logits = (rng.standard_normal(5000) * 10.0 ** rng.integers(-8, 5, 5000)).astype(np.float32)
+    kept = np.empty(5000, np.float16)
+    run(device, "narrow", 5000, logits, kept)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(kept, logits.astype(np.float16))
+
+
+class Blender:
+    """Blends passes by the kernel; `scores` if there are several."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], classes: int, passes: int) -> None:
+        self._device, self.count, self.passes, self.done = device, classes, passes, 0
+        self.scores = np.zeros((classes, *shape), np.float32)
+        self.blended = np.empty((classes, *shape), np.float32)
+        self.classes = np.empty(shape, np.uint8)
+        self.not_finite = np.zeros(1, np.int32)
+
+    def add(
+        self, logits: np.ndarray, places: np.ndarray, plan: WindowPlan, turn: Transform, vote: bool
+    ) -> None:
+        run(
+            self._device,
+            "blend",
+            self.classes.size,
+            logits,
+            importance_map(plan.window),
+            places,
+            self.blended,
+            self.scores if self.passes > 1 else None,
+            self.classes,
+            self.not_finite,
+            Shape.of(self.classes.shape),
+            Tiling.of(plan),
+            Turn.of(turn),
+            self.count,
             int(logits.dtype == np.float16),
+            int(vote),
+            int(self.done == 0),
+            int(self.done == self.passes - 1),
         )
-        host.launch("blend", weights.size, args)
-    return total, weights
-
-
-def fuse(
-    host: HostKernels,
-    total: np.ndarray,
-    weights: np.ndarray,
-    plan: WindowPlan,
-    transform: Transform,
-    shape: tuple[int, ...],
-    scores: np.ndarray | None = None,
-    vote: bool = True,
-) -> np.ndarray:
-    classes = np.empty(shape, np.uint8)
-    args = FuseArgs(
-        pointer(total),
-        pointer(weights),
-        None if scores is None else pointer(scores),
-        pointer(classes) if scores is None else None,
-        Shape.of(shape),
-        Shape.of(plan.padded_shape),
-        Shape.of(plan.pad_before),
-        Turn.of(transform),
-        len(total),
-        int(vote),
-    )
-    host.launch("fuse", classes.size, args)
-    return classes
+        self.done += 1
 
 
 ENGINE = LinearEngine(np.random.default_rng(5).standard_normal((4, 3)).astype(np.float32))
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_blending_is_the_numpy_executors_to_the_bit(host: HostKernels, at_once: int) -> None:
+def everywhere(plan: WindowPlan) -> np.ndarray:
+    return np.arange(len(plan.windows), dtype=np.int32)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
+def test_blending_is_the_numpy_executors_to_the_bit(device: Device, overlap: float) -> None:
     image = np.random.default_rng(3).standard_normal((3, 19, 13, 6)).astype(np.float32)
-    options = WindowOptions((8, 8, 8), 0.25)
+    options = WindowOptions((8, 8, 8), overlap)
     plan = options.plan(image.shape[1:])
-    batch = gathered(host, image, PASSES["none"][0], plan, half=False)
+    batch = gathered(device, image, IDENTITY, plan, half=False)
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-    total, weights = blended(host, logits, plan, at_once)
-    inner = plan.inner(image.shape[1:])
+    blender = Blender(device, image.shape[1:], 4, 1)
+    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
     expected = sliding_window(image, ENGINE, options)
-    np.testing.assert_array_equal((total / weights)[(slice(None), *inner)], expected)
-    classes = fuse(host, total, weights, plan, PASSES["none"][0], image.shape[1:])
-    np.testing.assert_array_equal(classes, argmax_classes(expected))
+    np.testing.assert_array_equal(blender.blended, expected)
+    np.testing.assert_array_equal(blender.classes, argmax_classes(expected))
+    assert not blender.not_finite[0]
 
 
-def test_half_logits_are_blended_in_fp32(host: HostKernels) -> None:
+def test_half_logits_are_blended_in_fp32(device: Device) -> None:
     plan = WindowOptions((8, 8, 8), 0.25).plan((14, 8, 8))
     rng = np.random.default_rng(4)
-    logits = rng.standard_normal((len(plan.windows), 2, 8, 8, 8)).astype(np.float16)
-    half, exact = (blended(host, x, plan, 9)[0] for x in (logits, logits.astype(np.float32)))
-    np.testing.assert_array_equal(half, exact)
+    logits = rng.standard_normal((len(plan.windows), 2, 8, 8, 8)).astype(np.float32)
+    found = {}
+    for name, kept in (
+        ("fp32", logits),
+        ("fp16", logits.astype(np.float16)),
+        ("rounded", logits.astype(np.float16).astype(np.float32)),
+    ):
+        blender = Blender(device, (14, 8, 8), 2, 1)
+        blender.add(kept, everywhere(plan), plan, IDENTITY, vote=True)
+        found[name] = blender.blended
+    np.testing.assert_array_equal(found["fp16"], found["rounded"])
+    assert np.abs(found["fp16"] - found["fp32"]).max() < 1e-3 * np.abs(found["fp32"]).max()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 5, 8, 9, 32])
+def test_any_number_of_classes_is_argmaxed(device: Device, classes: int) -> None:
+    plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
+    logits = np.random.default_rng(6).standard_normal((1, classes, 8, 8, 8)).astype(np.float32)
+    logits[0, :, 0, 0, 0] = 7  # the first of equals
+    blender = Blender(device, (8, 8, 8), classes, 1)
+    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    np.testing.assert_array_equal(blender.classes, logits[0].argmax(axis=0))
 
 
 @pytest.mark.parametrize("mode", ["vote", "mean"])
 @pytest.mark.parametrize("scheme", ["paper", "mirror8"])
-def test_passes_are_joined_as_numpy_joins_them(host: HostKernels, scheme: str, mode: str) -> None:
+def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode: str) -> None:
     image = np.random.default_rng(6).standard_normal((3, 17, 9, 10)).astype(np.float32)
     options = WindowOptions((8, 8, 8), 0.25)
-    fusion, scores = Fusion(mode), np.zeros((4, *image.shape[1:]), np.float32)  # type: ignore[arg-type]
+    fusion = Fusion(mode)  # type: ignore[arg-type]
+    blender = Blender(device, image.shape[1:], 4, len(PASSES[scheme]))
     for transform in PASSES[scheme]:
         turned = transform.apply(image)
         plan = options.plan(turned.shape[1:])
-        batch = gathered(host, image, transform, plan, half=False)
+        batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-        total, weights = blended(host, logits, plan, 2)
-        fuse(host, total, weights, plan, transform, image.shape[1:], scores, mode == "vote")
+        blender.add(logits, everywhere(plan), plan, transform, mode == "vote")
         fusion.add(transform.invert(sliding_window(np.ascontiguousarray(turned), ENGINE, options)))
-    classes = np.empty(image.shape[1:], np.uint8)
-    args = DecideArgs(pointer(scores), pointer(classes), classes.size, 4)
-    host.launch("decide", classes.size, args)
-    np.testing.assert_array_equal(classes, fusion.classes())
+    np.testing.assert_array_equal(blender.classes, fusion.classes())
 
 
-def test_a_voxel_that_no_window_covers_is_background(host: HostKernels) -> None:
+def test_a_voxel_that_no_window_covers_is_background(device: Device) -> None:
     plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
-    total, weights = np.zeros((3, 8, 8, 8), np.float32), np.zeros((8, 8, 8), np.float32)
-    assert not fuse(host, total, weights, plan, PASSES["none"][0], (8, 8, 8)).any()
+    logits = np.ones((1, 3, 8, 8, 8), np.float32) * np.array([0, 1, 2]).reshape(1, 3, 1, 1, 1)
+    blender = Blender(device, (8, 8, 8), 3, 1)
+    blender.add(logits.astype(np.float32), np.array([-1], np.int32), plan, IDENTITY, vote=True)
+    assert not blender.classes.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_seen(device: Device, value: float) -> None:
+    plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
+    logits = np.zeros((1, 2, 8, 8, 8), np.float16)
+    logits[0, 1, 2, 3, 4] = value
+    blender = Blender(device, (8, 8, 8), 2, 1)
+    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    assert blender.not_finite[0] == 1
 
 
 def cleaned(
-    host: HostKernels, classes: np.ndarray, min_voxels: int
+    device: Device, classes: np.ndarray, min_voxels: int
 ) -> tuple[np.ndarray, int, np.ndarray]:
-    result = np.ascontiguousarray(classes)
+    result = np.ascontiguousarray(classes).copy()
     parents, sizes = np.empty(classes.shape, np.int32), np.empty(classes.shape, np.int32)
     removed = np.zeros(1, np.int32)
-    result = result.copy()
-    args = LabelArgs(
-        pointer(result),
-        pointer(parents),
-        pointer(sizes),
-        pointer(removed),
-        Shape.of(classes.shape),
-        min_voxels,
-    )
+    buffers = [device.allocate(a.nbytes) for a in (result, parents, sizes, removed)]
+    for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
+        device.upload(array, buffer)
+    pointers = [buffer.pointer for buffer in buffers]
+    args = kernels.LabelArgs(*pointers, Shape.of(classes.shape), min_voxels)
     for name in ("label_start", "label_merge", "label_count", "label_remove"):
-        host.launch(name, classes.size, args)
+        device.launch(name, classes.size, args)
+    for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
+        device.download(buffer, array)
     return result, int(removed[0]), sizes
 
 
-@settings(max_examples=60)
-@given(
-    st.tuples(*[st.integers(1, 9)] * 3),
-    st.integers(0, 2**32 - 1),
-    st.floats(0.05, 0.6),
-    st.integers(1, 30),
-)
-def test_components_are_those_of_scipy(
-    host: HostKernels, shape: tuple[int, ...], seed: int, share: float, min_voxels: int
-) -> None:
+def random_classes(seed: int, shape: tuple[int, ...], share: float) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    classes = (rng.integers(1, 4, shape) * (rng.random(shape) < share)).astype(np.uint8)
-    result, removed, sizes = cleaned(host, classes, min_voxels)
+    return (rng.integers(1, 4, shape) * (rng.random(shape) < share)).astype(np.uint8)
+
+
+def check_components(device: Device, classes: np.ndarray, min_voxels: int) -> None:
+    result, removed, sizes = cleaned(device, classes, min_voxels)
     expected, count = remove_small_components(classes, min_voxels)
     np.testing.assert_array_equal(result, expected)
     assert removed == count
@@ -283,47 +381,60 @@ def test_components_are_those_of_scipy(
     assert sorted(sizes[sizes > 0].tolist()) == sorted(theirs)
 
 
-def test_a_snake_through_the_whole_volume_is_one_component(host: HostKernels) -> None:
+@settings(max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.integers(0, 2**32 - 1),
+    st.floats(0.05, 0.6),
+    st.integers(1, 30),
+)
+def test_components_are_those_of_scipy(
+    host: HostDevice, shape: tuple[int, ...], seed: int, share: float, min_voxels: int
+) -> None:
+    check_components(host, random_classes(seed, shape, share), min_voxels)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.9])
+def test_components_of_larger_volumes_are_those_of_scipy(device: Device, share: float) -> None:
+    """Where many threads merge the same trees at the same time."""
+    check_components(device, random_classes(11, (70, 60, 50), share), 12)
+
+
+def test_a_snake_through_the_whole_volume_is_one_component(device: Device) -> None:
     classes = np.zeros((21, 21, 3), np.uint8)
     for x in range(0, 21, 2):
         classes[x, :, 1] = 1
         if x + 1 < 21:
             classes[x + 1, 0 if x % 4 else 20, 1] = 1
     assert ndimage.label(classes, np.ones((3, 3, 3)))[1] == 1
-    result, removed, sizes = cleaned(host, classes, 2)
+    result, removed, sizes = cleaned(device, classes, 2)
     assert removed == 0 and result.sum() == classes.sum()
     assert sizes[sizes > 0].tolist() == [classes.sum()]
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_labels_are_pasted_where_the_box_was(host: HostKernels, view: str) -> None:
+def test_labels_are_pasted_where_the_box_was(device: Device, view: str) -> None:
     classes = np.random.default_rng(7).integers(0, 4, (4, 3, 5)).astype(np.uint8)
-    target = VIEWS[view](np.zeros((9, 7, 8), np.uint8))
-    placed, how = layout(target)
-    counts = np.zeros(32, np.int32)
+    how = layout(VIEWS[view](np.zeros((9, 7, 8), np.uint8)))
+    memory, counts = np.zeros(9 * 7 * 8, np.uint8), np.zeros(32, np.int32)
     values = (ctypes.c_ubyte * 32)(0, 1, 2, 4)
-    args = PasteArgs(
-        pointer(classes),
-        lowest(placed),
-        pointer(counts),
-        how,
-        Shape.of(classes.shape),
-        Shape(3, 2, 1),
-        values,
-    )
-    host.launch("paste", classes.size, args)
+    box, origin = Shape.of(classes.shape), Shape(3, 2, 1)
+    run(device, "paste", classes.size, classes, memory, counts, how, box, origin, values)
+    x, y, z = np.ogrid[:9, :7, :8]
+    found = memory[how.offset + x * how.x + y * how.y + z * how.z]
     expected = np.zeros((9, 7, 8), np.uint8)
     expected[3:7, 2:5, 1:6] = np.array([0, 1, 2, 4])[classes]
-    np.testing.assert_array_equal(target, expected)
+    np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(counts[1:4], [(classes == k).sum() for k in (1, 2, 3)])
 
 
-def test_every_kernel_has_its_arguments() -> None:
+def test_every_kernel_has_its_arguments_a_reference_and_its_bytes() -> None:
     text = SOURCE.read_text()
     names = re.findall(r"^KERNEL\((\w+),", text, re.MULTILINE)
     assert names == list(ARGUMENTS)
     for name, structure in ARGUMENTS.items():
         assert f"KERNEL({name}, {structure.__name__})" in text
+    assert text.count(" B: ") == len(names)
 
 
 @pytest.mark.parametrize("target", ["sm75", "sm86", "sm89", "sm90", "sm120"])

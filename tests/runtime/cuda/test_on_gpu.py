@@ -1,8 +1,12 @@
-"""What only a machine with a CUDA device can show: `pytest -m gpu` with the extra `gpu`."""
+"""What only a machine with a CUDA device can show: `pytest -m gpu` with the extra `gpu`.
+
+The kernels' and the executor's own tests run there too: their fixture `device` is the card then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +14,18 @@ import pytest
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.export.export import ExportOptions, export_bundle
 from attnseg.export.tensorrt import PORTABLE_TARGET, BuildOptions
-from attnseg.runtime.cuda.device import CudaDevice, DeviceBuffer, HostDevice
-from attnseg.runtime.cuda.executor import DeviceExecutor
+from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda.device import DeviceArray, HostDevice
 from attnseg.runtime.engines.tensorrt import RTX_TARGETS
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import EngineError, OutOfMemoryError
 from attnseg.runtime.gpu import Gpu, find_gpu
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import LinearEngine
-from tests.runtime.cuda.host_kernels import HostKernels
-from tests.runtime.cuda.test_executor import OnHost, options
+from tests.runtime.cuda.engines import Through
 from tests.test_cli import WEIGHTS
 
 pytestmark = pytest.mark.gpu
+LINEAR = LinearEngine(np.random.default_rng(8).standard_normal((4, 4)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,81 +36,121 @@ def gpu() -> Gpu:
         pytest.skip(f"no CUDA device: {error}")
 
 
-@pytest.mark.parametrize("size", [1, 1000, 1 << 24])
-def test_what_is_uploaded_comes_back(size: int) -> None:
-    device = CudaDevice()
-    content = np.random.default_rng(0).integers(0, 255, size).astype(np.uint8)
-    first, second = device.allocate(size), device.allocate(size)
-    device.upload(content, first)
-    device.upload(content[::-1].copy(), second)  # through the same pinned memory
-    for buffer, expected in ((first, content), (second, content[::-1])):
-        back = np.empty(size, np.uint8)
-        device.download(buffer, back)
-        np.testing.assert_array_equal(back, expected)
+@pytest.fixture(scope="module")
+def volume(small_synthetic: SyntheticCase) -> Volume:
+    return Volume(small_synthetic.images, small_synthetic.affine)
 
 
-def test_more_memory_than_there_is_is_one_clear_error(gpu: Gpu) -> None:
-    with pytest.raises(EngineError, match=r"the GPU failed in allocating memory: .*OUT_OF_MEMORY"):
-        CudaDevice().allocate(2 * gpu.memory_bytes)
-
-
-def test_an_engine_of_tensorrt_rtx_finds_the_same_tumour(
-    gpu: Gpu, small_synthetic: SyntheticCase, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@pytest.fixture(scope="module")
+def bundle(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped model with an fp16 graph and an engine for this GPU."""
     known = gpu.target in RTX_TARGETS
     build = BuildOptions(
         "tensorrt-rtx",
         gpu.target if known else PORTABLE_TARGET,
         compatibility="same" if known else "ampere+",
     )
-    folder = tmp_path_factory.mktemp("rtx") / "model"
-    exported = export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(build,)))
-    assert any(m.engine.startswith("tensorrt-rtx") for m in exported.report.measured)
-    volume = Volume(small_synthetic.images, small_synthetic.affine)
-    segmenter = Segmenter(exported.bundle, SegmentOptions(engine="tensorrt-rtx"))
-    expected = Segmenter(Bundle.default(), SegmentOptions(precision="fp32")).segment(volume)
-    assert np.mean(segmenter.segment(volume).labels != expected.labels) < 1e-3
-
-
-class OnDevice:
-    """An engine of host arrays as one of device memory."""
-
-    batch, half = 2, False
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-        self._engine = LinearEngine(np.random.default_rng(8).standard_normal((4, 4)))
-
-    def enqueue(self, images: DeviceBuffer, logits: DeviceBuffer, window: Sequence[int]) -> None:
-        batch = np.empty((self.batch, 4, *window), np.float32)
-        self._device.download(images, batch)
-        self._device.upload(np.ascontiguousarray(self._engine.infer(batch)), logits)
-
-
-def test_the_executor_on_the_card_is_the_one_on_the_host(
-    small_synthetic: SyntheticCase, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    card = CudaDevice()
-    host = HostDevice(HostKernels(tmp_path_factory.mktemp("kernels")).launch)
-    chosen = options(Bundle.default(), SegmentOptions(tta="paper"))
-    channels = [np.asarray(c, np.int16) for c in small_synthetic.images]
-    on_host = DeviceExecutor(host, OnHost(OnDevice(card)._engine, 2), chosen).segment(channels)
-    for _ in range(2):
-        on_card = DeviceExecutor(card, OnDevice(card), chosen).segment(channels)
-        np.testing.assert_array_equal(on_card.labels, on_host.labels)
-        np.testing.assert_array_equal(on_card.voxels, on_host.voxels)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_onnxruntime_on_the_gpu_finds_the_same_tumour(
-    precision: str, small_synthetic: SyntheticCase, tmp_path_factory: pytest.TempPathFactory
-) -> None:
     folder = tmp_path_factory.mktemp("bundle") / "model"
-    bundle = export_bundle(WEIGHTS, folder, ExportOptions(fp16=True)).bundle
-    volume = Volume(small_synthetic.images, small_synthetic.affine)
-    options = SegmentOptions(engine="onnxruntime-cuda", precision=precision)
-    segmenter = Segmenter(bundle, options)  # the golden window is checked here
-    expected = Segmenter(Bundle.default(), SegmentOptions(precision="fp32")).segment(volume)
-    result = segmenter.segment(volume)
-    assert segmenter.engine_info.device == find_gpu().name
-    assert np.mean(result.labels != expected.labels) < 1e-3
+    return export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(build,))).bundle
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 24])
+def test_what_is_uploaded_comes_back(size: int) -> None:
+    device = CudaDevice()
+    content = np.random.default_rng(0).integers(0, 255, size).astype(np.uint8)
+    with device.active():
+        first = device.allocate(size)
+        device.upload(content, first)
+        second, mark = device.upload_ahead(content[::-1].copy())
+        device.after(mark)
+        for buffer, expected in ((first, content), (second, content[::-1])):
+            back = np.empty(size, np.uint8)
+            device.download(buffer, back)
+            np.testing.assert_array_equal(back, expected)
+            np.testing.assert_array_equal(device.download_behind(buffer).wait(), expected)
+
+
+def test_more_memory_than_there_is_is_one_clear_error(gpu: Gpu) -> None:
+    device = CudaDevice()
+    message = r"the GPU failed in allocating memory: .*OUT_OF_MEMORY"
+    with device.active(), pytest.raises(OutOfMemoryError, match=message):
+        device.allocate(2 * gpu.memory_bytes)
+
+
+def test_recorded_work_is_repeated() -> None:
+    device = CudaDevice()
+    with device.active():
+        source, target = device.allocate(4), device.allocate(4)
+
+        def work(stream: int) -> None:
+            device._copy("a test", source.pointer, target.pointer, 4, stream)
+
+        repeat = device.recorded(work)
+        assert repeat is not None
+        for value in (b"abcd", b"efgh"):
+            device.upload(np.frombuffer(value, np.uint8), source)
+            repeat()
+            back = np.empty(4, np.uint8)
+            device.download(target, back)
+            assert back.tobytes() == value
+
+
+def test_the_card_gives_the_labels_of_the_host(host: HostDevice, volume: Volume) -> None:
+    chosen = SegmentOptions(tta="paper")
+    on_host, on_card, again = (
+        Segmenter(Bundle.default(), chosen, Through(device, LINEAR)).segment(volume).labels
+        for device in (host, CudaDevice(), CudaDevice())
+    )
+    np.testing.assert_array_equal(on_card, on_host)
+    assert on_card.tobytes() == again.tobytes()
+
+
+ENGINES = [("tensorrt-rtx", "fp16"), ("onnxruntime-cuda", "fp16"), ("onnxruntime-cuda", "fp32")]
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_an_engine_finds_the_same_tumour_and_the_same_bytes(
+    bundle: Bundle, volume: Volume, engine: str, precision: str
+) -> None:
+    chosen = SegmentOptions(device="cuda", engine=engine, precision=precision, tta="paper")
+    segmenter = Segmenter(bundle, chosen)  # the golden window is checked here
+    on_processor = SegmentOptions(device="cpu", precision="fp32", tta="paper")
+    expected = Segmenter(bundle, on_processor).segment(volume)
+    first, second = (segmenter.segment(volume) for _ in range(2))
+    assert first.labels.tobytes() == second.labels.tobytes()
+    assert first.engine.device == find_gpu().name
+    assert np.mean(first.labels != expected.labels) < 1e-3
+    staged = [segmenter.stage(volume) for _ in range(3)]
+    for pending in [segmenter.submit(one) for one in staged]:
+        assert pending.result().labels.tobytes() == first.labels.tobytes()
+
+
+def test_less_memory_changes_nothing(bundle: Bundle, volume: Volume) -> None:
+    chosen = SegmentOptions(device="cuda", engine="tensorrt-rtx")
+    expected = Segmenter(bundle, chosen).segment(volume)
+    tight = SegmentOptions(device="cuda", engine="tensorrt-rtx", max_memory_bytes=2 * 10**9)
+    np.testing.assert_array_equal(Segmenter(bundle, tight).segment(volume).labels, expected.labels)
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_arrays_of_other_libraries_come_and_go_on_the_card(volume: Volume, library: str) -> None:
+    module = pytest.importorskip(library)
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(CudaDevice(), LINEAR))
+    expected = segmenter.segment(volume).labels
+    place: Any = module.asarray if library == "cupy" else lambda a: module.as_tensor(a).cuda()
+    channels = [place(np.ascontiguousarray(c)) for c in volume.channels]
+    found = segmenter.segment(Volume(channels, volume.affine), on_device=True).labels
+    assert isinstance(found, DeviceArray)
+    by_interface = module.asarray(found) if library == "cupy" else module.as_tensor(found)
+    by_dlpack = module.from_dlpack(found)
+    for theirs in (by_interface, by_dlpack):
+        on_host = theirs.get() if library == "cupy" else theirs.cpu().numpy()
+        np.testing.assert_array_equal(on_host, expected)
+
+
+def test_kernels_are_kept_in_the_cache(tmp_path: Path) -> None:
+    device = CudaDevice(cache=tmp_path)
+    with device.active():
+        assert device._function("scan")
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith(f"kernels-{find_gpu().target}")

@@ -1,0 +1,390 @@
+"""A CUDA device, by the driver's interface (`cuda.bindings`, which cuda-core brings).
+
+It works in the context that is current where it is opened, or in the primary context of the first
+device, and on a stream of the caller or its own. Memory comes from a pool of its own, which keeps
+what was freed, so that the next volume finds it at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.cuda.device import DeviceArray, DeviceBuffer, as_bytes, bytes_at
+from attnseg.runtime.cuda.kernels import MOST_INDICES, cached_kernels
+from attnseg.runtime.errors import DeviceLostError, EngineError, NotHereError, OutOfMemoryError
+from attnseg.runtime.gpu import Gpu, find_gpu
+
+_THREADS = 256  # of a block
+_KEEP_ALL = (1 << 64) - 1
+_PINNED = 2  # blocks of pinned memory for uploads: one is filled while the other is copied
+
+# After these the context is of no more use: every later call gives the same error.
+_LOST = {
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_CONTAINED",
+    "CUDA_ERROR_DEINITIALIZED",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE",
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_EXTERNAL_DEVICE",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+    "CUDA_ERROR_UNKNOWN",
+}
+
+
+def _raise(step: str, name: str, meaning: str) -> None:
+    text = f"the GPU failed in {step}: {name} ({meaning})"
+    if name == "CUDA_ERROR_OUT_OF_MEMORY":
+        raise OutOfMemoryError(f"{text}; free memory on the GPU, see nvidia-smi")
+    if name in _LOST:
+        raise DeviceLostError(f"{text}; the GPU is of no more use to this process")
+    if name in ("CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
+        raise NotHereError(f"{text}; update the NVIDIA driver, or use --device cpu")
+    raise EngineError(text)
+
+
+class _Driver:
+    """The driver's functions, which raise `EngineError` with the error's name and meaning."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self.names = driver
+
+    def __call__(self, step: str, name: str, *args: Any) -> Any:
+        """The function's result, None if it has none, or a tuple of several."""
+        status, *results = getattr(self.names, name)(*args)
+        if int(status):
+            _, error = self.names.cuGetErrorName(status)
+            _, meaning = self.names.cuGetErrorString(status)
+            _raise(step, error.decode(), meaning.decode())
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+
+class CudaBuffer:
+    """Memory of a CUDA device; freed in the order of the compute stream."""
+
+    def __init__(self, device: CudaDevice, pointer: int, size_bytes: int) -> None:
+        self._device, self.pointer, self.size_bytes = device, pointer, size_bytes
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # of a device that is lost, or when Python ends
+            self._device.free(self.pointer)
+
+
+class _Event:
+    """A mark in a stream."""
+
+    def __init__(self, device: CudaDevice, stream: int) -> None:
+        self._device = device
+        self._call = device.driver
+        self.handle = self._call("making an event", "cuEventCreate", 0)
+        self._call("marking", "cuEventRecord", self.handle, stream)
+
+    def wait(self, step: str) -> None:
+        """Until the stream has come here."""
+        self._call(step, "cuEventSynchronize", self.handle)
+
+    def elapsed_ms(self, since: _Event) -> float:
+        """See `attnseg.runtime.cuda.device.Mark`."""
+        with self._device.active():
+            self.wait("computing")
+            return float(self._call("timing", "cuEventElapsedTime", since.handle, self.handle))
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self._device.driver.names.cuEventDestroy(self.handle)
+
+
+class _Pinned:
+    """Memory of the host from which a device can copy by itself."""
+
+    def __init__(self, device: CudaDevice, size_bytes: int) -> None:
+        self._device, self.size_bytes = device, size_bytes
+        call = device.driver
+        self.pointer = int(call("allocating pinned memory", "cuMemHostAlloc", size_bytes, 0))
+        self.busy: _Event | None = None
+
+    def __del__(self) -> None:
+        with suppress(Exception), self._device.active():
+            self._device.driver.names.cuMemFreeHost(self.pointer)
+
+
+class _CudaDownload:
+    """See `attnseg.runtime.cuda.device.Download`."""
+
+    def __init__(self, device: CudaDevice, source: DeviceBuffer) -> None:
+        self._device, self._source = device, source  # kept until the copy is done
+        self._pinned = device.pinned_for_download(source.size_bytes)
+        self._done = device.copy_down(source, self._pinned)
+
+    def wait(self) -> NDArray[np.uint8]:
+        with self._device.active():
+            self._done.wait("download")
+            content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
+            self._device.give_back(self._pinned)
+        return content
+
+
+class CudaDevice:
+    """A CUDA device with a stream, streams for copies beside it, and a pool of memory."""
+
+    kind = "cuda"
+
+    def __init__(self, stream: int | None = None, cache: Path | None = None) -> None:
+        """Open the device.
+
+        Args:
+            stream: handle of the caller's stream, a `CUstream`, on which all work is ordered; None
+                for a stream of its own.
+            cache: folder for compiled kernels; None for the user's cache folder.
+
+        Raises:
+            NotHereError: there is no cuda-core, driver or device.
+            EngineError: it cannot be opened.
+        """
+        self.gpu: Gpu = find_gpu()
+        self.name, self.number = self.gpu.name, self.gpu.number
+        self._cache = cache
+        self.driver = _Driver()
+        self._context = self._find_context()
+        self._lock = threading.Lock()
+        self._uploads: list[_Pinned] = []
+        self._downloads: list[_Pinned] = []
+        self._module: Any = None
+        self._functions: dict[str, Any] = {}
+        with self.active():
+            self.stream = self._new_stream() if stream is None else stream
+            self._up, self._down, self._record = (self._new_stream() for _ in range(3))
+            self._pool = self._new_pool()
+
+    def _find_context(self) -> Any:
+        context = self.driver("opening it", "cuCtxGetCurrent")
+        if int(context):
+            return context  # the caller's
+        device = self.driver("opening it", "cuDeviceGet", self.number)
+        return self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
+
+    def _new_stream(self) -> int:
+        flag = self.driver.names.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(self.driver("making a stream", "cuStreamCreate", int(flag)))
+
+    def _new_pool(self) -> Any:
+        names = self.driver.names
+        properties = names.CUmemPoolProps()
+        properties.allocType = names.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = names.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = self.number
+        pool = self.driver("making a pool", "cuMemPoolCreate", properties)
+        attribute = names.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        keep = names.cuuint64_t(_KEEP_ALL)
+        self.driver("making a pool", "cuMemPoolSetAttribute", pool, attribute, keep)
+        return pool
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """See `attnseg.runtime.cuda.device.Device.active`."""
+        self.driver("making it current", "cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            with suppress(EngineError):  # the error inside is the one to tell
+                self.driver("leaving it", "cuCtxPopCurrent")
+
+    def free_bytes(self) -> int:
+        """See `Device.free_bytes`: what the pool holds unused counts as free."""
+        free, _ = self.driver("asking for memory", "cuMemGetInfo")
+        attributes = self.driver.names.CUmemPool_attribute
+        held, used = (
+            int(self.driver("asking for memory", "cuMemPoolGetAttribute", self._pool, attribute))
+            for attribute in (
+                attributes.CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+                attributes.CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+            )
+        )
+        return int(free) + held - used
+
+    def check(self) -> None:
+        """See `Device.check`."""
+        self.driver("computing", "cuStreamSynchronize", self.stream)
+
+    def _allocate(self, size_bytes: int, stream: int) -> CudaBuffer:
+        arguments = (max(size_bytes, 1), self._pool, stream)
+        pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
+        return CudaBuffer(self, int(pointer), size_bytes)
+
+    def allocate(self, size_bytes: int) -> CudaBuffer:
+        """See `Device.allocate`."""
+        return self._allocate(size_bytes, self.stream)
+
+    def free(self, pointer: int) -> None:
+        """Give memory back after the work so far."""
+        with self.active():
+            self.driver("freeing memory", "cuMemFreeAsync", pointer, self.stream)
+
+    def clear(self, buffer: DeviceBuffer) -> None:
+        """See `Device.clear`."""
+        arguments = (buffer.pointer, 0, buffer.size_bytes, self.stream)
+        self.driver("clearing memory", "cuMemsetD8Async", *arguments)
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            if self._module is None:
+                self._module = self.driver("loading kernels", "cuModuleLoadData", self._cubin())
+            step = f"finding kernel {name}"
+            found = self.driver(step, "cuModuleGetFunction", self._module, name.encode())
+            self._functions[name] = found
+        return self._functions[name]
+
+    def _cubin(self) -> bytes:
+        from platformdirs import user_cache_path
+
+        return cached_kernels(self.gpu.target, self._cache or Path(user_cache_path("attnseg")))
+
+    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
+        """See `Device.launch`."""
+        if count > MOST_INDICES:
+            raise EngineError(f"kernel {name}: the volume is too large for a GPU; use --device cpu")
+        number = ctypes.c_uint(count)
+        # The driver copies what these point to before the call returns.
+        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(number), ctypes.addressof(args))
+        blocks = (-(-count // _THREADS), 1, 1)
+        where = (*blocks, _THREADS, 1, 1, 0, self.stream, ctypes.addressof(pointers), 0)
+        self.driver(f"kernel {name}", "cuLaunchKernel", self._function(name), *where)
+
+    def _copy(self, step: str, source: int, target: int, size_bytes: int, stream: int) -> None:
+        self.driver(step, "cuMemcpyAsync", target, source, size_bytes, stream)
+
+    def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
+        """See `Device.upload`. The driver has taken the bytes when it returns."""
+        content = as_bytes(source)
+        pointer = int(content.ctypes.data)
+        self._copy("upload", pointer, target.pointer, content.size, self.stream)
+
+    def download(self, source: DeviceBuffer, target: NDArray[Any]) -> None:
+        """See `Device.download`."""
+        content = as_bytes(target)
+        pointer = int(content.ctypes.data)
+        self._copy("download", source.pointer, pointer, content.size, self.stream)
+        self.driver("download", "cuStreamSynchronize", self.stream)
+
+    def _pinned_for_upload(self, size_bytes: int) -> _Pinned:
+        """A block that no copy uses any more, the oldest first."""
+        if len(self._uploads) < _PINNED:
+            return _Pinned(self, size_bytes)
+        pinned = self._uploads.pop(0)
+        if pinned.busy:
+            pinned.busy.wait("upload")
+        return pinned if pinned.size_bytes >= size_bytes else _Pinned(self, size_bytes)
+
+    def upload_ahead(self, source: NDArray[Any]) -> tuple[CudaBuffer, _Event]:
+        """See `Device.upload_ahead`."""
+        content = as_bytes(source)
+        with self._lock:
+            pinned = self._pinned_for_upload(content.size)
+            bytes_at(pinned.pointer, content.size)[:] = content
+            buffer = self._allocate(content.size, self._up)
+            self._copy("upload", pinned.pointer, buffer.pointer, content.size, self._up)
+            pinned.busy = _Event(self, self._up)
+            self._uploads.append(pinned)
+            return buffer, pinned.busy
+
+    def pinned_for_download(self, size_bytes: int) -> _Pinned:
+        """A block for one download, to be given back."""
+        with self._lock:
+            for index, pinned in enumerate(self._downloads):
+                if pinned.size_bytes >= size_bytes:
+                    return self._downloads.pop(index)
+            self._downloads.clear()
+        return _Pinned(self, size_bytes)
+
+    def give_back(self, pinned: _Pinned) -> None:
+        """For the next download."""
+        with self._lock:
+            self._downloads.append(pinned)
+
+    def copy_down(self, source: DeviceBuffer, pinned: _Pinned) -> _Event:
+        """Copy on the stream for downloads; the event marks its end."""
+        ready = _Event(self, self.stream)
+        self.driver("download", "cuStreamWaitEvent", self._down, ready.handle, 0)
+        self._copy("download", source.pointer, pinned.pointer, source.size_bytes, self._down)
+        return _Event(self, self._down)
+
+    def download_behind(self, source: DeviceBuffer) -> _CudaDownload:
+        """See `Device.download_behind`."""
+        return _CudaDownload(self, source)
+
+    def mark(self) -> _Event:
+        """See `Device.mark`."""
+        return _Event(self, self.stream)
+
+    def after(self, mark: Any) -> None:
+        """See `Device.after`."""
+        self.driver("waiting for an upload", "cuStreamWaitEvent", self.stream, mark.handle, 0)
+
+    def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
+        """See `Device.recorded`: a CUDA graph, taken on a stream that nothing else uses."""
+        mode = self.driver.names.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self.driver("recording", "cuStreamBeginCapture", self._record, mode)
+        graph = failure = None
+        try:
+            work(self._record)
+        except EngineError as error:
+            failure = error
+        with suppress(EngineError):  # work that cannot be recorded is no fault
+            graph = self.driver("recording", "cuStreamEndCapture", self._record)
+        if failure or graph is None or not int(graph):
+            return None
+        ready = self.driver("recording", "cuGraphInstantiate", graph, 0)
+        self.driver("recording", "cuGraphDestroy", graph)
+        return lambda: self.driver("a recorded step", "cuGraphLaunch", ready, self.stream)
+
+    def view(self, array: Any) -> DeviceArray | None:
+        """See `Device.view`."""
+        if isinstance(array, np.ndarray):
+            return None
+        if not (hasattr(array, "__cuda_array_interface__") or hasattr(array, "__dlpack__")):
+            return None
+        from cuda.core.utils import StridedMemoryView
+
+        try:
+            found = StridedMemoryView.from_any_interface(array, stream_ptr=self.stream)
+        except Exception as error:  # of the array's library or cuda-core, with no common base
+            raise EngineError(f"the GPU failed in taking an array: {error}") from error
+        if not found.is_device_accessible:
+            return None
+        dtype = np.dtype(found.dtype)
+        strides = found.strides or _c_strides(found.shape)
+        steps = tuple(s * dtype.itemsize for s in strides)
+        return DeviceArray(int(found.ptr), tuple(found.shape), steps, dtype, found, self)
+
+    def exported(self, array: DeviceArray) -> Any:
+        """See `Device.exported`."""
+        from cuda.core import Buffer
+        from cuda.core.utils import StridedMemoryView
+
+        size = array.owner.size_bytes
+        buffer = Buffer.from_handle(array.pointer, size, owner=array)
+        steps = tuple(s // array.dtype.itemsize for s in array.strides)
+        return StridedMemoryView.from_buffer(buffer, array.shape, steps, dtype=array.dtype)
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))

@@ -1,0 +1,283 @@
+"""The CUDA device on a driver that works on host memory: what it asks of the driver, and when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cuda.bindings
+import numpy as np
+import pytest
+
+from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.runtime.cuda import card
+from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.errors import DeviceLostError, EngineError, NotHereError, OutOfMemoryError
+from attnseg.runtime.gpu import Gpu
+from attnseg.synthetic import SyntheticCase
+from tests.conftest import LinearEngine
+from tests.runtime.cuda.engines import Through
+from tests.runtime.cuda.host_driver import CALLERS_CONTEXT, CONTEXT, HostDriver
+from tests.runtime.cuda.host_kernels import HostKernels
+
+LINEAR = LinearEngine(np.random.default_rng(8).standard_normal((4, 4)).astype(np.float32))
+Open = Callable[..., tuple[CudaDevice, HostDriver]]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    return HostKernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def opened(kernels: HostKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Open:
+    def open_it(stream: int | None = None, **driver: Any) -> tuple[CudaDevice, HostDriver]:
+        stand_in = HostDriver(kernels, **driver)
+        monkeypatch.setattr(cuda.bindings, "driver", stand_in)
+        monkeypatch.setattr(card, "find_gpu", lambda: Gpu("RTX", "sm86", 24 << 30, "13.0"))
+        return CudaDevice(stream, tmp_path / "cache"), stand_in
+
+    return open_it
+
+
+@pytest.fixture(scope="module")
+def volume(small_synthetic: SyntheticCase) -> Volume:
+    return Volume(small_synthetic.images, small_synthetic.affine)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise NotHereError("no NVIDIA driver on this machine")
+
+    monkeypatch.setattr(card, "find_gpu", none)
+    with pytest.raises(NotHereError, match="no NVIDIA driver"):
+        CudaDevice()
+
+
+def test_what_is_uploaded_comes_back(opened: Open) -> None:
+    device, driver = opened()
+    with device.active():
+        for size in (1, 1000, 77):
+            content = np.random.default_rng(size).integers(0, 255, size).astype(np.uint8)
+            expected = content.copy()
+            first = device.allocate(size)
+            device.upload(content, first)
+            second, _ = device.upload_ahead(content)
+            content[:] = 0  # the device has its own copy
+            back = np.empty(size, np.uint8)
+            device.download(first, back)
+            np.testing.assert_array_equal(back, expected)
+            np.testing.assert_array_equal(device.download_behind(second).wait(), expected)
+            device.clear(first)
+            device.download(first, back)
+            assert not back.any()
+    assert driver.contexts == []
+
+
+def test_memory_is_freed_with_its_last_reference(opened: Open) -> None:
+    device, driver = opened()
+    with device.active():
+        buffer = device.allocate(1000)
+        assert driver.used() == 1000
+        del buffer
+    assert driver.used() == 0
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+def test_the_whole_executor_runs_on_it(opened: Open, volume: Volume, tta: str) -> None:
+    device, driver = opened()
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(tta=tta), Through(device, LINEAR))
+    expected = Segmenter(Bundle.default(), SegmentOptions(tta=tta), LINEAR).segment(volume)
+    for _ in range(2):
+        result = segmenter.segment(volume)
+        np.testing.assert_array_equal(result.labels, expected.labels)
+    assert set(result.elapsed_ms) >= {"upload", "normalise", "network", "blend", "download"}
+    del result
+    held = driver.used()
+    segmenter.segment(volume)
+    assert driver.used() == held  # nothing is left behind
+    assert driver.contexts == []
+
+
+def test_volumes_come_and_go_in_other_threads(opened: Open, volume: Volume) -> None:
+    device, _ = opened()
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(device, LINEAR))
+    expected = segmenter.segment(volume).labels
+    found: list[Any] = []
+    staged: list[Any] = []
+
+    def stage() -> None:
+        staged.append(segmenter.stage(volume))
+
+    worker = threading.Thread(target=stage)
+    worker.start()
+    worker.join()
+    pending = segmenter.submit(staged[0])
+    worker = threading.Thread(target=lambda: found.append(pending.result().labels))
+    worker.start()
+    worker.join()
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_the_callers_context_and_stream_are_used_and_left(opened: Open, volume: Volume) -> None:
+    device, driver = opened(stream=77, current=CALLERS_CONTEXT)
+    assert device.stream == 77
+    assert "cuDevicePrimaryCtxRetain" not in driver.calls
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(device, LINEAR))
+    labels = segmenter.segment(volume, on_device=True).labels
+    assert driver.contexts == [CALLERS_CONTEXT]
+    interface = labels.__cuda_array_interface__
+    assert interface["stream"] == 77 and interface["version"] == 3
+    assert interface["shape"] == volume.shape and interface["typestr"] == "|u1"
+    assert interface["strides"] == (1, volume.shape[0], volume.shape[0] * volume.shape[1])
+
+
+def test_without_a_context_it_is_the_primary_one(opened: Open) -> None:
+    device, driver = opened()
+    with device.active():
+        assert driver.contexts == [CONTEXT]
+
+
+def test_recorded_work_is_repeated(opened: Open) -> None:
+    device, _ = opened()
+    with device.active():
+        source, target = device.allocate(4), device.allocate(4)
+
+        def work(stream: int) -> None:
+            assert stream != device.stream
+            device._copy("a test", source.pointer, target.pointer, 4, stream)
+
+        repeat = device.recorded(work)
+        assert repeat is not None
+        for value in (b"abcd", b"efgh"):
+            device.upload(np.frombuffer(value, np.uint8), source)
+            repeat()
+            back = np.empty(4, np.uint8)
+            device.download(target, back)
+            assert back.tobytes() == value
+
+
+@pytest.mark.parametrize("where", ["work", "cuStreamEndCapture"])
+def test_work_that_cannot_be_recorded_is_no_fault(opened: Open, where: str) -> None:
+    device, driver = opened()
+
+    def work(stream: int) -> None:
+        if where == "work":
+            raise EngineError("not while a graph is taken")
+
+    if where != "work":
+        driver.fails[where] = ["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"]
+    with device.active():
+        assert device.recorded(work) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "kind", "message"),
+    [
+        (
+            "cuMemAllocFromPoolAsync",
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            OutOfMemoryError,
+            r"a channel of the volume takes 2 MB of device memory, \d+ MB are free: close other",
+        ),
+        (
+            "cuLaunchKernel",
+            "CUDA_ERROR_INVALID_VALUE",
+            EngineError,
+            r"the GPU failed in kernel scan: CUDA_ERROR_INVALID_VALUE \(what it means\)$",
+        ),
+        (
+            "cuStreamSynchronize",
+            "CUDA_ERROR_ILLEGAL_ADDRESS",
+            DeviceLostError,
+            "failed in download: CUDA_ERROR_ILLEGAL_ADDRESS .* no more use to this process",
+        ),
+        (
+            "cuModuleLoadData",
+            "CUDA_ERROR_NO_BINARY_FOR_GPU",
+            NotHereError,
+            "failed in loading kernels: .*; update the NVIDIA driver, or use --device cpu",
+        ),
+        (
+            "cuStreamBeginCapture",
+            "CUDA_ERROR_NOT_SUPPORTED",
+            None,
+            "",
+        ),
+    ],
+)
+def test_an_error_carries_its_name_its_meaning_and_the_step(
+    opened: Open,
+    volume: Volume,
+    function: str,
+    error: str,
+    kind: type[Exception] | None,
+    message: str,
+) -> None:
+    device, driver = opened()
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(device, LINEAR))
+    driver.fails[function] = [error]
+    if kind is None:
+        segmenter.segment(volume)
+        return
+    with pytest.raises(kind, match=message):
+        segmenter.segment(volume)
+    assert driver.contexts == []
+
+
+def test_a_smaller_batch_is_tried_where_memory_is_short(opened: Open, volume: Volume) -> None:
+    for memory, message in ((38 * 10**6, ""), (20 * 10**6, r"takes \d+ MB .* at least \d+ MB")):
+        device, _ = opened(memory=memory)
+        engine = Through(device, LINEAR)
+        segmenter = Segmenter(Bundle.default(), SegmentOptions(window=32), engine)
+        if message:
+            with pytest.raises(OutOfMemoryError, match=message):
+                segmenter.segment(volume)
+        else:
+            assert segmenter.segment(volume).memory["logits"] == "fp16"
+
+
+def test_after_a_lost_device_nothing_is_tried_there(opened: Open, volume: Volume) -> None:
+    device, driver = opened()
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(device, LINEAR))
+    driver.fails["cuStreamSynchronize"] = ["CUDA_ERROR_LAUNCH_FAILED"] * 9
+    with pytest.raises(DeviceLostError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        segmenter.segment(volume)
+    with pytest.raises(EngineError, match=r"not tried, as the GPU failed .* --fallback cpu"):
+        segmenter.segment(volume)
+
+
+def test_with_fallback_the_processor_goes_on(opened: Open, volume: Volume) -> None:
+    device, driver = opened()
+    chosen = SegmentOptions(fallback="cpu", threads=1)
+    segmenter = Segmenter(Bundle.default(), chosen, Through(device, LINEAR))
+    staged = segmenter.stage(volume)  # on its way to the device when that is lost
+    driver.fails["cuStreamSynchronize"] = ["CUDA_ERROR_ECC_UNCORRECTABLE"]
+    with pytest.raises(DeviceLostError):
+        segmenter.segment(volume)
+    result = segmenter.submit(staged).result()
+    assert result.engine.device == "cpu" and segmenter.engine_info.name == "openvino"
+    expected = Segmenter(Bundle.default(), SegmentOptions(device="cpu", threads=1)).segment(volume)
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    assert not result.memory
+
+
+def test_a_fault_of_an_engine_that_lost_the_device_is_told_as_that(
+    opened: Open, volume: Volume
+) -> None:
+    device, driver = opened()
+    engine = Through(device, LINEAR)
+    segmenter = Segmenter(Bundle.default(), SegmentOptions(), engine)
+    engine.failures.append(EngineError("tensorrt failed (no reason given)"))
+    with pytest.raises(EngineError, match="tensorrt failed"):
+        segmenter.segment(volume)
+
+    def lose(*_: Any) -> None:
+        driver.fails["cuStreamSynchronize"] = ["CUDA_ERROR_ILLEGAL_ADDRESS"]
+        raise EngineError("tensorrt failed (no reason given)")
+
+    engine.enqueue = lose  # type: ignore[method-assign]
+    with pytest.raises(DeviceLostError, match="failed in computing: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        segmenter.segment(volume)
