@@ -19,8 +19,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnseg import Bundle, Segmenter, __version__
-from attnseg.cli import main
+from attnseg.cli import _parse_bytes, main
 from attnseg.runtime.bundle import EngineBuild, default_folder, file_entry, write_bundle
+from attnseg.runtime.errors import NotHereError
 from attnseg.runtime.gpu import Gpu
 
 FP32 = ("--precision", "fp32")
@@ -102,6 +103,12 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
         (("run", "-o", "out"), "error: give either a scan folder or one file per channel"),
         (("run", ".", "-o", "out", "--model", "."), "error: .: is not a bundle"),
         (("run", ".", "-o", "out", "--engine", "x"), "error: engine x does not exist"),
+        (("run", ".", "--device", "tpu"), "error: device tpu does not exist; choose auto, cuda, c"),
+        (
+            ("run", ".", "--device", "cpu", "--engine", "tensorrt"),
+            "error: engine tensorrt runs on cuda, device cpu is asked for; leave one of them out",
+        ),
+        (("run", ".", "--device", "cpu", "--max-memory", "4GB"), "error: max-memory is for a GPU"),
         (("run", ".", "-o", "out", "--window", "33"), "error: window must be full or a multiple"),
         (("train", "--data", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
         (("train", "--data", ".", "-o", "o", "--preset", "x"), "error: preset x does not exist"),
@@ -133,6 +140,47 @@ def test_user_errors_are_one_line_without_a_traceback(
     assert result.stderr.startswith(message), result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["much", "4 apples", "-1GB", ""])
+def test_an_amount_of_memory_that_is_none_is_refused(text: str) -> None:
+    result = call("run", ".", "--max-memory", text)
+    assert result.exit_code == 2
+    assert "give a number of bytes with its unit, such as 4GB or 500MB" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GB", 4 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("7", 7)],
+)
+def test_an_amount_of_memory_is_read_with_its_unit(text: str, expected: int) -> None:
+    assert _parse_bytes(None, None, text) == expected  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise NotHereError("no NVIDIA driver on this machine")
+
+    for module in ("tensorrt", "onnxruntime"):
+        monkeypatch.setattr(f"attnseg.runtime.engines.{module}.find_gpu", none)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_cuda_is_refused_unless_there_is_a_fallback(
+    small_scan: Path, tmp_path: Path
+) -> None:
+    refused = call("run", small_scan, "-o", tmp_path / "out", "--device", "cuda")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: device cuda: no NVIDIA driver on this machine\n"
+    options = ("--device", "cuda", "--fallback", "cpu", "--max-memory", "4GB")
+    result = call("run", small_scan, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("not used: device cuda: no NVIDIA driver on this machine\n")
+    report = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert report["engine"]["device"] == "cpu"
+    again = call("run", small_scan, "-o", tmp_path / "out", "--device", "cpu")
+    assert "skipped" in again.stdout  # the same engine, however it was come by
 
 
 def test_debug_shows_the_traceback_of_a_failed_case(small_scan: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -11,9 +13,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from attnseg import Bundle
+from attnseg.runtime.cuda.device import HostDevice, Region
 from attnseg.runtime.engines import openvino as openvino_engine
 from attnseg.runtime.engines.cpu import ENGINES, installed_engines, open_engine
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxSession
+from attnseg.runtime.errors import EngineError, OutOfMemoryError
 
 
 @pytest.fixture
@@ -42,6 +46,65 @@ def test_each_engine_runs_batches_of_any_shape(doubling: Path, name: str) -> Non
     assert engine.info.name == name
     assert engine.info.precision == "fp32"
     assert engine.info.version == installed_engines()[name]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_onnxruntime_runs_on_memory_of_a_device(doubling: Path, kind: int) -> None:
+    """The host in a device's place: the same binding of memory as on a GPU."""
+    model = onnx.load(doubling)
+    for end in (*model.graph.input, *model.graph.output):
+        end.type.tensor_type.elem_type = kind
+        end.type.tensor_type.shape.dim[1].dim_value = 2
+    onnx.save(model, doubling)
+    device = HostDevice()
+    session = OnnxSession(doubling, {}, ["CPUExecutionProvider"])
+    precision = "fp16" if kind == TensorProto.FLOAT16 else "fp32"
+    engine = OnnxRuntimeDeviceEngine(session, precision, device, limit=9)
+    assert engine.half == (precision == "fp16")
+    assert (engine.batches, engine.memory_bytes) == ((4, 1), 9)
+    for batch in (1, 4, 3):
+        array = np.arange(batch * 2 * 60).reshape(batch, 2, 3, 4, 5).astype(engine_type(engine))
+        images, logits = (device.allocate(array.nbytes) for _ in range(2))
+        device.upload(array, images)
+        regions = [Region.of(buffer, 0, array.nbytes) for buffer in (images, logits)]
+        engine.enqueue(*regions, array.shape)
+        found = np.empty_like(array)
+        device.download(logits, found)
+        np.testing.assert_array_equal(found, 2 * array)
+        np.testing.assert_array_equal(engine.infer(array.astype(np.float32)), 2 * array)
+    with pytest.raises(EngineError, match=r"failed on a batch of shape \(1, 3, 4, 4, 4\)"):
+        engine.infer(np.zeros((1, 3, 4, 4, 4), np.float32))
+
+
+def engine_type(engine: OnnxRuntimeDeviceEngine) -> type:
+    return np.float16 if engine.half else np.float32
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Failed to allocate memory for requested buffer of size 7", OutOfMemoryError),
+        ("CUDA failure 2: out of memory", OutOfMemoryError),
+        ("CUDNN_STATUS_EXECUTION_FAILED", EngineError),
+    ],
+)
+def test_a_shortage_of_memory_in_onnxruntime_is_told_as_one(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch, text: str, kind: type[Exception]
+) -> None:
+    session = OnnxSession(doubling, {}, ["CPUExecutionProvider"])
+
+    class Failing:
+        def run_with_iobinding(self, *_: object) -> None:
+            raise RuntimeError(text)
+
+        def io_binding(self) -> Any:
+            return MagicMock()
+
+    session._session = Failing()
+    region = Region(0, 2 * 27 * 4, HostDevice().allocate(1))
+    with pytest.raises(kind, match=r"failed on a batch of shape \(1, 2, 3, 3, 3\)") as caught:
+        session.run_on(HostDevice(), region, region, (1, 2, 3, 3, 3))
+    assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("name", ENGINES)

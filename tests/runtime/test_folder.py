@@ -5,6 +5,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,9 +15,12 @@ from PIL import Image
 
 from attnseg import Segmenter, SegmentOptions
 from attnseg.runtime import folder, outputs
-from attnseg.runtime.errors import OutputError
+from attnseg.runtime.cuda.device import HostDevice
+from attnseg.runtime.errors import DeviceLostError, OutputError
 from attnseg.runtime.folder import CaseResult, segment_folder
-from attnseg.runtime.scans import find_cases
+from attnseg.runtime.scans import Case, find_cases
+from tests.conftest import LinearEngine
+from tests.runtime.cuda.engines import Through
 
 
 class Listener:
@@ -267,29 +272,79 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         outputs.prepare_output(tmp_path / "out")
 
 
-def test_the_next_case_is_read_while_one_is_segmented(
+def copies(scan: Path, number: int) -> None:
+    """More cases `c0`, `c1`, ... like `small`."""
+    for index in range(number):
+        shutil.copytree(scan / "small", scan / f"c{index}")
+        for file in (scan / f"c{index}").iterdir():
+            file.rename(file.with_name(file.name.replace("small", f"c{index}")))
+
+
+def test_one_case_is_read_and_one_written_while_a_third_is_segmented(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for index in range(3):
-        shutil.copytree(small_scan / "small", small_scan / f"c{index}")
-        for file in (small_scan / f"c{index}").iterdir():
-            file.rename(file.with_name(file.name.replace("small", f"c{index}")))
-    events: list[str] = []
-    load, segment = folder._load, folder._segment
+    """Each step waits for one of its neighbour, which would never come if they took turns."""
+    copies(small_scan, 2)
+    names = ["c0", "c1", "small"]
+    began = {step: {name: Event() for name in names} for step in ("load", "submit", "finish")}
+    load, finish, submit = folder._load, folder._finish, Segmenter.submit
+    order = iter(names)
 
-    def noted_load(case, threads):
-        events.append(f"load {case.name}")
-        return load(case, threads)
+    def wait_for(step: str, name: str, offset: int) -> None:
+        place = names.index(name) + offset
+        if place < len(names):
+            assert began[step][names[place]].wait(60), f"{step} {names[place]} came too late"
 
-    def noted_segment(case, *rest):
-        events.append(f"segment {case.name}")
-        result = segment(case, *rest)
-        events.append(f"done {case.name}")
-        return result
+    def noted_load(case: Case, *rest: Any) -> Any:
+        began["load"][case.name].set()
+        return load(case, *rest)
+
+    def noted_submit(self: Segmenter, *rest: Any) -> Any:
+        name = next(order)
+        began["submit"][name].set()
+        wait_for("load", name, 1)
+        return submit(self, *rest)
+
+    def noted_finish(case: Case, *rest: Any) -> Any:
+        wait_for("submit", case.name, 1)
+        return finish(case, *rest)
 
     monkeypatch.setattr(folder, "_load", noted_load)
-    monkeypatch.setattr(folder, "_segment", noted_segment)
+    monkeypatch.setattr(folder, "_finish", noted_finish)
+    monkeypatch.setattr(Segmenter, "submit", noted_submit)
     results = run(small_scan, tmp_path / "out", segmenter)
-    assert [r.status for r in results] == ["done"] * 4
-    for current, following in (("c0", "c1"), ("c1", "c2"), ("c2", "small")):
-        assert events.index(f"load {following}") < events.index(f"done {current}")
+    assert [(r.name, r.status) for r in results] == [(name, "done") for name in names]
+
+
+@pytest.mark.parametrize("fallback", [None, "cpu"])
+def test_a_gpu_that_is_lost_fails_its_case_and_the_rest_go_on_where_it_was_said(
+    small_scan: Path, tmp_path: Path, host: HostDevice, fallback: Any
+) -> None:
+    copies(small_scan, 3)
+    engine = Through(host, LinearEngine(np.eye(4, dtype=np.float32)), (1, 1))
+    segmenter = Segmenter(options=SegmentOptions(fallback=fallback), engine=engine)
+
+    def lose(*_: Any) -> None:
+        raise DeviceLostError("the GPU failed in kernel blend: CUDA_ERROR_LAUNCH_FAILED (it did)")
+
+    class Listening(Listener):
+        def case_started(self, name: str) -> None:
+            if name == "c1":
+                engine.enqueue = lose  # type: ignore[method-assign]
+
+    outputs.prepare_output(tmp_path / "out")
+    cases = find_cases(small_scan).cases
+    results = list(segment_folder(cases, segmenter, tmp_path / "out", Listening()))
+    states = [(r.name, r.status) for r in results]
+    assert states[:2] == [("c0", "done"), ("c1", "failed")]
+    assert "CUDA_ERROR_LAUNCH_FAILED" in results[1].note
+    assert results[0].report["engine"]["name"] == "linear"
+    assert results[0].report["device_memory"]["planned_bytes"] > 0
+    if fallback:
+        assert states[2:] == [("c2", "done"), ("small", "done")]
+        assert {r.report["engine"]["device"] for r in results[2:]} == {"cpu"}
+    else:
+        assert states[2:] == [("c2", "failed"), ("small", "failed")]
+        assert all("not tried, as the GPU failed" in r.note for r in results[2:])
+    written = sorted(f.stem for f in (tmp_path / "out").glob("*.json"))
+    assert written == [name for name, status in states if status == "done"]

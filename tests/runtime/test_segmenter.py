@@ -127,7 +127,7 @@ def test_progress_ends_at_one(segmenter: Segmenter, volume: Volume) -> None:
 
 def test_stages_are_timed(segmenter: Segmenter, volume: Volume) -> None:
     stages = set(segmenter.segment(volume).elapsed_ms)
-    assert stages == {"normalise", "blend", "network", "fuse", "clean-up", "paste"}
+    assert stages == {"check", "normalise", "blend", "network", "fuse", "clean-up", "paste"}
 
 
 def test_unusable_volumes_are_refused(segmenter: Segmenter, volume: Volume) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _CUDA = "CUDAExecutionProvider"
 _BATCH = 4  # windows of one call; enough to fill a GPU, and a divisor of most volumes' windows
 
 
-class _Session:
+class OnnxSession:
     """An ONNX graph with one input, as ONNX Runtime runs it."""
 
     def __init__(self, model: Path, options: dict[str, Any], providers: list[Any]) -> None:
@@ -63,9 +64,10 @@ class _Session:
         return self._type is np.float16
 
     @property
-    def classes(self) -> int:
-        """Channels of the logits."""
-        return int(self._output.shape[1])
+    def classes(self) -> int | None:
+        """Channels of the logits, if the graph says."""
+        channels = self._output.shape[1]
+        return channels if isinstance(channels, int) else None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -73,16 +75,17 @@ class _Session:
         size = self._session.get_inputs()[0].shape[0]
         return size if isinstance(size, int) else None
 
-    def run_on(
-        self, kind: str, number: int, images: int, logits: int, shape: Sequence[int]
-    ) -> None:
-        """Run on memory of a device, `cuda` or `cpu`; does not wait for the device."""
+    def run_on(self, device: Device, images: Region, logits: Region, shape: Sequence[int]) -> None:
+        """Run a batch of `shape` (B, C, x, y, z) on memory of a device; need not wait for it."""
         import onnxruntime as ort
 
         binding = self._session.io_binding()
-        given = (shape[0], self.classes, *shape[2:])
-        binding.bind_input(self._input, kind, number, self._type, list(shape), images)
-        binding.bind_output(self._output.name, kind, number, self._type, list(given), logits)
+        place = device.kind, device.number, self._type
+        voxels = shape[0] * prod(shape[2:])
+        classes = logits.size_bytes // (voxels * np.dtype(self._type).itemsize)
+        given = [shape[0], classes, *shape[2:]]
+        binding.bind_input(self._input, *place, list(shape), images.pointer)
+        binding.bind_output(self._output.name, *place, given, logits.pointer)
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
@@ -117,7 +120,7 @@ class OnnxRuntimeEngine:
                 "engine onnxruntime is not installed; pip install 'attnseg[cpu]'"
             ) from error
         options = {"intra_op_num_threads": threads}
-        self._session = _Session(model, options, ["CPUExecutionProvider"])
+        self._session = OnnxSession(model, options, ["CPUExecutionProvider"])
         chosen = "int8" if precision == "int8" else "fp32"
         self.info = EngineInfo("onnxruntime", self._session.version, chosen, "cpu")
 
@@ -129,7 +132,9 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeDeviceEngine:
     """Runs an ONNX graph on memory of a device, in the graph's own precision, by IO binding."""
 
-    def __init__(self, session: _Session, precision: str, device: Device, limit: int = 0) -> None:
+    def __init__(
+        self, session: OnnxSession, precision: str, device: Device, limit: int = 0
+    ) -> None:
         """An open session.
 
         Args:
@@ -160,11 +165,12 @@ class OnnxRuntimeDeviceEngine:
 
     def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
         """See `attnseg.runtime.engines.base.DeviceEngine.enqueue`."""
-        device = self._device
-        self._session.run_on(device.kind, device.number, images.pointer, logits.pointer, shape)
+        self._session.run_on(self._device, images, logits, shape)
 
     def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `attnseg.runtime.engines.base.Engine.infer`."""
+        if self._session.classes is None:
+            return self._session.infer(batch)
         kind = np.float16 if self.half else np.float32
         content = np.ascontiguousarray(batch, kind)
         logits = np.empty((len(batch), self._session.classes, *batch.shape[2:]), kind)
@@ -226,7 +232,7 @@ def open_onnxruntime_cuda(
     if limit:
         settings["gpu_mem_limit"] = str(limit)
     with device.active():
-        session = _Session(model, {}, [(_CUDA, settings)])
+        session = OnnxSession(model, {}, [(_CUDA, settings)])
     if session.provider != _CUDA:  # it goes on without a word on the processor
         raise NotHereError(
             "ONNX Runtime could not load its CUDA provider; pip install "

@@ -9,7 +9,6 @@ import pytest
 from attnseg.runtime.cuda.card import CudaDevice
 from attnseg.runtime.cuda.device import Device, HostDevice
 from attnseg.runtime.errors import NotHereError
-from tests.runtime.cuda.host_kernels import HostKernels
 
 
 def open_card() -> CudaDevice:
@@ -18,11 +17,6 @@ def open_card() -> CudaDevice:
         return CudaDevice()
     except NotHereError as error:
         pytest.skip(f"no CUDA device: {error}")
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> HostDevice:
-    return HostDevice(HostKernels(tmp_path_factory.mktemp("kernels")).launch)
 
 
 @pytest.fixture(params=["host", pytest.param("card", marks=pytest.mark.gpu)], scope="session")
