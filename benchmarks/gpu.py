@@ -1,4 +1,4 @@
-"""The CUDA executor: each kernel against its byte floor, whole volumes, the network's roofline, peers.
+"""The CUDA executor: kernels against their floors, whole volumes, the network's roofline, a peer.
 
     python -m benchmarks.gpu [--case FOLDER] [--model BUNDLE] [--engine auto] [--repeats 20]
 
@@ -7,34 +7,35 @@ a CUDA device it says so, and prints what needs none: the work to be done, its f
 whose rates are known, and the host's time for the same steps.
 
 A floor is the time that a card needs to move the bytes that must be moved, or to do the network's
-multiplications, at the rates of its data sheet. What is called a projection is that and no measurement.
+multiplications, at the rates of its data sheet. What is called a projection is no measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.cuda.device import Device
-from attnseg.runtime.cuda.kernels import Tiling
-from attnseg.runtime.engines.base import DeviceEngine
+from attnseg.runtime.cuda.device import Device, HostDevice, Region, bytes_at
+from attnseg.runtime.cuda.kernels import GatherArgs, OccupyArgs, ScanArgs, Shape, Tiling
+from attnseg.runtime.engines.base import DeviceEngine, EngineInfo
 from attnseg.runtime.errors import EngineError
+from attnseg.runtime.prepare import prepare
 from attnseg.runtime.scans import Case
+from attnseg.runtime.tta import PASSES, Transform
 from attnseg.runtime.volume import encode_labels, read_volume
-from attnseg.runtime.windows import plan_windows
-from benchmarks.harness import median_ms, print_machine
+from benchmarks.harness import print_machine
 from benchmarks.pipeline import choose_case
 
 TTA = "paper"  # three passes
@@ -70,18 +71,25 @@ CARDS = {
 class Work:
     """What a volume gave a device to do: launches and bytes of each kernel, windows."""
 
+    windows: int = 0
     launches: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     moved_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     elapsed_ms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
+def voxels_of(shape: Shape) -> int:
+    """In all."""
+    return int(shape.x * shape.y * shape.z)
+
+
 def _cover(tiling: Tiling) -> float:
     """Windows around a voxel, in the mean."""
     windows, window, last = tiling.count, tiling.window, tiling.last
-    return prod(
+    along = [
         getattr(windows, a) * getattr(window, a) / (getattr(last, a) + getattr(window, a))
         for a in "xyz"
-    )
+    ]
+    return float(np.prod(along))
 
 
 def floor_bytes(name: str, count: int, args: Any) -> int:
@@ -89,13 +97,13 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
     if name == "moment":
         return 4 * int(args.voxels)
     if name == "occupy":
-        return 4 * int(args.channels) * count
+        return 4 * count * int(args.channels)
     if name == "gather":
-        return (4 + (2 if args.half else 4)) * count
+        return count * (6 if int(args.half) else 8)
     if name == "blend":
         logits = _cover(args.tiling) * args.count * (2 if args.half else 4)
         scores = 4 * args.count * ((not args.first) + (not args.last)) if args.scores else 0
-        return round((logits + scores + int(args.last)) * count)
+        return int((logits + scores + args.last) * count)
     per_index = {
         "scan": 2,
         "scan_float": 4,
@@ -128,6 +136,8 @@ class Counting:
         before = self._device.mark() if self._timed else None
         self._device.launch(name, count, args)
         self.work.launches[name] += 1
+        if isinstance(args, GatherArgs):
+            self.work.windows += count // (args.channels * voxels_of(args.tiling.window))
         self.work.moved_bytes[name] += floor_bytes(name, count, args)
         if before:
             self._marks.append((name, before, self._device.mark()))
@@ -141,6 +151,47 @@ class Counting:
         return work
 
 
+class Idle:
+    """An engine in the place of one on a card; it does nothing, on memory of the host."""
+
+    info = EngineInfo("none", "0", "fp16", "none")
+    batches, half, memory_bytes = (4, 1), True, 0
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+
+    def infer(self, batch: Any) -> Any:
+        """Not called."""
+        raise NotImplementedError
+
+    def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
+        """See `DeviceEngine.enqueue`."""
+        bytes_at(logits.pointer, logits.size_bytes)[:] = 0
+
+
+def _only_look(name: str, count: int, args: Any) -> None:
+    """Of all kernels only the box, and every window of it as occupied; enough to know the work."""
+    if isinstance(args, ScanArgs):
+        memory = bytes_at(args.volume, 2 * count).view(np.int16)
+        values, counts = np.unique(memory[memory != 0], return_counts=True)
+        bytes_at(args.counts, 4 << 16).view(np.int32)[values.astype(int) + 32768] = counts
+        shape = [getattr(args.shape, axis) for axis in "xyz"]
+        turn = Transform("", tuple(args.turn.axes), tuple(np.flatnonzero(args.turn.flips)))
+        found = np.nonzero(turn.apply(memory.reshape(shape)))
+        box = bytes_at(args.box, 24).view(np.int32)
+        box[:3] = np.minimum(box[:3], [along.min() for along in found])
+        box[3:] = np.maximum(box[3:], [along.max() for along in found])
+    elif isinstance(args, OccupyArgs):
+        bytes_at(args.occupied, 4 * voxels_of(args.tiling.count)).view(np.int32)[:] = 1
+
+
+def work_of(bundle: Bundle, volume: Volume) -> Work:
+    """What a device would be given for a volume of int16, without one."""
+    counting = Counting(HostDevice(_only_look), timed=False)
+    on_device(bundle, Idle(counting)).segment(volume)
+    return counting.finish()
+
+
 def on_device(bundle: Bundle, engine: DeviceEngine) -> Segmenter:
     """A segmenter for three passes by an engine."""
     return Segmenter(bundle, SegmentOptions(tta=TTA), engine)
@@ -149,7 +200,7 @@ def on_device(bundle: Bundle, engine: DeviceEngine) -> Segmenter:
 def measure_kernels(
     bundle: Bundle, engine: Any, volume: Volume, repeats: int
 ) -> tuple[Work, dict[str, float]]:
-    """The work of a volume, median device milliseconds per kernel, and per stage, network included."""
+    """The work of a volume, and median device milliseconds per kernel and per stage."""
     device = engine.device
     engine.device = counting = Counting(device, timed=True)
     try:
@@ -216,22 +267,21 @@ def layers_of(model: Path, window: Sequence[int]) -> list[Layer]:
             continue
         given, kernel, made = shapes[node.input[0]], weights[node.input[1]], shapes[node.output[0]]
         # A transposed convolution of stride s meets each weight once per input voxel.
-        voxels = prod(given[2:]) if node.op_type == "ConvTranspose" else prod(made[2:])
-        sizes = prod(given) + prod(made) + prod(kernel)
-        layers.append(Layer(2 * prod(kernel) * voxels, 2 * sizes))
+        voxels = math.prod(given[2:]) if node.op_type == "ConvTranspose" else math.prod(made[2:])
+        sizes = math.prod(given) + math.prod(made) + math.prod(kernel)
+        layers.append(Layer(2 * math.prod(kernel) * voxels, 2 * sizes))
     return layers
 
 
 def roofline_ms(layers: Sequence[Layer], windows: int, card: Card) -> float:
     """The network's floor: each layer at the card's tensor rate or its bandwidth, the slower."""
-    return 1000 * windows * sum(
-        max(layer.flops / card.flops, layer.moved_bytes / card.bytes_per_s) for layer in layers
+    return (
+        1000
+        * windows
+        * sum(
+            max(layer.flops / card.flops, layer.moved_bytes / card.bytes_per_s) for layer in layers
+        )
     )
-
-
-def tensor_floor_ms(layers: Sequence[Layer], windows: int, card: Card) -> float:
-    """The network's floor by the tensor rate alone."""
-    return 1000 * windows * sum(layer.flops for layer in layers) / card.flops
 
 
 def print_kernels(work: Work, card: Card | None, timed: bool) -> None:
@@ -246,27 +296,51 @@ def print_kernels(work: Work, card: Card | None, timed: bool) -> None:
         print(f"{name:<18}{launches:>9}{moved / 1e6:>9.1f}{floor:>10}{shown:>9}{rate:>8}")
 
 
-def projected_ms(
-    work_bytes: int, link_bytes: int, network_ms: float, card: Card, slack: tuple[float, float]
-) -> dict[str, float]:
-    """Milliseconds per part on a card: floors times how far above them the parts are taken to be."""
-    kernels, network = slack
-    parts = {
-        "copies": 1000 * link_bytes / card.link_bytes_per_s,
-        "kernels": 1000 * work_bytes / card.bytes_per_s * kernels,
-        "network": network_ms * network,
-    }
-    return parts | {"all": sum(parts.values())}
+@dataclass(frozen=True)
+class Slack:
+    """How many times its floor a part takes."""
+
+    kernels: float
+    network: float
+
+
+AIMED = Slack(4.0, 4.0)
+"""What the project aims at; used where nothing was measured."""
+
+
+def print_projection(work: Work, layers: Sequence[Layer], voxels: int, slack: Slack) -> None:
+    """The time of a volume on an RTX 3090, if it kept the same distance from its floors."""
+    card = CARDS["RTX 3090"]
+    copies = 1000 * voxels * (4 * 2 + 1) / card.link_bytes_per_s
+    kernels = 1000 * sum(work.moved_bytes.values()) / card.bytes_per_s
+    network = roofline_ms(layers, work.windows, card)
+    whole = copies + slack.kernels * kernels + slack.network * network
+    print(
+        f"\nRTX 3090, a projection, not measured: {whole:.0f} ms (aim 250); copies {copies:.1f}, "
+        f"kernels {slack.kernels:.1f} x {kernels:.1f}, network {slack.network:.1f} x {network:.1f}"
+    )
+
+
+def print_floors(work: Work, layers: Sequence[Layer]) -> None:
+    """A row per card: the network's roofline, and the kernels' floor."""
+    flops = work.windows * sum(layer.flops for layer in layers)
+    print(f"\n{work.windows} windows, {flops / 1e12:.2f} TFLOP; floors in ms:")
+    print(f"{'card':<10}{'tensor rate':>12}{'roofline':>10}{'kernels':>9}")
+    for name, card in CARDS.items():
+        tensor = 1000 * flops / card.flops
+        roofline = roofline_ms(layers, work.windows, card)
+        kernels = 1000 * sum(work.moved_bytes.values()) / card.bytes_per_s
+        print(f"{name:<10}{tensor:>12.1f}{roofline:>10.1f}{kernels:>9.2f}")
 
 
 def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
-    """Torch fp16 with MONAI's sliding window and three passes, from the normalised image on the card.
+    """Torch fp16 with MONAI's sliding window, three passes, from the normalised image to classes.
 
-    Its normalisation, its clean-up and its copies are left out, in its favour.
+    Its normalisation and its clean-up are left out, in its favour.
     """
     try:
         import torch
-        from monai.inferers import sliding_window_inference
+        from monai.inferers.utils import sliding_window_inference
 
         from attnseg.export.checkpoint import load_trained
     except ImportError as error:
@@ -275,9 +349,6 @@ def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
     if not torch.cuda.is_available():
         print("peer      not run: torch finds no CUDA device")
         return None
-    from attnseg.runtime.prepare import prepare
-    from attnseg.runtime.tta import PASSES
-
     manifest = bundle.manifest
     image = prepare(volume.oriented(manifest.orientation), None, manifest.normalisation).image
     network = load_trained(bundle.file("weights")).network.half().cuda().eval()
@@ -289,7 +360,7 @@ def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
             for transform in PASSES[TTA]:
                 turned = np.ascontiguousarray(transform.apply(image))
                 given = torch.from_numpy(turned)[None].half().cuda()
-                logits = sliding_window_inference(
+                logits: Any = sliding_window_inference(
                     given, inference.window, 4, network, inference.overlap, mode="gaussian"
                 )
                 axes = [a + 2 for a in transform.flips]
@@ -308,22 +379,11 @@ def host_ms(bundle: Bundle, volume: Volume) -> dict[str, float]:
     return segmenter.segment(volume).elapsed_ms
 
 
-def measure_card(bundle: Bundle, case: Case, engine: Any, options: argparse.Namespace) -> Work:
-    """Time kernels, stages and whole volumes on the card, and print them."""
-    volume = read_volume(case.files)
-    work, stages = measure_kernels(bundle, engine, volume, options.repeats)
-    card = next((c for name, c in CARDS.items() if name in engine.device.name), None)
-    print_kernels(work, card, timed=True)
-    rest = sum(work.elapsed_ms.values())
-    print(f"device time but for the network: {rest:.2f} ms (aim 5)")
-    print("stages    " + ", ".join(f"{name} {ms:.2f}" for name, ms in stages.items()))
-
-    segmenter = on_device(bundle, engine)
+def print_whole(segmenter: Segmenter, case: Case, volume: Volume, repeats: int) -> float:
+    """Time whole volumes, and print; the median from array to labels."""
     labels = {segmenter.segment(volume).labels.tobytes() for _ in range(3)}
     assert len(labels) == 1, "the same case gave different labels"
-    whole = times_ms(lambda: segmenter.segment(volume), options.repeats)
-    print(f"array to labels    p50 {percentile(whole, 50):.1f}, p95 {percentile(whole, 95):.1f} ms")
-    print(f"memory    {segmenter.segment(volume).memory}")
+    whole = times_ms(lambda: segmenter.segment(volume), repeats)
     with tempfile.TemporaryDirectory() as folder:
 
         def files() -> None:
@@ -331,19 +391,69 @@ def measure_card(bundle: Bundle, case: Case, engine: Any, options: argparse.Name
             found = segmenter.segment(read)
             Path(folder, "labels.nii.gz").write_bytes(encode_labels(found.labels, read))
 
-        disk = times_ms(files, options.repeats)
-    print(f"NIfTI to NIfTI     p50 {percentile(disk, 50):.1f}, p95 {percentile(disk, 95):.1f} ms")
-    host = host_ms(bundle, volume)
-    rest_host = sum(ms for stage, ms in host.items() if stage != "network")
-    print(f"the host's time for all but the network: {rest_host:.0f} ms")
-    peer = peer_ms(bundle, volume, options.repeats)
-    if peer:
-        ratio = peer / percentile(whole, 50)
-        print(f"torch fp16 and MONAI: {peer:.1f} ms, {ratio:.1f} times ours (aim 5)")
-    windows = sum(1 for _ in range(1)) and stages.get("network", 0.0)
+        disk = times_ms(files, repeats)
+    for name, times, aim in (("array to labels", whole, 60), ("NIfTI to NIfTI", disk, 150)):
+        p50, p95 = percentile(times, 50), percentile(times, 95)
+        print(f"{name:<18}p50 {p50:.1f}, p95 {p95:.1f} ms (aim {aim})")
+    print(f"memory            {segmenter.segment(volume).memory}")
+    return percentile(whole, 50)
+
+
+def measure(bundle: Bundle, case: Case, engine: Any, repeats: int, layers: list[Layer]) -> None:
+    """Time kernels, network and whole volumes on the engine's device, and print them."""
+    volume, name = read_volume(case.files), engine.device.name
+    work, stages = measure_kernels(bundle, engine, volume, repeats)
+    card = next((card for model, card in CARDS.items() if model in name), None)
+    print_kernels(work, card, timed=True)
+    kernels_ms = sum(work.elapsed_ms.values())
+    print(f"all kernels {kernels_ms:.2f} ms (aim 5); stages of the device, gaps included:")
+    print(", ".join(f"{stage} {ms:.2f}" for stage, ms in stages.items()))
     if card:
+        floor = roofline_ms(layers, work.windows, card)
+        # The stage holds the gather too.
+        network_ms = stages["network"] - work.elapsed_ms["gather"]
+        print(f"network {network_ms:.2f} ms, {network_ms / floor:.1f} times its roofline (aim 4)")
+        moved_ms = 1000 * sum(work.moved_bytes.values()) / card.bytes_per_s
+        slack = Slack(kernels_ms / moved_ms, network_ms / floor)
+        print_projection(work, layers, math.prod(volume.shape), slack)
+    whole_ms = print_whole(on_device(bundle, engine), case, volume, repeats)
+    peer = peer_ms(bundle, volume, repeats)
+    if peer:
+        print(f"torch fp16, MONAI {peer:.1f} ms, {peer / whole_ms:.1f} times ours (aim 5)")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--case", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+
+    print_machine("attnseg", "numpy", "cuda-core", "onnxruntime-gpu", "torch", "monai")
+    bundle = Bundle.load(options.model) if options.model else Bundle.default()
+    with tempfile.TemporaryDirectory() as scratch:
+        case = choose_case(options.case, Path(scratch))
+        volume = read_volume(case.files)
         layers = layers_of(bundle.file("onnx"), bundle.manifest.inference.window)
-        run_windows = windows_of(volume, bundle)
-        floor = roofline_ms(layers, run_windows, card)
-        print(f"network   {windows:.2f} ms, roofline {floor:.2f} ms, {windows / floor:.1f} times")
-    return work
+        print(f"case      {case.name}, {volume.shape}, tta {TTA}")
+        work = work_of(bundle, volume)
+        print_floors(work, layers)
+        try:
+            chosen = SegmentOptions(device="cuda", engine=options.engine, tta=TTA)
+            engine: Any = Segmenter(bundle, chosen)._engine
+        except EngineError as error:
+            print(f"\non a GPU nothing was run: {error}")
+            print_kernels(work, CARDS["RTX 3090"], timed=False)
+            print_projection(work, layers, math.prod(volume.shape), AIMED)
+        else:
+            print(f"\n{engine.device.gpu}; {engine.info.name} {engine.info.version}")
+            measure(bundle, case, engine, options.repeats, layers)
+        host = host_ms(bundle, volume)
+        rest_ms = sum(ms for stage, ms in host.items() if stage != "network")
+        print(f"\nthe same on the host, but for the network: {rest_ms:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.cuda.device import DeviceArray, DeviceBuffer, as_bytes, bytes_at
-from attnseg.runtime.cuda.kernels import MOST_INDICES, cached_kernels
+from attnseg.runtime.cuda.kernels import MOST_INDICES, cached_kernels, compiler_version
 from attnseg.runtime.errors import DeviceLostError, EngineError, NotHereError, OutOfMemoryError
 from attnseg.runtime.gpu import Gpu, find_gpu
 
 _THREADS = 256  # of a block
+_LEAST_TARGET = 75
 _KEEP_ALL = (1 << 64) - 1
 _PINNED = 2  # blocks of pinned memory for uploads: one is filled while the other is copied
 
@@ -58,6 +59,21 @@ def _raise(step: str, name: str, meaning: str) -> None:
     if name in ("CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
         raise NotHereError(f"{text}; update the NVIDIA driver, or use --device cpu")
     raise EngineError(text)
+
+
+def check_gpu(gpu: Gpu) -> None:
+    """Refuse a GPU or a driver that the kernels do not run on. Raises `NotHereError`."""
+    if int(gpu.target[2:]) < _LEAST_TARGET:
+        raise NotHereError(
+            f"{gpu.name} has compute capability {gpu.capability}, the kernels need 7.5 (Turing) or "
+            "newer; use --device cpu"
+        )
+    compiler = compiler_version()
+    if int(gpu.driver.split(".")[0]) < compiler[0]:
+        raise NotHereError(
+            f"the NVIDIA driver is for CUDA {gpu.driver}, the kernels are compiled for "
+            f"{compiler[0]}.{compiler[1]}; update the driver, or use --device cpu"
+        )
 
 
 class _Driver:
@@ -134,13 +150,16 @@ class _CudaDownload:
         self._device, self._source = device, source  # kept until the copy is done
         self._pinned = device.pinned_for_download(source.size_bytes)
         self._done = device.copy_down(source, self._pinned)
+        self._content: NDArray[np.uint8] | None = None
 
     def wait(self) -> NDArray[np.uint8]:
-        with self._device.active():
-            self._done.wait("download")
-            content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
+        """See `attnseg.runtime.cuda.device.Download`."""
+        if self._content is None:
+            with self._device.active():
+                self._done.wait("download")
+            self._content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
             self._device.give_back(self._pinned)
-        return content
+        return self._content
 
 
 class CudaDevice:
@@ -161,11 +180,12 @@ class CudaDevice:
             EngineError: it cannot be opened.
         """
         self.gpu: Gpu = find_gpu()
+        check_gpu(self.gpu)
         self.name, self.number = self.gpu.name, self.gpu.number
         self._cache = cache
         self.driver = _Driver()
         self._context = self._find_context()
-        self._lock = threading.Lock()
+        self._upload_lock, self._download_lock = threading.Lock(), threading.Lock()
         self._uploads: list[_Pinned] = []
         self._downloads: list[_Pinned] = []
         self._module: Any = None
@@ -297,7 +317,7 @@ class CudaDevice:
     def upload_ahead(self, source: NDArray[Any]) -> tuple[CudaBuffer, _Event]:
         """See `Device.upload_ahead`."""
         content = as_bytes(source)
-        with self._lock:
+        with self._upload_lock:
             pinned = self._pinned_for_upload(content.size)
             bytes_at(pinned.pointer, content.size)[:] = content
             buffer = self._allocate(content.size, self._up)
@@ -308,7 +328,7 @@ class CudaDevice:
 
     def pinned_for_download(self, size_bytes: int) -> _Pinned:
         """A block for one download, to be given back."""
-        with self._lock:
+        with self._download_lock:
             for index, pinned in enumerate(self._downloads):
                 if pinned.size_bytes >= size_bytes:
                     return self._downloads.pop(index)
@@ -317,7 +337,7 @@ class CudaDevice:
 
     def give_back(self, pinned: _Pinned) -> None:
         """For the next download."""
-        with self._lock:
+        with self._download_lock:
             self._downloads.append(pinned)
 
     def copy_down(self, source: DeviceBuffer, pinned: _Pinned) -> _Event:

@@ -11,12 +11,13 @@ import ctypes
 import hashlib
 import importlib.metadata
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import EngineError, NotHereError
 from attnseg.runtime.tta import Transform
 from attnseg.runtime.windows import WindowPlan
 
@@ -210,6 +211,21 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
 """Every kernel, and the structure that it takes."""
 
 
+def compiler_version() -> tuple[int, int]:
+    """Version of NVRTC.
+
+    Raises:
+        NotHereError: it is not installed.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # a missing package or library; they share no base
+        raise NotHereError("NVRTC is not installed; pip install 'attnseg[gpu]'") from error
+    return int(major), int(minor)
+
+
 def compile_kernels(target: str) -> bytes:
     """Compile `kernels.cu` for a compute capability, with or without a GPU.
 
@@ -255,7 +271,7 @@ def cached_kernels(target: str, folder: Path) -> bytes:
         if cubin and hashlib.sha256(cubin).digest() == digest:
             return cubin
     cubin = compile_kernels(target)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         part.write_bytes(hashlib.sha256(cubin).digest() + cubin)

@@ -182,6 +182,7 @@ class TensorRtEngine:
         self._kept = False
         self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
         self.batches = (build.batch, build.batch)
+        self._own: list[Region] = []  # memory of `infer`
         self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
         self._log.error = ""
         try:
@@ -302,7 +303,7 @@ class TensorRtEngine:
             raise self._refused(batch.shape)
         result = np.empty((len(batch), *logits.shape[1:]), np.float32)
         with self._device.active():
-            regions = [
+            regions = self._own = self._own or [
                 Region.of(self._device.allocate(a.nbytes), 0, a.nbytes) for a in self._arrays
             ]
             for start in range(0, len(batch), len(image)):

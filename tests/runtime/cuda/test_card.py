@@ -56,6 +56,27 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaDevice()
 
 
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        (
+            Gpu("GTX 1080", "sm61", 8 << 30, "13.0"),
+            r"GTX 1080 has compute capability 6.1, the kernels need 7.5 \(Turing\) or newer; use",
+        ),
+        (
+            Gpu("RTX", "sm86", 8 << 30, "11.8"),
+            r"driver is for CUDA 11.8, the kernels are compiled for \d+\.\d+; update the driver",
+        ),
+    ],
+)
+def test_a_gpu_or_a_driver_that_is_too_old_is_refused(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu, message: str
+) -> None:
+    monkeypatch.setattr(card, "find_gpu", lambda: gpu)
+    with pytest.raises(NotHereError, match=message):
+        CudaDevice()
+
+
 def test_what_is_uploaded_comes_back(opened: Open) -> None:
     device, driver = opened()
     with device.active():
@@ -69,7 +90,9 @@ def test_what_is_uploaded_comes_back(opened: Open) -> None:
             back = np.empty(size, np.uint8)
             device.download(first, back)
             np.testing.assert_array_equal(back, expected)
-            np.testing.assert_array_equal(device.download_behind(second).wait(), expected)
+            download = device.download_behind(second)
+            for _ in range(2):
+                np.testing.assert_array_equal(download.wait(), expected)
             device.clear(first)
             device.download(first, back)
             assert not back.any()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -465,3 +467,20 @@ def test_cubins_are_kept_and_damaged_ones_made_again(
     assert [f.name for f in folder.iterdir()] == [file.name]
     (tmp_path / "file").touch()
     assert cached_kernels("sm86", tmp_path / "file" / "cache") == b"compiled again"
+
+
+def test_several_processes_may_fill_the_cache_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = Barrier(4, timeout=60)
+
+    def compile_together(_: str) -> bytes:
+        meeting.wait()  # none finds the other's file
+        return bytes(100_000)
+
+    monkeypatch.setattr(kernels, "compile_kernels", compile_together)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cached_kernels("sm86", tmp_path), range(4)))
+    assert found == [bytes(100_000)] * 4
+    assert len(list(tmp_path.iterdir())) == 1
+    assert cached_kernels("sm86", tmp_path) == bytes(100_000)  # nobody compiles now
