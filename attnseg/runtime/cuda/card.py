@@ -99,10 +99,11 @@ class CudaBuffer:
 
     def __init__(self, device: CudaDevice, pointer: int, size_bytes: int) -> None:
         self._device, self.pointer, self.size_bytes = device, pointer, size_bytes
+        self.busy: _Event | None = None  # a copy on another stream, before whose end it stays
 
     def __del__(self) -> None:
         with suppress(Exception):  # of a device that is lost, or when Python ends
-            self._device.free(self.pointer)
+            self._device.free(self)
 
 
 class _Event:
@@ -160,6 +161,11 @@ class _CudaDownload:
             self._content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
             self._device.give_back(self._pinned)
         return self._content
+
+    def __del__(self) -> None:
+        if self._content is None:  # nobody waited, and the memory must outlive the copy
+            with suppress(Exception), self._device.active():
+                self._done.wait("download")
 
 
 class CudaDevice:
@@ -254,10 +260,12 @@ class CudaDevice:
         """See `Device.allocate`."""
         return self._allocate(size_bytes, self.stream)
 
-    def free(self, pointer: int) -> None:
+    def free(self, buffer: CudaBuffer) -> None:
         """Give memory back after the work so far."""
         with self.active():
-            self.driver("freeing memory", "cuMemFreeAsync", pointer, self.stream)
+            if buffer.busy:
+                self.after(buffer.busy)
+            self.driver("freeing memory", "cuMemFreeAsync", buffer.pointer, self.stream)
 
     def clear(self, buffer: DeviceBuffer) -> None:
         """See `Device.clear`."""
@@ -322,7 +330,7 @@ class CudaDevice:
             bytes_at(pinned.pointer, content.size)[:] = content
             buffer = self._allocate(content.size, self._up)
             self._copy("upload", pinned.pointer, buffer.pointer, content.size, self._up)
-            pinned.busy = _Event(self, self._up)
+            buffer.busy = pinned.busy = _Event(self, self._up)
             self._uploads.append(pinned)
             return buffer, pinned.busy
 

@@ -150,11 +150,13 @@ template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Shape a
     }
 }
 
-// Widens a box (least X, Y, Z, then largest). Most voxels change nothing, and only look.
+// Widens a box (least X, Y, Z, then largest). Most voxels change nothing, and only look; volatile, as
+// a first-level cache would show them the box of the beginning, and all would queue to change it.
 FUNCTION void widen(int *box, Shape at) {
+    const volatile int *now = box;
     for (int j = 0; j < 3; ++j) {
-        if (axis(at, j) < box[j]) atomicMin(box + j, axis(at, j));
-        if (axis(at, j) > box[3 + j]) atomicMax(box + 3 + j, axis(at, j));
+        if (axis(at, j) < now[j]) atomicMin(box + j, axis(at, j));
+        if (axis(at, j) > now[3 + j]) atomicMax(box + 3 + j, axis(at, j));
     }
 }
 

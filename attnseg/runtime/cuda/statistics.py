@@ -160,11 +160,9 @@ class Scan:
         counts = _with_zeros(self._found[index], HALF // 2, channel.voxels)
         present = np.flatnonzero(counts)
         low, high = int(present[0]), int(present[-1]) + 1  # only these are ever looked up
-        table = np.zeros(HALF, np.float32)
-        values = counts[low:high]
-        table[low:high] = table_of_counts(values, low - HALF // 2, normalisation, index)
+        table = table_of_counts(counts[low:high], low - HALF // 2, normalisation, index)
         place = Region.of(self._tables, 4 * HALF * index, 4 * HALF)
-        self._device.upload(table, place)
+        self._device.upload(table, Region.of(place, 4 * low, table.nbytes))
         args = kernels.NormaliseArgs(
             channel.buffer.pointer,
             place.pointer,
