@@ -429,10 +429,13 @@ class Segmenter:
             else:
                 warnings = tuple(volume.warnings)
         executor, uploaded = self._executor, None
-        if executor is not None:
+        if executor is not None and self._lost is None:
             with clock.stage("upload"):
                 turned: Any = arrays or self._turned(volume).channels
-                uploaded = executor.upload(turned, self._label_place(volume))
+                try:
+                    uploaded = executor.upload(turned, self._label_place(volume))
+                except DeviceLostError as error:
+                    self._lost = error  # `submit` goes on elsewhere, or says why not
         return Staged(volume, warnings, clock, uploaded)
 
     def _turned(self, volume: Volume) -> Volume:
@@ -480,7 +483,7 @@ class Segmenter:
         """Segment a volume. On a GPU its labels may still be on their way when this returns.
 
         Args:
-            staged: by `stage`.
+            staged: by `stage` of this segmenter.
             progress: told the share of the work done.
             on_device: leave the labels on the GPU.
 
@@ -496,10 +499,9 @@ class Segmenter:
             )
         if self._executor is None:
             return _Done(self._on_host(staged, progress))
-        uploaded = staged.uploaded or self.stage(staged.volume).uploaded
-        assert uploaded is not None, "there is an executor"
+        assert staged.uploaded is not None, "it was staged here, and the GPU is not lost"
         try:
-            submitted = self._executor.submit(uploaded, progress, on_device)
+            submitted = self._executor.submit(staged.uploaded, progress, on_device)
         except DeviceLostError as error:
             self._note_lost(error)
             raise

@@ -287,6 +287,23 @@ def test_with_fallback_the_processor_goes_on(opened: Open, volume: Volume) -> No
     assert not result.memory
 
 
+@pytest.mark.parametrize("fallback", [None, "cpu"])
+def test_a_device_that_is_lost_while_a_volume_is_uploaded_is_told_when_it_is_segmented(
+    opened: Open, volume: Volume, fallback: Any
+) -> None:
+    device, driver = opened()
+    chosen = SegmentOptions(fallback=fallback, threads=1)
+    segmenter = Segmenter(Bundle.default(), chosen, Through(device, LINEAR))
+    driver.fails["cuMemcpyAsync"] = ["CUDA_ERROR_ILLEGAL_ADDRESS"]
+    staged = [segmenter.stage(volume) for _ in range(2)]
+    for one in staged:
+        if fallback:
+            assert segmenter.submit(one).result().engine.device == "cpu"
+        else:
+            with pytest.raises(EngineError, match="not tried, as the GPU failed in upload"):
+                segmenter.submit(one)
+
+
 def test_a_fault_of_an_engine_that_lost_the_device_is_told_as_that(
     opened: Open, volume: Volume
 ) -> None:
