@@ -39,9 +39,10 @@ class Through:
         assert images.size_bytes == batch.nbytes
         self.device.download(images, batch)
         self.shapes.append(batch.shape)
-        batch = np.nan_to_num(batch.astype(np.float32))  # places of the batch that hold no window
-        result = np.concatenate([self.engine.infer(window[None]) for window in batch])
-        self.device.upload(np.ascontiguousarray(result.astype(kind)), logits)
+        with np.errstate(all="ignore"):  # places of the batch that hold no window hold anything
+            windows = batch.astype(np.float32)
+            result = np.concatenate([self.engine.infer(window[None]) for window in windows])
+            self.device.upload(np.ascontiguousarray(result.astype(kind)), logits)
 
 
 class Halved:
