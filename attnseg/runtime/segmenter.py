@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from attnseg.runtime.bundle import Bundle, Inference
 from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.clock import StageClock
-from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda.cuda_device import CudaDevice
 from attnseg.runtime.cuda.device import DeviceArray
 from attnseg.runtime.cuda.executor import (
     DeviceExecutor,

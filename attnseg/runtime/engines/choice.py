@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from attnseg.runtime.bundle import Bundle, FileEntry
-from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda.cuda_device import CudaDevice
 from attnseg.runtime.cuda.device import Device
 from attnseg.runtime.engines import cpu
 from attnseg.runtime.engines.base import Engine
@@ -53,7 +53,7 @@ class EngineRequest:
         device: `cuda` for a GPU, `cpu`, or `auto` for either.
         limit_bytes: device memory that a library may take for weights and activations where it
             allocates as it runs; 0 for any.
-        card: opens the GPU, the same one each time.
+        open_device: opens the GPU, the same one each time.
     """
 
     name: str = "auto"
@@ -62,7 +62,7 @@ class EngineRequest:
     threads: int = 1
     device: str = "auto"
     limit_bytes: int = 0
-    card: Callable[[], Device] = field(default_factory=lambda: cache(CudaDevice))
+    open_device: Callable[[], Device] = field(default_factory=lambda: cache(CudaDevice))
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _engine_file(bundle: Bundle, name: str, entry: FileEntry, request: EngineReq
     assert build is not None, "the manifest has it for files of role engine"
 
     def open_it() -> Engine:
-        engine = open_tensorrt(file, build, precision, request.window, request.card)
+        engine = open_tensorrt(file, build, precision, request.window, request.open_device)
         return _checked(bundle, precision, engine)
 
     return Way(build.builder, file, precision, open_it, brought=True)
@@ -163,7 +163,7 @@ def _onnxruntime_cuda(bundle: Bundle, request: EngineRequest) -> Iterator[Way]:
     file = bundle.file("onnx", "fp16" if half else "fp32")
 
     def open_it() -> Engine:
-        engine = open_onnxruntime_cuda(file, precision, request.card, request.limit_bytes)
+        engine = open_onnxruntime_cuda(file, precision, request.open_device, request.limit_bytes)
         return _checked(bundle, precision, engine)
 
     yield Way("onnxruntime-cuda", file, precision, open_it)

@@ -203,14 +203,14 @@ def _import_gpu_runtime() -> Any:
 
 
 def open_onnxruntime_cuda(
-    model: Path, precision: str, card: Callable[[], Device], limit: int = 0
+    model: Path, precision: str, open_device: Callable[[], Device], limit: int = 0
 ) -> OnnxRuntimeDeviceEngine:
     """Open an ONNX graph on the GPU.
 
     Args:
         model: the graph.
         precision: of the graph.
-        card: opens the GPU.
+        open_device: opens the GPU.
         limit: device memory that ONNX Runtime may take for weights and activations, in bytes; 0
             for any.
 
@@ -220,7 +220,7 @@ def open_onnxruntime_cuda(
     """
     find_gpu()
     ort = _import_gpu_runtime()
-    device = card()
+    device = open_device()
     with redirect_stdout(io.StringIO()):  # it prints
         ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
     settings = {

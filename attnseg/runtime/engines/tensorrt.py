@@ -119,7 +119,7 @@ def open_tensorrt(
     build: EngineBuild,
     precision: str,
     window: Shape | None,
-    card: Callable[[], Device],
+    open_device: Callable[[], Device],
 ) -> TensorRtEngine:
     """Open an engine file of a bundle on this machine's GPU.
 
@@ -128,7 +128,7 @@ def open_tensorrt(
         build: what it was built for.
         precision: of its network.
         window: that it must take; None for any size.
-        card: opens the GPU; called when the file fits it.
+        open_device: opens the GPU; called when the file fits it.
 
     Raises:
         EngineError: there is no GPU or no library, the file is for another one, or the library
@@ -137,7 +137,7 @@ def open_tensorrt(
     gpu = find_gpu()
     library = load_library(build.builder)
     check_build(build, library.__version__, gpu, window)
-    return TensorRtEngine(file, build, precision, card(), library, _cache_file(file, build))
+    return TensorRtEngine(file, build, precision, open_device(), library, _cache_file(file, build))
 
 
 def _cache_file(file: Path, build: EngineBuild) -> Path | None:

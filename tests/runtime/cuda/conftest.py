@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda.cuda_device import CudaDevice
 from attnseg.runtime.cuda.device import Device, HostDevice
 from attnseg.runtime.errors import NotHereError
 

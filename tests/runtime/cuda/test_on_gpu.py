@@ -14,7 +14,7 @@ import pytest
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.export.export import ExportOptions, export_bundle
 from attnseg.export.tensorrt import PORTABLE_TARGET, BuildOptions
-from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda.cuda_device import CudaDevice
 from attnseg.runtime.cuda.device import DeviceArray, HostDevice
 from attnseg.runtime.engines.tensorrt import RTX_TARGETS
 from attnseg.runtime.errors import EngineError, OutOfMemoryError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.cuda import card
-from attnseg.runtime.cuda.card import CudaDevice
+from attnseg.runtime.cuda import cuda_device
+from attnseg.runtime.cuda.cuda_device import CudaDevice
 from attnseg.runtime.errors import DeviceLostError, EngineError, NotHereError, OutOfMemoryError
 from attnseg.runtime.gpu import Gpu
 from attnseg.synthetic import SyntheticCase
@@ -36,7 +36,7 @@ def opened(kernels: HostKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def open_it(stream: int | None = None, **driver: Any) -> tuple[CudaDevice, HostDriver]:
         stand_in = HostDriver(kernels, **driver)
         monkeypatch.setattr(cuda.bindings, "driver", stand_in)
-        monkeypatch.setattr(card, "find_gpu", lambda: Gpu("RTX", "sm86", 24 << 30, "13.0"))
+        monkeypatch.setattr(cuda_device, "find_gpu", lambda: Gpu("RTX", "sm86", 24 << 30, "13.0"))
         return CudaDevice(stream, tmp_path / "cache"), stand_in
 
     return open_it
@@ -51,7 +51,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise NotHereError("no NVIDIA driver on this machine")
 
-    monkeypatch.setattr(card, "find_gpu", none)
+    monkeypatch.setattr(cuda_device, "find_gpu", none)
     with pytest.raises(NotHereError, match="no NVIDIA driver"):
         CudaDevice()
 
@@ -72,7 +72,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_or_a_driver_that_is_too_old_is_refused(
     monkeypatch: pytest.MonkeyPatch, gpu: Gpu, message: str
 ) -> None:
-    monkeypatch.setattr(card, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(cuda_device, "find_gpu", lambda: gpu)
     with pytest.raises(NotHereError, match=message):
         CudaDevice()
 
