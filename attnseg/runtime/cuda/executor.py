@@ -261,26 +261,23 @@ class DeviceExecutor:
         need = self._needed(uploaded)
         if need == self._need:
             return
-        self._need = self._plan = self._block = None
-        self._importance = _Importance()
         plan = plan_memory(need, self._options.most_bytes)
         try:
-            self._block = self._device.allocate(plan.block_bytes)
+            self._take(need, plan)
         except OutOfMemoryError:
             self._take_least(need, plan)
-        else:
-            self._plan = plan
-        self._need = need
+
+    def _take(self, need: Need, plan: MemoryPlan) -> None:
+        self._need = self._plan = self._block = None  # freed before more is asked for
+        self._importance = _Importance()
+        self._block = self._device.allocate(plan.block_bytes)
+        self._need, self._plan = need, plan
 
     def _take_least(self, need: Need, plan: MemoryPlan) -> None:
-        self._block = self._plan = None  # freed before it is asked for again
-        self._importance = _Importance()
-        least = least_plan(need)
         try:
-            self._block = self._device.allocate(least.block_bytes)
+            self._take(need, least_plan(need))
         except OutOfMemoryError as error:
             raise explain_shortage(need, plan, self._device.free_bytes()) from error
-        self._plan = least
 
     def submit(
         self,
@@ -303,17 +300,19 @@ class DeviceExecutor:
         """
         with self._device.active():
             self._prepare(uploaded)
+            assert self._need and self._plan
+            least = least_plan(self._need)
             try:
                 return self._run(uploaded, progress, on_device)
             except OutOfMemoryError:  # of the engine, which allocates as it runs
-                assert self._need and self._plan
-                if self._plan == least_plan(self._need):
+                if self._plan == least:
                     raise
-                self._take_least(self._need, self._plan)
-                return self._run(uploaded, progress, on_device)
             except EngineError:
                 self._device.check()  # if the device is lost, that is the error to tell
                 raise
+            # Here the error is forgotten, and with it its hold on the memory of the first try.
+            self._take_least(self._need, self._plan)
+            return self._run(uploaded, progress, on_device)
 
     def _run(
         self, uploaded: Uploaded, progress: Callable[[float], None] | None, on_device: bool

@@ -262,6 +262,24 @@ def test_a_smaller_batch_is_tried_where_memory_is_short(opened: Open, volume: Vo
             assert segmenter.segment(volume).memory["logits"] == "fp16"
 
 
+def test_memory_of_the_first_try_is_free_for_the_second(opened: Open, volume: Volume) -> None:
+    chosen = SegmentOptions(window=32)
+    device, driver = opened()
+    roomy = Segmenter(Bundle.default(), chosen, Through(device, LINEAR))
+    roomy.segment(volume)
+    needed = max(array.size for array in driver.live.values())
+    device, driver = opened(memory=needed + 8 * 10**6)  # for the volume too, but for no second try
+    engine = Through(device, LINEAR)
+    engine.failures += [OutOfMemoryError("no memory for a batch of 3")]
+    segmenter = Segmenter(Bundle.default(), chosen, engine)
+    assert segmenter.segment(volume).memory["batch"] == 1
+    engine.failures += [OutOfMemoryError("none"), OutOfMemoryError("none at all")]
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError, match="none"):
+            segmenter.segment(volume)
+    assert segmenter.segment(volume).memory["batch"] == 1
+
+
 def test_after_a_lost_device_nothing_is_tried_there(opened: Open, volume: Volume) -> None:
     device, driver = opened()
     segmenter = Segmenter(Bundle.default(), SegmentOptions(), Through(device, LINEAR))
