@@ -155,7 +155,7 @@ class Idle:
     """An engine in the place of one on a card; it does nothing, on memory of the host."""
 
     info = EngineInfo("none", "0", "fp16", "none")
-    batches, half, memory_bytes = (4, 1), True, 0
+    batches, half, memory_bytes, classes = (4, 1), True, 0, None
 
     def __init__(self, device: Any) -> None:
         self.device = device

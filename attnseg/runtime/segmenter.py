@@ -303,6 +303,8 @@ class Segmenter:
                     "it out, or say --device cuda to hear why no GPU is used"
                 )
             return
+        if engine.classes not in (None, len(manifest.labels)):
+            raise self._other_classes(int(engine.classes or 0))
         if manifest.grid is None and len(manifest.labels) <= MOST_CLASSES:
             options = DeviceOptions(
                 plan.window,
@@ -330,6 +332,12 @@ class Segmenter:
         """What shapes the result besides bundle and engine, as plain values for a report."""
         return self._plan.to_dict()
 
+    def _other_classes(self, classes: int) -> BundleError:
+        return BundleError(
+            f"{self.bundle.folder}: its network gives {classes} classes, its manifest names "
+            f"{len(self.bundle.manifest.labels)} labels; export it again"
+        )
+
     def _logits(
         self,
         scan: Prepared,
@@ -342,10 +350,7 @@ class Segmenter:
         logits = sliding_window(turned, self._engine, self._plan.window, progress, clock)
         labels = self.bundle.manifest.labels
         if logits.shape[0] != len(labels):
-            raise BundleError(
-                f"{self.bundle.folder}: its network gives {logits.shape[0]} classes, its manifest "
-                f"names {len(labels)} labels; export it again"
-            )
+            raise self._other_classes(logits.shape[0])
         logits = transform.invert(logits)
         if not scan.resampled:
             return logits
@@ -503,13 +508,15 @@ class Segmenter:
         try:
             submitted = self._executor.submit(staged.uploaded, progress, on_device)
         except DeviceLostError as error:
-            self._note_lost(error)
+            self._note_lost(self._executor, error)
             raise
         finish = partial(self._finish, staged, self._engine.info)
-        return _UnderWay(submitted, finish, self._note_lost, staged.clock)
+        lost = partial(self._note_lost, self._executor)
+        return _UnderWay(submitted, finish, lost, staged.clock)
 
-    def _note_lost(self, error: DeviceLostError) -> None:
-        self._lost = error
+    def _note_lost(self, executor: DeviceExecutor, error: DeviceLostError) -> None:
+        if executor is self._executor:  # not one that was given up already
+            self._lost = error
 
     def _recover(self, lost: DeviceLostError) -> None:
         """Go on without the GPU, if that was said."""

@@ -19,12 +19,20 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda.device import DeviceArray, DeviceBuffer, as_bytes, bytes_at
 from attnseg.runtime.cuda.kernels import MOST_INDICES, cached_kernels, compiler_version
-from attnseg.runtime.errors import DeviceLostError, EngineError, NotHereError, OutOfMemoryError
+from attnseg.runtime.errors import (
+    ConfigError,
+    DeviceLostError,
+    EngineError,
+    NotHereError,
+    OutOfMemoryError,
+)
 from attnseg.runtime.gpu import Gpu, find_gpu
 
 _THREADS = 256  # of a block
 _LEAST_TARGET = 75
+_DEFAULT, _PER_THREAD = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 _KEEP_ALL = (1 << 64) - 1
+_MOST_DOWNLOADS = 4  # blocks of pinned memory that are kept: labels and numbers of two volumes
 _PINNED = 2  # blocks of pinned memory for uploads: one is filled while the other is copied
 
 # After these the context is of no more use: every later call gives the same error.
@@ -135,8 +143,14 @@ class _Pinned:
 
     def __init__(self, device: CudaDevice, size_bytes: int) -> None:
         self._device, self.size_bytes = device, size_bytes
-        call = device.driver
-        self.pointer = int(call("allocating pinned memory", "cuMemHostAlloc", size_bytes, 0))
+        try:
+            found = device.driver("allocating pinned memory", "cuMemHostAlloc", size_bytes, 0)
+        except OutOfMemoryError as error:
+            raise EngineError(
+                f"the host has no {-(-size_bytes // 10**6)} MB of pinned memory for a copy; close "
+                "other programs"
+            ) from error
+        self.pointer = int(found)
         self.busy: _Event | None = None
 
     def __del__(self) -> None:
@@ -144,26 +158,44 @@ class _Pinned:
             self._device.driver.names.cuMemFreeHost(self.pointer)
 
 
+class _Recorded:
+    """A CUDA graph; it is launched by a call, and lives as long as this."""
+
+    def __init__(self, device: CudaDevice, graph: Any) -> None:
+        self._device, self._graph = device, graph
+
+    def __call__(self) -> None:
+        """Launch it."""
+        call = self._device.driver
+        call("a recorded step", "cuGraphLaunch", self._graph, self._device.stream)
+
+    def __del__(self) -> None:
+        with suppress(Exception), self._device.active():
+            self._device.driver.names.cuGraphExecDestroy(self._graph)
+
+
 class _CudaDownload:
     """See `attnseg.runtime.cuda.device.Download`."""
 
     def __init__(self, device: CudaDevice, source: DeviceBuffer) -> None:
+        self._content: NDArray[np.uint8] | None = None
+        self._done: _Event | None = None
         self._device, self._source = device, source  # kept until the copy is done
         self._pinned = device.pinned_for_download(source.size_bytes)
         self._done = device.copy_down(source, self._pinned)
-        self._content: NDArray[np.uint8] | None = None
 
     def wait(self) -> NDArray[np.uint8]:
         """See `attnseg.runtime.cuda.device.Download`."""
-        if self._content is None:
+        if self._content is None and self._done is not None:
             with self._device.active():
                 self._done.wait("download")
             self._content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
             self._device.give_back(self._pinned)
+        assert self._content is not None, "the copy was started when this was made"
         return self._content
 
     def __del__(self) -> None:
-        if self._content is None:  # nobody waited, and the memory must outlive the copy
+        if self._content is None and self._done:  # nobody waited; the memory outlives the copy
             with suppress(Exception), self._device.active():
                 self._done.wait("download")
 
@@ -192,25 +224,52 @@ class CudaDevice:
         self.driver = _Driver()
         self._context = self._find_context()
         self._upload_lock, self._download_lock = threading.Lock(), threading.Lock()
+        self._own_streams: list[int] = []
+        self._kept: list[NDArray[np.uint8]] = []  # sources of uploads that may be under way
         self._uploads: list[_Pinned] = []
         self._downloads: list[_Pinned] = []
         self._module: Any = None
         self._functions: dict[str, Any] = {}
+        if stream == _PER_THREAD:
+            raise ConfigError(
+                "stream: the per-thread default stream is another one in each thread; make a "
+                "stream, or leave it out"
+            )
         with self.active():
-            self.stream = self._new_stream() if stream is None else stream
+            # 0 stands for no stream in some libraries; the default stream has the name 1 too.
+            self.stream = self._new_stream() if stream is None else stream or _DEFAULT
             self._up, self._down, self._record = (self._new_stream() for _ in range(3))
             self._pool = self._new_pool()
 
     def _find_context(self) -> Any:
-        context = self.driver("opening it", "cuCtxGetCurrent")
-        if int(context):
-            return context  # the caller's
+        """The caller's, or else the primary one, which is then kept until the process ends."""
         device = self.driver("opening it", "cuDeviceGet", self.number)
-        return self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
+        context = self.driver("opening it", "cuCtxGetCurrent")
+        self.primary = not int(context)
+        if self.primary:
+            return self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
+        _, active = self.driver("opening it", "cuDevicePrimaryCtxGetState", device)
+        if active:  # it may be the caller's
+            primary = self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
+            self.primary = int(primary) == int(context)
+            self.driver("opening it", "cuDevicePrimaryCtxRelease", device)
+        return context
+
+    def __del__(self) -> None:
+        with suppress(Exception), self.active():  # of one that was not opened, or is lost
+            names = self.driver.names
+            names.cuStreamSynchronize(self.stream)
+            names.cuMemPoolDestroy(self._pool)
+            for stream in self._own_streams:
+                names.cuStreamDestroy(stream)
+            if self._module is not None:
+                names.cuModuleUnload(self._module)
 
     def _new_stream(self) -> int:
         flag = self.driver.names.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return int(self.driver("making a stream", "cuStreamCreate", int(flag)))
+        stream = int(self.driver("making a stream", "cuStreamCreate", int(flag)))
+        self._own_streams.append(stream)
+        return stream
 
     def _new_pool(self) -> Any:
         names = self.driver.names
@@ -247,13 +306,22 @@ class CudaDevice:
         )
         return int(free) + held - used
 
+    def trim(self) -> None:
+        """See `Device.trim`."""
+        self.check()  # what is freed is free when the stream has come there
+        self.driver("giving memory back", "cuMemPoolTrimTo", self._pool, 0)
+
     def check(self) -> None:
         """See `Device.check`."""
         self.driver("computing", "cuStreamSynchronize", self.stream)
 
     def _allocate(self, size_bytes: int, stream: int) -> CudaBuffer:
         arguments = (max(size_bytes, 1), self._pool, stream)
-        pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
+        try:
+            pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
+        except OutOfMemoryError:  # some may be freed when the stream comes there, and in pieces
+            self.trim()
+            pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
         return CudaBuffer(self, int(pointer), size_bytes)
 
     def allocate(self, size_bytes: int) -> CudaBuffer:
@@ -301,8 +369,9 @@ class CudaDevice:
         self.driver(step, "cuMemcpyAsync", target, source, size_bytes, stream)
 
     def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
-        """See `Device.upload`. The driver has taken the bytes when it returns."""
-        content = as_bytes(source)
+        """See `Device.upload`, for little: the copy is from memory that is not pinned."""
+        content = as_bytes(source).copy()
+        self._kept.append(content)
         pointer = int(content.ctypes.data)
         self._copy("upload", pointer, target.pointer, content.size, self.stream)
 
@@ -312,6 +381,7 @@ class CudaDevice:
         pointer = int(content.ctypes.data)
         self._copy("download", source.pointer, pointer, content.size, self.stream)
         self.driver("download", "cuStreamSynchronize", self.stream)
+        self._kept.clear()
 
     def _pinned_for_upload(self, size_bytes: int) -> _Pinned:
         """A block that no copy uses any more, the oldest first."""
@@ -337,16 +407,19 @@ class CudaDevice:
     def pinned_for_download(self, size_bytes: int) -> _Pinned:
         """A block for one download, to be given back."""
         with self._download_lock:
-            for index, pinned in enumerate(self._downloads):
-                if pinned.size_bytes >= size_bytes:
-                    return self._downloads.pop(index)
-            self._downloads.clear()
+            fitting = [p for p in self._downloads if p.size_bytes >= size_bytes]
+            if fitting:
+                pinned = min(fitting, key=lambda p: p.size_bytes)
+                self._downloads.remove(pinned)
+                return pinned
         return _Pinned(self, size_bytes)
 
     def give_back(self, pinned: _Pinned) -> None:
         """For the next download."""
         with self._download_lock:
             self._downloads.append(pinned)
+            self._downloads.sort(key=lambda p: p.size_bytes)
+            del self._downloads[:-_MOST_DOWNLOADS]  # the smallest
 
     def copy_down(self, source: DeviceBuffer, pinned: _Pinned) -> _Event:
         """Copy on the stream for downloads; the event marks its end."""
@@ -370,19 +443,21 @@ class CudaDevice:
     def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
         """See `Device.recorded`: a CUDA graph, taken on a stream that nothing else uses."""
         mode = self.driver.names.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self.driver("recording", "cuStreamBeginCapture", self._record, mode)
-        graph = failure = None
         try:
-            work(self._record)
-        except EngineError as error:
-            failure = error
-        with suppress(EngineError):  # work that cannot be recorded is no fault
-            graph = self.driver("recording", "cuStreamEndCapture", self._record)
-        if failure or graph is None or not int(graph):
+            self.driver("recording", "cuStreamBeginCapture", self._record, mode)
+            try:
+                work(self._record)
+            finally:
+                graph = self.driver("recording", "cuStreamEndCapture", self._record)
+            try:
+                ready = self.driver("recording", "cuGraphInstantiate", graph, 0)
+            finally:
+                self.driver("recording", "cuGraphDestroy", graph)
+        except (OutOfMemoryError, DeviceLostError):
+            raise
+        except EngineError:  # work that cannot be recorded is no fault
             return None
-        ready = self.driver("recording", "cuGraphInstantiate", graph, 0)
-        self.driver("recording", "cuGraphDestroy", graph)
-        return lambda: self.driver("a recorded step", "cuGraphLaunch", ready, self.stream)
+        return _Recorded(self, ready)
 
     def view(self, array: Any) -> DeviceArray | None:
         """See `Device.view`."""
@@ -394,11 +469,16 @@ class CudaDevice:
 
         try:
             found = StridedMemoryView.from_any_interface(array, stream_ptr=self.stream)
+            dtype = np.dtype(found.dtype)
         except Exception as error:  # of the array's library or cuda-core, with no common base
             raise EngineError(f"the GPU failed in taking an array: {error}") from error
         if not found.is_device_accessible:
             return None
-        dtype = np.dtype(found.dtype)
+        if found.device_id != self.number:
+            raise EngineError(
+                f"an array is on GPU {found.device_id}, the model is on GPU {self.number}; copy it "
+                "there"
+            )
         strides = found.strides or _c_strides(found.shape)
         steps = tuple(s * dtype.itemsize for s in strides)
         return DeviceArray(int(found.ptr), tuple(found.shape), steps, dtype, found, self)

@@ -133,6 +133,10 @@ class Device(Protocol):
         """By which CUDA counts it."""
 
     @property
+    def primary(self) -> bool:
+        """Whether it is used in its primary context, the only one that some libraries know."""
+
+    @property
     def stream(self) -> int:
         """Handle of the stream, for libraries that enqueue work themselves."""
 
@@ -141,6 +145,9 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """Memory that nobody uses."""
+
+    def trim(self) -> None:
+        """Give memory that nobody uses back to the device, for other libraries."""
 
     def check(self) -> None:
         """Raise `DeviceLostError` if the device is lost; waits for its work."""
@@ -237,6 +244,7 @@ class HostDevice:
     kind = "cpu"
     name = "host"
     number = 0
+    primary = True
     stream = 0
 
     def __init__(self, launcher: Launcher | None = None) -> None:
@@ -250,6 +258,9 @@ class HostDevice:
     def free_bytes(self) -> int:
         """See `Device.free_bytes`; the host is not asked."""
         return 1 << 62
+
+    def trim(self) -> None:
+        """See `Device.trim`; the host keeps nothing."""
 
     def check(self) -> None:
         """See `Device.check`; the host is never lost."""

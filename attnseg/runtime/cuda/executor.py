@@ -28,7 +28,7 @@ from attnseg.runtime.cuda.memory import (
 )
 from attnseg.runtime.cuda.statistics import Box, DeviceChannel, Scan
 from attnseg.runtime.engines.base import DeviceEngine
-from attnseg.runtime.errors import EngineError, OutOfMemoryError, VolumeError
+from attnseg.runtime.errors import DeviceLostError, EngineError, OutOfMemoryError, VolumeError
 from attnseg.runtime.executor import WindowOptions
 from attnseg.runtime.normalise import Normalisation
 from attnseg.runtime.tta import Fuse, Transform
@@ -261,7 +261,8 @@ class DeviceExecutor:
         need = self._needed(uploaded)
         if need == self._need:
             return
-        plan = plan_memory(need, self._options.most_bytes)
+        self._need = self._plan = self._block = None  # freed before more is asked for
+        plan = plan_memory(need, self._options.most_bytes, self._device.free_bytes())
         try:
             self._take(need, plan)
         except OutOfMemoryError:
@@ -278,6 +279,7 @@ class DeviceExecutor:
             self._take(need, least_plan(need))
         except OutOfMemoryError as error:
             raise explain_shortage(need, plan, self._device.free_bytes()) from error
+        self._device.trim()  # what this leaves is for the engine
 
     def submit(
         self,
@@ -307,6 +309,8 @@ class DeviceExecutor:
             except OutOfMemoryError:  # of the engine, which allocates as it runs
                 if self._plan == least:
                     raise
+            except DeviceLostError:
+                raise
             except EngineError:
                 self._device.check()  # if the device is lost, that is the error to tell
                 raise
@@ -394,6 +398,7 @@ class _Pass:
 
     transform: Transform
     plan: WindowPlan
+    tiling: Tiling
     windows: NDArray[np.int32]
     which: Region  # these, on the device
     places: Region  # per window of the plan, its place among these
@@ -493,12 +498,13 @@ class _Run:
         starts = np.cumsum([0, *numbers]).tolist()
         flags = Region.of(self._region("flags"), 0, 4 * starts[-1])
         self._device.clear(flags)
-        for transform, plan, start in zip(transforms, plans, starts, strict=False):
+        tilings = [Tiling.of(plan) for plan in plans]
+        for transform, tiling, start in zip(transforms, tilings, starts, strict=False):
             args = kernels.OccupyArgs(
                 self._region("image").pointer,
                 flags.pointer + 4 * start,
                 Shape.of(box.shape),
-                Tiling.of(plan),
+                tiling,
                 Turn.of(transform),
                 channels,
             )
@@ -513,7 +519,7 @@ class _Run:
             places[own][windows] = np.arange(len(windows))
             which = Region.of(self._region("which"), 4 * self._plan.windows * index, windows.nbytes)
             place = Region.of(self._region("places"), 4 * starts[index], 4 * numbers[index])
-            result.append(_Pass(transform, plan, windows, which, place))
+            result.append(_Pass(transform, plan, tilings[index], windows, which, place))
             if len(windows):
                 self._device.upload(windows, which)
         self._device.upload(places, self._region("places"))
@@ -522,6 +528,9 @@ class _Run:
     def _network(self, one: _Pass, box: Box, channels: int) -> None:
         """Logits of every window of a pass, side by side."""
         plan, classes = self._plan, len(self._options.labels)
+        if self._importance.window != one.plan.window:  # before the network, for which it may wait
+            self._device.upload(importance_map(one.plan.window), self._region("importance"))
+            self._importance.window = one.plan.window
         window = prod(one.plan.window)
         kind = 2 if self._engine.half else 4
         image_bytes, logit_bytes = kind * channels * window, kind * classes * window
@@ -536,7 +545,7 @@ class _Run:
                 place = (start + first) * logit_bytes
                 given = Region.of(logits, place, batch * logit_bytes)
                 if narrow:
-                    given = self._region("wide")
+                    given = Region.of(self._region("wide"), 0, batch * logit_bytes)
                 shape = (batch, channels, *one.plan.window)
                 self._engine.enqueue(taken, given, shape)
                 if narrow:
@@ -550,7 +559,7 @@ class _Run:
             self._region("images").pointer,
             one.which.pointer + 4 * start,
             Shape.of(box.shape),
-            Tiling.of(one.plan),
+            one.tiling,
             Turn.of(one.transform),
             channels,
             int(self._engine.half),
@@ -559,9 +568,6 @@ class _Run:
 
     def _blend(self, passes: list[_Pass], index: int, box: Box) -> None:
         one, several = passes[index], len(passes) > 1
-        if self._importance.window != one.plan.window:
-            self._device.upload(importance_map(one.plan.window), self._region("importance"))
-            self._importance.window = one.plan.window
         args = kernels.BlendArgs(
             self._region("logits").pointer,
             self._region("importance").pointer,
@@ -571,7 +577,7 @@ class _Run:
             self._region("classes").pointer,
             self._number(0),
             Shape.of(box.shape),
-            Tiling.of(one.plan),
+            one.tiling,
             Turn.of(one.transform),
             len(self._options.labels),
             int(self._plan.half_logits),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from attnseg.runtime.cuda.device import DeviceBuffer, Region
+from attnseg.runtime.cuda.kernels import MOST_INDICES
 from attnseg.runtime.cuda.statistics import refine_bytes, scan_bytes
 from attnseg.runtime.errors import OutOfMemoryError
 from attnseg.runtime.executor import WindowOptions
@@ -63,8 +64,8 @@ class MemoryPlan:
         half_logits: whether logits are kept in fp16 until they are blended.
         places: offset and size of each region, in bytes.
         block_bytes: of the block.
-        volume_bytes: of what comes and goes with each volume, its channels and its labels; twice,
-            as the next may come while the last is still there.
+        volume_bytes: of what comes and goes with each volume, its channels and its labels; three
+            times, as the next may come while the last is still there.
         engine_bytes: what the engine holds itself.
     """
 
@@ -120,8 +121,11 @@ def _plan(need: Need, batch: int, sparing: bool) -> MemoryPlan:
     most = max(len(plan.windows) for plan in plans)
     batch = max(need.batches[1], min(batch, most))
     windows = _up(most, batch)
-    chunk = batch if sparing else windows
-    engine_kind, half_logits = 2 if need.half else 4, need.half or sparing
+    fitting = MOST_INDICES // (need.channels * window) // batch * batch  # of one launch
+    chunk = batch if sparing else max(batch, min(windows, fitting))
+    # The logits of one batch are there in both types where they are narrowed.
+    saves = sparing and 2 * windows > 4 * batch
+    engine_kind, half_logits = 2 if need.half else 4, need.half or saves
     network = {
         "images": engine_kind * chunk * need.channels * window,
         "logits": (2 if half_logits else 4) * windows * need.classes * window,
@@ -153,37 +157,44 @@ def _plan(need: Need, batch: int, sparing: bool) -> MemoryPlan:
         half_logits,
         places,
         kept_bytes + scratch_bytes,
-        2 * one,
+        3 * one,
         need.engine_bytes,
     )
 
 
 def least_plan(need: Need) -> MemoryPlan:
-    """The plan that takes least: the smallest batch, and logits in fp16."""
-    return _plan(need, need.batches[1], True)
+    """The plan that takes least, with the smallest batch; logits in fp16 if that saves anything."""
+    return min(_plans(need), key=lambda plan: (plan.total_bytes, plan.batch))
 
 
 def _plans(need: Need) -> Iterator[MemoryPlan]:
     """The fastest, the same with fewer windows gathered at a time, and the one that takes least."""
     yield _plan(need, need.batches[0], False)
     yield _plan(need, need.batches[0], True)
-    yield least_plan(need)
+    yield _plan(need, need.batches[1], True)
 
 
-def plan_memory(need: Need, most_bytes: int | None) -> MemoryPlan:
+def plan_memory(need: Need, most_bytes: int | None, free_bytes: int | None = None) -> MemoryPlan:
     """The fastest plan that fits.
 
     Args:
         need: what is to be planned.
         most_bytes: that it may take, or None.
+        free_bytes: of the device, with the engine and one volume on it; None if it is not known. If
+            not even the least plan fits there, it is given all the same, to be tried.
 
     Raises:
         OutOfMemoryError: none does; it says the least that would do.
     """
-    for plan in _plans(need):
-        if most_bytes is None or plan.total_bytes <= most_bytes:
+    plans = [*_plans(need), least_plan(need)]
+    allowed = [p for p in plans if most_bytes is None or p.total_bytes <= most_bytes]
+    for plan in allowed:
+        to_come = plan.block_bytes + 2 * plan.volume_bytes // 3
+        if free_bytes is None or to_come <= free_bytes:
             return plan
-    shape = "x".join(map(str, need.shape))
+    if allowed:
+        return allowed[-1]
+    plan, shape = plans[-1], "x".join(map(str, need.shape))
     raise OutOfMemoryError(
         f"a volume of {shape} takes at least {_in_words(plan.total_bytes)} of device memory, "
         f"max-memory allows {_in_words(most_bytes or 0)}; raise it, or use --device cpu"

@@ -77,6 +77,10 @@ class DeviceEngine(Engine, Protocol):
         """Most and least windows that one call takes."""
 
     @property
+    def classes(self) -> int | None:
+        """Channels of its logits; None if that is not known before it runs."""
+
+    @property
     def half(self) -> bool:
         """Whether it takes and gives fp16; otherwise fp32."""
 

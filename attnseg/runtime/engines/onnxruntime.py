@@ -19,6 +19,7 @@ from attnseg.runtime.errors import EngineError, NotHereError, OutOfMemoryError
 from attnseg.runtime.gpu import find_gpu
 
 _CUDA = "CUDAExecutionProvider"
+_SHORTAGES = ("FAILED TO ALLOCATE MEMORY", "OUT OF MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED")
 _BATCH = 4  # windows of one call; enough to fill a GPU, and a divisor of most volumes' windows
 
 
@@ -92,7 +93,7 @@ class OnnxSession:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:  # its exceptions share no base but Exception
             text = " ".join(str(error).split())
-            short = "Failed to allocate memory" in text or "out of memory" in text.lower()
+            short = any(sign in text.upper() for sign in _SHORTAGES)
             kind_of_error = OutOfMemoryError if short else EngineError
             raise kind_of_error(
                 f"ONNX Runtime failed on a batch of shape {tuple(shape)} ({text})"
@@ -151,6 +152,11 @@ class OnnxRuntimeDeviceEngine:
     def device(self) -> Device:
         """See `attnseg.runtime.engines.base.DeviceEngine`."""
         return self._device
+
+    @property
+    def classes(self) -> int | None:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return self._session.classes
 
     @property
     def half(self) -> bool:
@@ -221,6 +227,11 @@ def open_onnxruntime_cuda(
     find_gpu()
     ort = _import_gpu_runtime()
     device = open_device()
+    if not device.primary:
+        raise NotHereError(
+            "ONNX Runtime works in the primary context of a GPU only, another is current; open the "
+            "segmenter outside of it, or use an engine of TensorRT"
+        )
     with redirect_stdout(io.StringIO()):  # it prints
         ort.preload_dlls()  # CUDA and cuDNN from their packages, where there are such
     settings = {
@@ -228,6 +239,7 @@ def open_onnxruntime_cuda(
         "user_compute_stream": str(device.stream),
         "use_tf32": "0",  # TensorFloat-32 would round fp32 graphs to 10 bits
         "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "arena_extend_strategy": "kSameAsRequested",  # not twice as much each time
     }
     if limit:
         settings["gpu_mem_limit"] = str(limit)

@@ -29,7 +29,7 @@ from attnseg.runtime.windows import Shape
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
 _AMPERE = 80
-_MOST_RECORDED = 256  # pairs of addresses; a volume of 512x512x300 has 192 windows of 64
+_MOST_RECORDED = 256  # pairs of addresses; what comes after them runs without a record
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX builds for by name."""
 
@@ -255,6 +255,11 @@ class TensorRtEngine:
         return self._device
 
     @property
+    def classes(self) -> int:
+        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        return int(self._arrays[1].shape[1])
+
+    @property
     def half(self) -> bool:
         """See `attnseg.runtime.engines.base.DeviceEngine`."""
         return self._arrays[0].dtype == np.float16
@@ -278,9 +283,8 @@ class TensorRtEngine:
             raise self._refused(shape)
         key = images.pointer, logits.pointer
         if key not in self._recorded:  # the first run may set things up, and is not recorded
-            if len(self._recorded) == _MOST_RECORDED:
-                self._recorded.clear()
-            self._recorded[key] = None
+            if len(self._recorded) < _MOST_RECORDED:
+                self._recorded[key] = None
             self._execute(*key, self._device.stream)
             return
         repeat = self._recorded[key]

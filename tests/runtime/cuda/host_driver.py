@@ -22,6 +22,8 @@ _WITHOUT_CONTEXT = {
     "cuCtxGetCurrent",
     "cuCtxPushCurrent",
     "cuDeviceGet",
+    "cuDevicePrimaryCtxGetState",
+    "cuDevicePrimaryCtxRelease",
     "cuDevicePrimaryCtxRetain",
     "cuGetErrorName",
     "cuGetErrorString",
@@ -34,6 +36,7 @@ class HostDriver:
     def __init__(self, kernels: HostKernels, current: int = 0, memory: int = 1 << 40) -> None:
         self.contexts = [current] if current else []
         self.calls: list[str] = []
+        self.primary_active = int(current == CONTEXT)
         self.fails: dict[str, Any] = {}  # a function's next calls, and their errors
         self.live: dict[int, np.ndarray] = {}
         self._kernels, self._memory = kernels, memory
@@ -97,6 +100,12 @@ class HostDriver:
 
     def _cuDevicePrimaryCtxRetain(self, device: int) -> int:  # noqa: N802
         return CONTEXT
+
+    def _cuDevicePrimaryCtxGetState(self, device: int) -> tuple[int, int]:  # noqa: N802
+        return 0, self.primary_active
+
+    def _cuDevicePrimaryCtxRelease(self, device: int) -> None:  # noqa: N802
+        pass
 
     def _cuStreamCreate(self, flags: int) -> int:  # noqa: N802
         return self._new()
@@ -187,6 +196,21 @@ class HostDriver:
 
     def _cuGraphInstantiate(self, graph: int, flags: int) -> int:  # noqa: N802
         return graph
+
+    def _cuGraphExecDestroy(self, graph: int) -> None:  # noqa: N802
+        del self._graphs[graph]
+
+    def _cuMemPoolTrimTo(self, pool: int, kept: int) -> None:  # noqa: N802
+        pass
+
+    def _cuMemPoolDestroy(self, pool: int) -> None:  # noqa: N802
+        assert not self.live
+
+    def _cuStreamDestroy(self, stream: int) -> None:  # noqa: N802
+        pass
+
+    def _cuModuleUnload(self, module: int) -> None:  # noqa: N802
+        pass
 
     def _cuGraphDestroy(self, graph: int) -> None:  # noqa: N802
         pass

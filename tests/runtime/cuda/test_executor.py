@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.cuda.device import Device, DeviceArray, HostDevice
 from attnseg.runtime.cuda.executor import DeviceExecutor, DeviceOptions
+from attnseg.runtime.cuda.kernels import MOST_INDICES
+from attnseg.runtime.cuda.memory import Need, least_plan, plan_memory
 from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.engines.cpu import open_engine
-from attnseg.runtime.errors import EngineError, OutOfMemoryError, VolumeError
+from attnseg.runtime.engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxSession
+from attnseg.runtime.errors import BundleError, EngineError, OutOfMemoryError, VolumeError
 from attnseg.runtime.executor import WindowOptions
 from attnseg.runtime.normalise import Landmarks, Normalisation, normalise
 from attnseg.runtime.scans import find_cases
 from attnseg.runtime.segmenter import Segmentation
 from attnseg.runtime.tta import PASSES
 from attnseg.runtime.volume import read_volume
-from attnseg.synthetic import SyntheticCase
+from attnseg.synthetic import SyntheticCase, make_case
 from tests.conftest import LinearEngine
 from tests.runtime.cuda.engines import Halved, Through
 
@@ -272,6 +275,84 @@ def test_less_memory_means_smaller_batches_and_the_same_labels(
     assert int(tight.memory["planned_bytes"]) < int(free.memory["planned_bytes"])
     # Logits of fp32 are kept in fp16 then: classes change where two are nearly equal.
     assert np.mean(tight.labels != free.labels) <= (0 if half else 1e-3)
+
+
+def on_padded_case(engine: Engine, window: Any) -> Segmentation:
+    """A brain that is smaller than the volume for which memory is planned."""
+    case = make_case(5, (60, 64, 56))
+    channels = [np.pad(c, ((0, 40), (3, 20), (30, 0))) for c in case.images]
+    chosen = SegmentOptions(window=window, overlap=0.0)
+    return Segmenter(BUNDLE, chosen, engine).segment(Volume(channels, case.affine))
+
+
+@pytest.mark.parametrize(("window", "short"), [("full", False), (32, False), (32, True)])
+def test_onnxruntime_fills_memory_that_is_larger_than_its_logits(
+    host: HostDevice, window: Any, short: bool
+) -> None:
+    """In one pass the box is smaller than was planned; where memory is short, the batch is too."""
+    graph = BUNDLE.file("onnx")
+    session = OnnxSession(graph, {"intra_op_num_threads": 2}, ["CPUExecutionProvider"])
+    failures = [OutOfMemoryError("of the engine")] * short
+
+    class Failing(OnnxRuntimeDeviceEngine):
+        def enqueue(self, images: Any, logits: Any, shape: Any) -> None:
+            if failures:
+                raise failures.pop()
+            super().enqueue(images, logits, shape)
+
+    found = on_padded_case(Failing(session, "fp32", host), window)
+    expected = on_padded_case(open_engine("onnxruntime", graph, "fp32", 2), window)
+    assert found.memory["logits"] == ("fp16" if short else "fp32")
+    assert np.mean(found.labels != expected.labels) < 1e-3
+    assert np.count_nonzero(expected.labels) > 100
+
+
+def test_the_least_plan_is_never_more_than_another() -> None:
+    for window in (16, 64, 96, None):
+        for shape in ((64, 64, 64), (240, 240, 155), (100, 30, 200)):
+            for half in (False, True):
+                need = Need(
+                    shape,
+                    4,
+                    4,
+                    WindowOptions((window,) * 3 if window else None),
+                    PASSES["paper"],
+                    11,
+                    False,
+                    half,
+                    (4, 1),
+                    True,
+                    0,
+                )
+                plans = [plan_memory(need, None), least_plan(need)]
+                assert plans[1].total_bytes <= plans[0].total_bytes
+                with pytest.raises(OutOfMemoryError):
+                    plan_memory(need, plans[1].total_bytes - 1)
+                assert plan_memory(need, None, free_bytes=0) == plans[1]
+
+
+def test_one_launch_never_gathers_more_than_an_index_can_count() -> None:
+    need = Need(
+        (512, 512, 600),
+        4,
+        3,
+        WindowOptions((64, 64, 64), 0.75),
+        PASSES["none"],
+        0,
+        False,
+        True,
+        (4, 1),
+        True,
+        0,
+    )
+    plan = plan_memory(need, None)
+    assert plan.chunk * 4 * 64**3 <= MOST_INDICES < plan.windows * 4 * 64**3
+    assert plan.chunk % plan.batch == 0
+
+
+def test_a_network_of_other_classes_is_refused(host: HostDevice) -> None:
+    with pytest.raises(BundleError, match="its network gives 3 classes, its manifest names 4"):
+        Segmenter(BUNDLE, SegmentOptions(), Through(host, LINEAR, classes=3))
 
 
 class Small(HostDevice):
