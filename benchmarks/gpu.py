@@ -113,6 +113,7 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         "narrow": 6,
         "label_start": 9,
         "label_merge": 5,
+        "label_flatten": 4,
         "label_count": 4,
         "label_remove": 4,
         "paste": 2,

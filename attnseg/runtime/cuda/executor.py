@@ -599,7 +599,7 @@ class _Run:
             Shape.of(box.shape),
             self._options.min_voxels,
         )
-        for name in ("label_start", "label_merge", "label_count", "label_remove"):
+        for name in kernels.LABELLING:
             self._device.launch(name, prod(box.shape), args)
 
     def _paste(self, labels: Region, place: LabelPlace, box: Box) -> None:

@@ -13,7 +13,7 @@
 
 #define KERNEL(name, Args)                                                              \
     __device__ void name##_body(const Args &a, unsigned i);                             \
-    extern "C" __global__ void name(unsigned n, const Args a) {                         \
+    extern "C" __global__ void name(unsigned n, const __grid_constant__ Args a) {       \
         unsigned i = blockIdx.x * blockDim.x + threadIdx.x;                             \
         if (i < n) name##_body(a, i);                                                   \
     }                                                                                   \
@@ -100,9 +100,12 @@ FUNCTION Shape turned_shape(Turn t, Shape shape) {
 }
 FUNCTION Shape from_turned(Turn t, Shape at, Shape shape) {
     Shape turned = turned_shape(t, shape);
-    int source[3];
-    for (int j = 0; j < 3; ++j)
-        source[t.axes[j]] = t.flips[j] ? axis(turned, j) - 1 - axis(at, j) : axis(at, j);
+    int source[3] = {0, 0, 0};
+    for (int j = 0; j < 3; ++j) {
+        int value = t.flips[j] ? axis(turned, j) - 1 - axis(at, j) : axis(at, j);
+        for (int k = 0; k < 3; ++k)  // an index that is known keeps it in registers
+            if (t.axes[j] == k) source[k] = value;
+    }
     return Shape{source[0], source[1], source[2]};
 }
 FUNCTION Shape to_turned(Turn t, Shape at, Shape shape) {
@@ -400,7 +403,7 @@ KERNEL(blend, BlendArgs) {  // few classes fit in registers
 
 // Components of one class with 26 neighbours, by union-find over voxels: a tree's root is its
 // smallest voxel, whatever the order of the unions (Playne and Hawick, "A new algorithm for parallel
-// connected-component labelling on GPUs", IEEE TPDS 29, 2018). Four kernels, one after the other.
+// connected-component labelling on GPUs", IEEE TPDS 29, 2018). Five kernels, one after the other.
 struct LabelArgs {
     unsigned char *classes;  // (X, Y, Z), 0 is background
     int *parents;            // per voxel, -1 for background
@@ -409,6 +412,14 @@ struct LabelArgs {
     Shape shape;
     int min_voxels;
 };
+// Length of the run of equal values along Z that begins at `i`, 0 if one goes on there. So a count
+// takes one atomic addition for a run in place of one for each voxel.
+template <class T> FUNCTION int run_along_z(const T *values, unsigned i, Shape shape) {
+    int z = (int)(i % shape.z), length = 1;
+    if (z > 0 && values[i - 1] == values[i]) return 0;
+    while (z + length < shape.z && values[i + length] == values[i]) ++length;
+    return length;
+}
 FUNCTION int root_of(const int *parents, int i) {
     while (parents[i] != i) i = parents[i];
     return i;
@@ -440,13 +451,18 @@ KERNEL(label_merge, LabelArgs) {  // B: 5 and more
         if (a.classes[j] == a.classes[i]) unite(a.parents, (int)i, j);
     }
 }
-KERNEL(label_count, LabelArgs) {  // B: 8 and more
-    if (a.parents[i] < 0) return;
-    atomicAdd(a.sizes + root_of(a.parents, (int)i), 1);
+KERNEL(label_flatten, LabelArgs) {  // B: 4 and more
+    if (a.parents[i] >= 0) a.parents[i] = root_of(a.parents, (int)i);
 }
-KERNEL(label_remove, LabelArgs) {  // B: 9 and more
-    if (a.parents[i] < 0) return;
-    int root = root_of(a.parents, (int)i);
+KERNEL(label_count, LabelArgs) {  // B: 4 and more
+    int root = a.parents[i];
+    if (root < 0) return;
+    int length = run_along_z(a.parents, i, a.shape);
+    if (length) atomicAdd(a.sizes + root, length);
+}
+KERNEL(label_remove, LabelArgs) {  // B: 4 and more
+    int root = a.parents[i];
+    if (root < 0) return;
     if (a.sizes[root] >= a.min_voxels) return;
     a.classes[i] = 0;
     if (root == (int)i) atomicAdd(a.removed, 1);
@@ -466,5 +482,6 @@ KERNEL(paste, PasteArgs) {
     Shape target = plus(place(i, a.shape), a.origin);
     int found = a.classes[i];
     a.labels[element(a.layout, target)] = a.values[found];
-    if (found) atomicAdd(a.counts + found, 1);
+    int length = found ? run_along_z(a.classes, i, a.shape) : 0;
+    if (length) atomicAdd(a.counts + found, length);
 }

@@ -173,8 +173,12 @@ class BlendArgs(ctypes.Structure):
     )
 
 
+LABELLING = ("label_start", "label_merge", "label_flatten", "label_count", "label_remove")
+"""Kernels of components, in their order."""
+
+
 class LabelArgs(ctypes.Structure):
-    """Of kernels `label_start`, `label_merge`, `label_count` and `label_remove`, per voxel."""
+    """Of the five kernels of components, one index per voxel."""
 
     _fields_ = _fields("classes parents sizes removed", "shape", ("min_voxels", ctypes.c_int))
 
@@ -204,6 +208,7 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "blend": BlendArgs,
     "label_start": LabelArgs,
     "label_merge": LabelArgs,
+    "label_flatten": LabelArgs,
     "label_count": LabelArgs,
     "label_remove": LabelArgs,
     "paste": PasteArgs,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import nvrtc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -358,7 +359,7 @@ def cleaned(
         device.upload(array, buffer)
     pointers = [buffer.pointer for buffer in buffers]
     args = kernels.LabelArgs(*pointers, Shape.of(classes.shape), min_voxels)
-    for name in ("label_start", "label_merge", "label_count", "label_remove"):
+    for name in kernels.LABELLING:
         device.launch(name, classes.size, args)
     for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
         device.download(buffer, array)
@@ -437,6 +438,17 @@ def test_every_kernel_has_its_arguments_a_reference_and_its_bytes() -> None:
     for name, structure in ARGUMENTS.items():
         assert f"KERNEL({name}, {structure.__name__})" in text
     assert text.count(" B: ") == len(names)
+
+
+def test_no_kernel_keeps_values_in_memory_that_fit_in_registers() -> None:
+    source, options = SOURCE.read_bytes(), [b"--gpu-architecture=compute_86", b"-std=c++17"]
+    _, program = nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], [])
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert not int(status)
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    ptx = bytes(size)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    assert b".entry blend" in ptx and b".local" not in ptx
 
 
 @pytest.mark.parametrize("target", ["sm75", "sm86", "sm89", "sm90", "sm120"])
