@@ -43,7 +43,7 @@ from attnseg.runtime.executor import WindowOptions, sliding_window
 from attnseg.runtime.normalise import background_value
 from attnseg.runtime.prepare import Prepared, prepare
 from attnseg.runtime.tta import Fuse, Fusion, Transform, argmax_classes, passes
-from attnseg.runtime.volume import Volume, check_volume, reorient, turned_strides
+from attnseg.runtime.volume import Volume, check_affine, check_volume, reorient, turned_strides
 from attnseg.runtime.windows import Shape
 
 _SPACING_TOLERANCE = 0.05  # relative; beyond it the report warns
@@ -460,6 +460,7 @@ class Segmenter:
             return None
         if self._executor is None or not isinstance(self._engine, DeviceEngine):
             return None  # refused as no numpy array
+        check_affine(volume)
         device, found = self._engine.device, []
         with device.active():
             views = [device.view(channel) for channel in volume.channels]

@@ -370,6 +370,15 @@ def check_volume(volume: Volume) -> None:
                 f"{name}: shape {channel.shape} differs from {volume.shape} of channel 1"
             )
         _check_finite(name, channel)
+    check_affine(volume)
+
+
+def check_affine(volume: Volume) -> None:
+    """Check the affine of arrays that came from no file.
+
+    Raises:
+        VolumeError: it is not `(4, 4)`, singular or not finite.
+    """
     if np.shape(volume.affine) != (4, 4):
         raise VolumeError(f"volume: its affine must be (4, 4), got {np.shape(volume.affine)}")
     _check_affine("volume", volume.affine)

@@ -478,6 +478,14 @@ def test_arrays_that_cannot_be_taken_are_named(
         segmenter.segment(Volume(elsewhere, volume.affine))
 
 
+def test_an_affine_beside_arrays_of_a_device_is_checked(host: HostDevice, volume: Volume) -> None:
+    elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+    for affine in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
+        with pytest.raises(VolumeError, match="volume: its affine"):
+            segmenter.segment(Volume(elsewhere, affine))
+
+
 def test_arrays_of_host_and_device_are_not_mixed(host: HostDevice, volume: Volume) -> None:
     mixed: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
     mixed[3] = mixed[3].array
