@@ -21,6 +21,7 @@ from attnseg.runtime.cuda.kernels import Shape, Strided, Tiling, Turn
 from attnseg.runtime.cuda.memory import (
     MemoryPlan,
     Need,
+    aligned,
     explain_shortage,
     explain_upload,
     least_plan,
@@ -36,11 +37,6 @@ from attnseg.runtime.windows import WindowPlan, importance_map
 
 _STATE = ("not_finite", "removed")  # of one int32 each, before the counts of the classes
 _STATE_NUMBERS = len(_STATE) + kernels.MOST_CLASSES
-
-
-def _up(size_bytes: int) -> int:
-    """So that int32 may follow."""
-    return -(-size_bytes // 256) * 256
 
 
 @dataclass(frozen=True)
@@ -153,13 +149,6 @@ def _as_taken(channel: NDArray[Any]) -> NDArray[Any]:
     return channel.astype(np.float32, order="K")
 
 
-def _lowest(array: NDArray[Any]) -> NDArray[Any]:
-    """The memory of a turned array in one piece, as it lies."""
-    forward = array[tuple(slice(None, None, -1 if s < 0 else 1) for s in array.strides)]
-    order = sorted(range(3), key=lambda a: (-forward.strides[a], -forward.shape[a], a))
-    return forward.transpose(order)
-
-
 @dataclass
 class _Importance:
     """The window whose importance map lies on the device."""
@@ -234,7 +223,7 @@ class DeviceExecutor:
         turn, memory = order
         x, y, z = channel.shape
         try:
-            buffer, mark = self._device.upload_ahead(_lowest(channel))
+            buffer, mark = self._device.upload_ahead(turn.invert(channel))
         except OutOfMemoryError as error:
             raise explain_upload(channel.nbytes, self._device.free_bytes()) from error
         return DeviceChannel(buffer, memory, turn, (x, y, z), channel.dtype == np.float32), mark
@@ -303,11 +292,10 @@ class DeviceExecutor:
         with self._device.active():
             self._prepare(uploaded)
             assert self._need and self._plan
-            least = least_plan(self._need)
             try:
                 return self._run(uploaded, progress, on_device)
             except OutOfMemoryError:  # of the engine, which allocates as it runs
-                if self._plan == least:
+                if self._plan == least_plan(self._need):
                     raise
             except DeviceLostError:
                 raise
@@ -441,9 +429,9 @@ class _Run:
         self._mark("upload")
         voxels = prod(uploaded.shape)
         # Not of the block: they may still be on their way when the next volume begins.
-        given = device.allocate(_up(voxels) + 4 * _STATE_NUMBERS)
+        given = device.allocate(aligned(voxels) + 4 * _STATE_NUMBERS)
         labels = Region.of(given, 0, voxels)
-        self._state = Region.of(given, _up(voxels), 4 * _STATE_NUMBERS)
+        self._state = Region.of(given, aligned(voxels), 4 * _STATE_NUMBERS)
         device.clear(given)
         box = self._normalise(uploaded)
         self._mark("normalise")

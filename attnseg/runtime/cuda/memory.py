@@ -106,11 +106,16 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def aligned(size_bytes: int) -> int:
+    """Up to where the next region may begin."""
+    return _up(size_bytes, _ALIGNMENT)
+
+
 def _laid_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     places, offset = {}, 0
     for name, size in sizes.items():
         places[name] = (offset, size)
-        offset += _up(size, _ALIGNMENT)
+        offset += aligned(size)
     return places, offset
 
 

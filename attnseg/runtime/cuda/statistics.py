@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,12 @@ def _with_zeros(counts: NDArray[np.int32], zero: int, voxels: int) -> NDArray[np
     found = counts.astype(np.int64)
     found[zero] += voxels - int(found.sum())
     return found
+
+
+def _mapped(channel: DeviceChannel, by: Region, target: int, box: Box) -> tuple[Any, ...]:
+    """First arguments of the kernels that map the box of a channel by a table or a curve."""
+    pointers = channel.buffer.pointer, by.pointer, target
+    return (*pointers, channel.layout, Shape.of(box.shape), Shape.of(box.origin))
 
 
 def scan_bytes(channels: int) -> int:
@@ -163,14 +170,7 @@ class Scan:
         table = table_of_counts(counts[low:high], low - HALF // 2, normalisation, index)
         place = Region.of(self._tables, 4 * HALF * index, 4 * HALF)
         self._device.upload(table, Region.of(place, 4 * low, table.nbytes))
-        args = kernels.NormaliseArgs(
-            channel.buffer.pointer,
-            place.pointer,
-            target,
-            channel.layout,
-            Shape.of(box.shape),
-            Shape.of(box.origin),
-        )
+        args = kernels.NormaliseArgs(*_mapped(channel, place, target, box))
         self._device.launch("normalise", int(np.prod(box.shape)), args)
 
     def _by_curve(
@@ -189,16 +189,8 @@ class Scan:
         knots = np.stack([curve.source, curve.target])
         place = Region.of(self._tables, 4 * HALF * index, knots.nbytes)
         self._device.upload(knots, place)
-        args = kernels.NormaliseFloatArgs(
-            channel.buffer.pointer,
-            place.pointer,
-            target,
-            channel.layout,
-            Shape.of(box.shape),
-            Shape.of(box.origin),
-            knots.shape[1],
-            int(foreground == "nonzero"),
-        )
+        how = knots.shape[1], int(foreground == "nonzero")
+        args = kernels.NormaliseFloatArgs(*_mapped(channel, place, target, box), *how)
         self._device.launch("normalise_float", int(np.prod(box.shape)), args)
 
 

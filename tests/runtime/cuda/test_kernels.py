@@ -19,7 +19,7 @@ from scipy import ndimage
 from attnseg.runtime.cleanup import remove_small_components
 from attnseg.runtime.cuda import kernels
 from attnseg.runtime.cuda.device import Device, HostDevice
-from attnseg.runtime.cuda.executor import _lowest, _memory_order
+from attnseg.runtime.cuda.executor import _memory_order
 from attnseg.runtime.cuda.kernels import (
     ARGUMENTS,
     SOURCE,
@@ -66,8 +66,8 @@ def placed(view: np.ndarray) -> tuple[np.ndarray, Shape, Turn]:
     """The memory of a view as it lies, its shape, and the turn from it to the view."""
     order = _memory_order(view.strides, view.shape, view.itemsize)
     assert order is not None
-    memory = np.ascontiguousarray(_lowest(view))
-    assert order[1] == memory.shape
+    memory = order[0].invert(view)
+    assert order[1] == memory.shape and memory.flags.c_contiguous
     np.testing.assert_array_equal(order[0].apply(memory), view)
     return memory, Shape.of(order[1]), Turn.of(order[0])
 
@@ -138,7 +138,7 @@ def test_the_box_goes_through_the_table(device: Device, view: str) -> None:
     table = rng.standard_normal(65536).astype(np.float32)
     image = np.empty((4, 3, 5), np.float32)
     turned = VIEWS[view](volume)
-    memory, how = np.ascontiguousarray(_lowest(turned)), layout(turned)
+    (memory, _, _), how = placed(turned), layout(turned)
     args = (memory, table, image, how, Shape.of(image.shape), Shape(3, 2, 1))
     run(device, "normalise", image.size, *args)
     np.testing.assert_array_equal(image, table[volume[3:7, 2:5, 1:6].astype(int) + 32768])
