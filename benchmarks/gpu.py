@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ import numpy as np
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.cuda.device import Device, HostDevice, Region, bytes_at
 from attnseg.runtime.cuda.kernels import GatherArgs, OccupyArgs, ScanArgs, Shape, Tiling
+from attnseg.runtime.cuda.memory import Need, least_plan, plan_memory
 from attnseg.runtime.engines.base import DeviceEngine, EngineInfo
 from attnseg.runtime.errors import EngineError
+from attnseg.runtime.executor import WindowOptions
 from attnseg.runtime.prepare import prepare
 from attnseg.runtime.scans import Case
 from attnseg.runtime.tta import PASSES, Transform
@@ -297,6 +299,30 @@ def print_kernels(work: Work, card: Card | None, timed: bool) -> None:
         print(f"{name:<18}{launches:>9}{moved / 1e6:>9.1f}{floor:>10}{shown:>9}{rate:>8}")
 
 
+def print_memory(bundle: Bundle, volume: Volume) -> None:
+    """The memory that is planned for a volume, the engine's own left out."""
+    manifest, window = bundle.manifest, bundle.manifest.inference
+    landmarks = manifest.normalisation.landmarks
+    need = Need(
+        volume.shape,
+        len(manifest.channels),
+        len(manifest.labels),
+        WindowOptions(window.window, window.overlap, window.window_multiple),
+        PASSES[TTA],
+        len(landmarks.percentiles) if landmarks else 0,
+        floating=False,
+        half=True,
+        batches=Idle.batches,
+        clean=window.min_voxels > 1,
+        engine_bytes=0,
+    )
+    print("\nplanned memory without the engine, and the least, in MB:")
+    for name, half in (("fp16", True), ("fp32", False)):
+        planned = replace(need, half=half)
+        most, least = plan_memory(planned, None), least_plan(planned)
+        print(f"{name} engine {most.total_bytes / 1e6:.0f}, {least.total_bytes / 1e6:.0f}")
+
+
 @dataclass(frozen=True)
 class Slack:
     """How many times its floor a part takes."""
@@ -441,6 +467,7 @@ def main() -> None:
         print(f"case      {case.name}, {volume.shape}, tta {TTA}")
         work = work_of(bundle, volume)
         print_floors(work, layers)
+        print_memory(bundle, volume)
         try:
             chosen = SegmentOptions(device="cuda", engine=options.engine, tta=TTA)
             engine: Any = Segmenter(bundle, chosen)._engine

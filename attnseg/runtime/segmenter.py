@@ -590,7 +590,7 @@ class Segmenter:
             found.labels,
             self._volumes_ml(staged.volume, voxels),
             staged.clock.elapsed_ms | found.elapsed_ms,
-            found.windows_planned,
+            found.windows,
             found.components_removed,
             staged.warnings,
             engine,

@@ -105,8 +105,7 @@ class DeviceResult:
         labels: `(X, Y, Z)` uint8, Fortran-contiguous; on the device if that was asked for.
         voxels: of each class but background, by class index.
         components_removed: by the clean-up.
-        windows: run, over all passes.
-        windows_planned: of one pass; those without brain are not run.
+        windows: planned of one pass; those without brain are not run.
         elapsed_ms: of the device, per stage.
         memory: what was planned of it, as `MemoryPlan.describe`.
     """
@@ -115,7 +114,6 @@ class DeviceResult:
     voxels: NDArray[np.int64]
     components_removed: int
     windows: int
-    windows_planned: int
     elapsed_ms: dict[str, float]
     memory: dict[str, int | str]
 
@@ -329,8 +327,7 @@ class Submitted:
         marks: the end of each stage, the first the beginning.
         plan: of the memory.
         classes: of the network.
-        windows: run, over all passes.
-        windows_planned: of one pass.
+        windows: planned of one pass.
         engine: that runs the network, for messages.
         uploaded: the volume, which must live as long.
     """
@@ -342,7 +339,6 @@ class Submitted:
     plan: MemoryPlan
     classes: int
     windows: int
-    windows_planned: int
     engine: DeviceEngine
     uploaded: Uploaded
 
@@ -368,7 +364,6 @@ class Submitted:
             counts,
             int(state[1]),
             self.windows,
-            self.windows_planned,
             self._elapsed_ms(),
             self.plan.describe(),
         )
@@ -458,7 +453,6 @@ class _Run:
             tuple(self._marks),
             self._plan,
             len(self._options.labels),
-            sum(len(one.windows) for one in passes),
             len(passes[0].plan.windows),
             self._engine,
             uploaded,

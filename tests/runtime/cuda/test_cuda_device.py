@@ -170,8 +170,7 @@ def test_without_a_context_it_is_the_primary_one(opened: Open) -> None:
         assert driver.contexts == [CONTEXT]
 
 
-def test_recorded_work_is_repeated(opened: Open) -> None:
-    device, _ = opened()
+def check_recording(device: CudaDevice) -> None:
     with device.active():
         source, target = device.allocate(4), device.allocate(4)
 
@@ -187,6 +186,10 @@ def test_recorded_work_is_repeated(opened: Open) -> None:
             back = np.empty(4, np.uint8)
             device.download(target, back)
             assert back.tobytes() == value
+
+
+def test_recorded_work_is_repeated(opened: Open) -> None:
+    check_recording(opened()[0])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from attnseg.runtime.gpu import Gpu, find_gpu
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import LinearEngine
 from tests.runtime.cuda.engines import Through
+from tests.runtime.cuda.test_cuda_device import check_recording
 from tests.test_cli import WEIGHTS
 
 pytestmark = pytest.mark.gpu
@@ -78,21 +79,7 @@ def test_more_memory_than_there_is_is_one_clear_error(gpu: Gpu) -> None:
 
 
 def test_recorded_work_is_repeated() -> None:
-    device = CudaDevice()
-    with device.active():
-        source, target = device.allocate(4), device.allocate(4)
-
-        def work(stream: int) -> None:
-            device._copy("a test", source.pointer, target.pointer, 4, stream)
-
-        repeat = device.recorded(work)
-        assert repeat is not None
-        for value in (b"abcd", b"efgh"):
-            device.upload(np.frombuffer(value, np.uint8), source)
-            repeat()
-            back = np.empty(4, np.uint8)
-            device.download(target, back)
-            assert back.tobytes() == value
+    check_recording(CudaDevice())
 
 
 def test_the_card_gives_the_labels_of_the_host(host: HostDevice, volume: Volume) -> None:
