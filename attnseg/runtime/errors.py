@@ -1,35 +1,92 @@
-"""The exceptions of attnseg, one tree.
+"""Exceptions of attnseg, in one class hierarchy.
 
-    AttnsegError            everything that the user can mend; the command line prints one line
-    ├── ConfigError         an option or field with a value that is not allowed
-    ├── ScanError           a scan folder that holds no usable case, or an incomplete one
-    │   └── VolumeError     a scan file that cannot be read or whose content is not an image
-    ├── BundleError         a bundle that is missing, damaged, or of an unknown format
-    ├── EngineError         an inference engine that is missing or refuses the model
-    │   ├── MismatchError   an engine that does not compute what the trained network computes
-    │   ├── NotHereError    an engine that this machine has not, or that is for another machine
-    │   ├── OutOfMemoryError  a device that has less memory than the volume takes
-    │   └── DeviceLostError a device that does nothing more for this process
-    ├── OutputError         a result that could not be written, or would replace another
-    ├── TrainingError       a training run that cannot start or go on
-    └── ExportError         a model that cannot be exported, or whose export is not equal to it
+    AttnsegError            any error that the user can fix; the command line prints one line
+    ├── ConfigError         an option or field with an invalid value
+    ├── ScanError           a scan folder without a usable case, or an incomplete case
+    │   └── VolumeError     a scan file that cannot be read, or whose content is not an image
+    ├── BundleError         a bundle that is missing, damaged or in an unknown format
+    ├── EngineError         an inference engine that is missing, rejects the model or fails
+    │   ├── MismatchError   an engine whose logits differ from the trained network's
+    │   ├── UnavailableError  an engine unavailable on this machine
+    │   ├── OutOfMemoryError  insufficient device memory
+    │   └── DeviceLostError   an unusable CUDA context; restart the process
+    ├── OutputError         a result that cannot be written or would overwrite another
+    ├── TrainingError       a training run that cannot start or continue
+    └── ExportError         a model that cannot be exported, or an export that differs from it
 
-Each message names the thing, the rule it broke and what to do about it.
+An error stores its cause and its mend (the suggested fix) separately. The mend names settings of
+the Python interface; the command line prints the same settings as command-line options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+SLOT = "{}"
+"""Placeholder for a setting in the text of a mend."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting named in the mend of an error.
+
+    Attributes:
+        name: Name of the field or argument in Python.
+        value: Suggested value; None if only the name is shown.
+    """
+
+    name: str
+    value: Any = None
+
+    def __str__(self) -> str:
+        """The setting in Python notation, such as `device='cpu'`."""
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+class TrainingSetting(Setting):
+    """A field of `attnseg.trainer.config.TrainConfig`."""
+
 
 class AttnsegError(Exception):
-    """Base of every error that a user can mend."""
+    """Base class of all errors that a user can fix.
+
+    Attributes:
+        cause: Cause of the error: the argument, the rule and the value received.
+        mend: Suggested fix, empty if unknown; each `{}` is replaced by one of `settings`.
+        settings: Settings named in the mend, in order.
+    """
+
+    def __init__(self, cause: str, mend: str = "", *settings: Setting) -> None:
+        super().__init__(cause, mend, *settings)
+        self.cause, self.mend, self.settings = cause, mend, settings
+
+    def describe(self, show: Callable[[Setting], str] = str) -> str:
+        """Cause and mend as one string.
+
+        Args:
+            show: Function that formats a setting; Python notation by default.
+        """
+        first, *rest = self.mend.split(SLOT) if self.settings else [self.mend]
+        shown = (show(s) + text for s, text in zip(self.settings, rest, strict=True))
+        mend = first + "".join(shown)
+        return f"{self.cause}; {mend}" if mend else self.cause
+
+    def detached(self) -> Self:
+        """A copy without traceback and cause, whose frames keep arrays and engines alive."""
+        return type(self)(self.cause, self.mend, *self.settings)
+
+    def __str__(self) -> str:
+        return self.describe()
 
 
 class ConfigError(AttnsegError):
-    """An option or field has a value that is not allowed."""
+    """An option or field has an invalid value."""
 
 
 class ScanError(AttnsegError):
-    """A scan folder holds no usable case, or an incomplete one."""
+    """A scan folder holds no usable case, or a case is incomplete."""
 
 
 class VolumeError(ScanError):
@@ -37,36 +94,36 @@ class VolumeError(ScanError):
 
 
 class BundleError(AttnsegError):
-    """A bundle is missing, damaged, or of a format this version does not know."""
+    """A bundle is missing, damaged, or in a format unknown to this version."""
 
 
 class EngineError(AttnsegError):
-    """An inference engine is not installed, or refuses the model."""
+    """An inference engine is not installed, rejects the model, or failed."""
 
 
 class MismatchError(EngineError):
-    """An engine gives other logits on the golden window than the trained network gave."""
+    """The logits of an engine for the golden window differ from the trained network's."""
 
 
-class NotHereError(EngineError):
-    """This machine has no GPU or not the library, or the engine is for another GPU or window."""
+class UnavailableError(EngineError):
+    """An engine is unavailable on this machine: no GPU, no library, or built for another GPU."""
 
 
 class OutOfMemoryError(EngineError):
-    """The device has not enough memory."""
+    """The device has too little memory."""
 
 
 class DeviceLostError(EngineError):
-    """The device failed in a way that nothing in this process can use it any more."""
+    """The CUDA context is unusable; restart the process."""
 
 
 class OutputError(AttnsegError):
-    """A result could not be written, or would replace another; no partial file stays."""
+    """A result cannot be written or would overwrite another; no partial file remains."""
 
 
 class TrainingError(AttnsegError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class ExportError(AttnsegError):
-    """A model cannot be exported, or the export does not compute what the model computes."""
+    """A model cannot be exported, or the output of the export differs from the model's."""
