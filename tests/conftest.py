@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ import pytest
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.model.bundle import default_folder
+from attnseg.runtime.steps.normalise import ZScore
+from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.synthetic import SyntheticCase, make_case, write_case
 
-# The machines that run the tests are shared: an example that takes long is no failure.
+# The machines that run the tests are shared, so a slow example is not a failure.
 hypothesis.settings.register_profile("attnseg", deadline=None)
 hypothesis.settings.load_profile("attnseg")
 
 SMALL_SHAPE = (80, 88, 72)
+
+WEIGHTS = default_folder() / "weights.safetensors"
+PLAIN = Preprocessing("LPS", None, "nonzero", (ZScore(),) * 4)
+"""Z-scores of the four BraTS channels."""
 
 
 def _real_data() -> Path | None:

@@ -1,10 +1,10 @@
-"""Scan folders to cases.
+"""Search of folders for cases.
 
 A case is a set of files that share a folder and a name up to the channel's suffix, such as
-`BraTS20_001_t1.nii.gz` and `BraTS20_001_flair.nii.gz`. Folders may be nested (`HGG/`, `LGG/`),
-or be one case, or hold many. The suffixes come from the model's bundle, so another model reads
-another layout; those of the default model cover BraTS 2018 to 2023. A file named by the
-suffix alone (`t1.nii.gz`) belongs to a case named after its folder.
+`BraTS20_001_t1.nii.gz` and `BraTS20_001_flair.nii.gz`. A folder may hold one case or many, and
+may be nested (`HGG/`, `LGG/`). The suffixes are defined by the model's bundle; those of the
+default model cover BraTS 2018 to 2023. A file named by the suffix alone (`t1.nii.gz`) belongs to a
+case named after its folder.
 """
 
 from __future__ import annotations
@@ -15,28 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnseg.runtime.errors import ScanError
+from attnseg.runtime.task import BRATS_CHANNELS, Channel
 
 _EXTENSIONS = (".nii.gz", ".nii")
 
 
-@dataclass(frozen=True)
-class Channel:
-    """One input of the model: its name, and the suffixes its files are known by.
-
-    Channels with the same suffixes are the volumes of one 4-D file, in order. The empty suffix
-    stands for every file that is not a label file.
-    """
-
-    name: str
-    suffixes: tuple[str, ...]
-
-
-BRATS_CHANNELS = (
-    Channel("t1", ("_t1", "-t1n", "_t1n", "-t1")),
-    Channel("t1ce", ("_t1ce", "-t1c", "_t1c", "-t1ce", "_t1gd")),
-    Channel("t2", ("_t2", "-t2w", "_t2w", "-t2")),
-    Channel("flair", ("_flair", "-t2f", "_t2f", "-flair")),
-)
 LABEL_SUFFIXES = ("_seg", "-seg")
 
 
@@ -49,7 +32,7 @@ class Case:
     files: tuple[Path, ...]
 
     def sibling(self, suffixes: Sequence[str]) -> Path | None:
-        """The file of this case with one of `suffixes`, such as its label file, or None."""
+        """File of this case with one of `suffixes`, such as its label file; None if missing."""
         for file in _nifti_files(self.folder):
             prefix = _prefix(file, suffixes)
             if prefix is not None and (prefix or self.folder.resolve().name) == self.name:
@@ -59,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Scans:
-    """What a folder holds: complete cases, and an error for each case that is not usable."""
+    """Complete cases of a folder, and errors of unusable cases and folders, by name."""
 
     cases: tuple[Case, ...]
     problems: Mapping[str, ScanError]
@@ -73,7 +56,7 @@ def _stem(file: Path) -> str | None:
 
 
 def _prefix(file: Path, suffixes: Sequence[str]) -> str | None:
-    """Case name in a file's name: empty for a file named by the suffix alone, None if no match."""
+    """Case name of a file: empty if named by the suffix alone, None if no suffix matches."""
     stem = _stem(file)
     if stem is None:
         return None
@@ -93,11 +76,13 @@ def _nifti_files(folder: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> ScanError:
-    return ScanError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+    return ScanError(
+        f"{error.filename}: cannot be read ({error.strerror})", "check its permissions"
+    )
 
 
 def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
-    """Folders below `root`, itself first, in name order; each real folder once."""
+    """Walk `root` and its subfolders in name order, each real folder once."""
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
@@ -117,7 +102,7 @@ def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
 
 
 def _collect(folder: Path, channels: Sequence[Channel]) -> Iterator[tuple[str, list[list[Path]]]]:
-    """Cases of one folder, each with the files found for every channel."""
+    """Names of the cases in one folder, and the files found for each channel."""
     found: dict[str, list[list[Path]]] = {}
     for file in _nifti_files(folder):
         for suffixes in dict.fromkeys(channel.suffixes for channel in channels):
@@ -137,28 +122,28 @@ def _case_error(
     missing = [c for c, f in zip(channels, files, strict=True) if not f]
     if missing:
         names = ", ".join(f"{c.name} (*{' or *'.join(c.suffixes[:2])})" for c in missing)
-        return ScanError(f"{folder}: case {name} has no file for {names}; add it")
+        return ScanError(f"{folder}: case {name} has no file for {names}", "add it")
     for channel, matches in zip(channels, files, strict=True):
         if len(matches) > 1:
             names = ", ".join(f.name for f in matches)
             return ScanError(
-                f"{folder}: case {name} has several files for {channel.name} ({names}); keep one"
+                f"{folder}: case {name} has several files for {channel.name} ({names})", "keep one"
             )
     return None
 
 
 def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scans:
-    """Find the cases in a folder and below it, sorted by path.
+    """Find the cases in a folder and its subfolders, sorted by path.
 
-    Incomplete cases, and cases whose name was already taken, are returned as problems.
+    Incomplete cases and duplicate case names are returned as problems.
 
     Raises:
-        ScanError: `root` does not exist, cannot be read, or holds no case at all.
+        ScanError: `root` does not exist, is not a readable folder, or holds no case.
     """
     if not root.exists():
         raise ScanError(f"{root}: does not exist")
     if not root.is_dir():
-        raise ScanError(f"{root}: is not a folder; give the folder that holds the case's files")
+        raise ScanError(f"{root}: is not a folder", "give the folder that holds the case's files")
     cases: dict[str, Case] = {}
     problems: dict[str, ScanError] = {}
     for folder in _walk(root, problems):
@@ -174,7 +159,7 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
                 name, error = (
                     f"{name} ({folder})",
                     ScanError(
-                        f"{folder}: case {name} has the same name as that of {other}; rename one"
+                        f"{folder}: case {name} has the same name as that of {other}", "rename one"
                     ),
                 )
             if error:
@@ -183,23 +168,26 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
                 cases[name] = Case(name, folder, tuple(f[0] for f in files))
     if not cases and not problems:
         names = ", ".join(dict.fromkeys(f"*{c.suffixes[0]}.nii.gz" for c in channels))
-        raise ScanError(f"{root}: holds no case; expected files such as {names}")
+        raise ScanError(f"{root}: holds no case", f"expected files such as {names}")
     return Scans(tuple(cases.values()), problems)
 
 
 def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Case:
-    """A case from one named file per channel.
+    """Create a case from one file per channel, by channel name.
 
     Raises:
-        ScanError: a channel has no file, or a name is not a channel of the model.
+        ScanError: A channel has no file, or a name is not a channel of the model.
     """
     names = [c.name for c in channels]
     unknown = [n for n in files if n not in names]
     if unknown:
-        raise ScanError(f"the model has no channel {unknown[0]}; it takes {', '.join(names)}")
+        raise ScanError(f"the model has no channel {unknown[0]}", f"it takes {', '.join(names)}")
     missing = [n for n in names if n not in files]
     if missing:
-        raise ScanError(f"no file given for {', '.join(missing)}; add --channel {missing[0]}=FILE")
+        raise ScanError(
+            f"no file given for {', '.join(missing)}",
+            "give one for each channel of the model",
+        )
     first = files[names[0]]
     prefix = _prefix(first, channels[0].suffixes)
     name = first.parent.resolve().name if prefix == "" else prefix or _stem(first) or first.name
@@ -207,13 +195,14 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
 
 
 def find_scans(root: Path | None, files: Mapping[str, Path], channels: Sequence[Channel]) -> Scans:
-    """The cases of a folder, or the one case of files given by channel.
+    """Find the cases of a folder, or create one case from a file per channel.
 
     Raises:
-        ScanError: both or neither were given, or see `find_cases` and `explicit_case`.
+        ScanError: Both or neither are given; see also `find_cases` and `explicit_case`.
     """
     if (root is None) == (not files):
-        raise ScanError("give either a scan folder or one file per channel (--t1 FILE ...)")
+        given = "no scan was given" if root is None else "a scan folder and files were given"
+        raise ScanError(given, "give a scan folder or one file per channel")
     if root is None:
         return Scans((explicit_case(files, channels),), {})
     return find_cases(root, channels)

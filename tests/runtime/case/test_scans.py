@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.scans import find_cases, find_scans
 from attnseg.runtime.errors import ScanError
-from attnseg.runtime.scans import BRATS_CHANNELS, Channel, find_cases, find_scans
-from attnseg.runtime.volume import read_volume
+from attnseg.runtime.task import BRATS_CHANNELS, Channel
 from tests.conftest import SaveImage
 
 ANY_FILE = ("",)
@@ -116,12 +117,14 @@ def test_files_given_by_channel_make_a_case(tmp_path: Path) -> None:
 
 def test_files_given_by_channel_must_be_all_and_only_the_models(tmp_path: Path) -> None:
     with pytest.raises(
-        ScanError, match="no file given for t1ce, t2, flair; add --channel t1ce=FILE"
+        ScanError, match="no file given for t1ce, t2, flair; give one for each channel"
     ):
         find_scans(None, {"t1": tmp_path}, BRATS_CHANNELS)
     with pytest.raises(ScanError, match="no channel ct"):
         find_scans(None, {"ct": tmp_path}, BRATS_CHANNELS)
-    with pytest.raises(ScanError, match="either"):
+    with pytest.raises(
+        ScanError, match="no scan was given; give a scan folder or one file per channel"
+    ):
         find_scans(None, {}, BRATS_CHANNELS)
 
 

@@ -11,15 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attnseg.runtime.case.nifti import encode_labels, read_labels, read_volume
+from attnseg.runtime.case.volume import Volume, check_volume
 from attnseg.runtime.errors import VolumeError
-from attnseg.runtime.volume import (
-    Volume,
-    check_volume,
-    encode_labels,
-    read_labels,
-    read_volume,
-    reorient,
-)
+from attnseg.runtime.geometry import reorient
 from tests.conftest import SaveImage
 
 ORIENTATIONS = [
@@ -102,7 +97,7 @@ def test_any_orientation_turns_and_turns_back_voxel_exact(orientation: str) -> N
     assert turned.orientation == "LPS"
     back = reorient(turned.channels[0], "LPS", volume.orientation)
     np.testing.assert_array_equal(back, volume.channels[0])
-    # The same voxel keeps its place in the world.
+    # The same voxel keeps its world coordinates.
     index = np.argwhere(turned.channels[0] == 17)[0]
     original = np.argwhere(volume.channels[0] == 17)[0]
     world = nib.affines.apply_affine(turned.affine, index)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from attnseg.runtime.cleanup import remove_small_components
+from attnseg.runtime.steps.cleanup import remove_small_components
 
 
 def reference(classes: np.ndarray, min_voxels: int) -> np.ndarray:

@@ -1,14 +1,13 @@
-"""Clean-up: components below a size are removed, per class.
+"""Clean-up: removal of small connected components, per class.
 
-Source: the paper's section 3.4 (components under 150 voxels). Components are those of
-`scipy.ndimage.label` with 26 neighbours.
+Source: the paper's section 3.4 (components under 150 voxels). Components are computed by
+`scipy.ndimage.label` with 26-connectivity.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 _NEIGHBOURS_26 = np.ones((3, 3, 3), np.uint8)
 
@@ -16,19 +15,21 @@ _NEIGHBOURS_26 = np.ones((3, 3, 3), np.uint8)
 def remove_small_components(
     classes: NDArray[np.uint8], min_voxels: int
 ) -> tuple[NDArray[np.uint8], int]:
-    """Set every component of a class that has fewer than `min_voxels` voxels to background.
+    """Set connected components of fewer than `min_voxels` voxels to background, per class.
 
     Args:
-        classes: `(X, Y, Z)` uint8, 0 is background. Not changed.
-        min_voxels: smallest component that stays; 0 and 1 keep all.
+        classes: `(X, Y, Z)` uint8, 0 is background. Not modified.
+        min_voxels: Minimum component size in voxels; 0 and 1 remove nothing.
 
     Returns:
-        The cleaned array and the number of components removed. The empty case: no voxel
-        above 0 gives an equal array and 0.
+        Cleaned copy, and the number of removed components. Without any voxel above 0, an equal
+        copy and 0.
     """
     cleaned = classes.copy(order="K")
     if min_voxels <= 1 or not cleaned.any():
         return cleaned, 0
+    from scipy import ndimage  # slow import: as long as the rest of the runtime
+
     removed = 0
     for value, box in enumerate(ndimage.find_objects(classes), start=1):
         if box is None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.bundle import Label, Manifest, file_entry, write_bundle
 from attnseg.runtime.errors import BundleError, ConfigError
-from attnseg.runtime.grid import Grid, resample, resample_volume, restore_logits
-from attnseg.runtime.normalise import Normalisation
-from attnseg.runtime.scans import Channel
+from attnseg.runtime.geometry import Box
+from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.manifest import Inference, Manifest
+from attnseg.runtime.steps.normalise import ZScore
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.resample import Grid, resample, resample_volume, restore_logits
+from attnseg.runtime.task import Channel, Label, Task
 from tests.conftest import LinearEngine
 
 ANISOTROPIC = np.array([[0, 0, 3.0, 5], [-1.0, 0, 0, 6], [0, 2.0, 0, 7], [0, 0, 0, 1]])
@@ -117,7 +121,7 @@ def test_resampling_leaves_the_outer_faces_where_they_were(
 def test_voxels_hold_what_lies_at_their_place_in_the_world(
     before: tuple[int, int, int], after: tuple[int, int, int], axis: int
 ) -> None:
-    # Each voxel holds its own place in mm, so that a resampled one has to as well, but for the
+    # Each voxel holds its own coordinate in mm, so resampled voxels must too, except in the
     # outermost half voxels, beyond the first and last centre.
     def places(volume_affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
         index = np.stack(np.indices(shape), axis=-1)
@@ -139,13 +143,13 @@ def test_no_grid_and_the_own_shape_change_nothing() -> None:
 
 def test_logits_of_a_box_are_put_back_where_it_lay() -> None:
     logits = np.stack([np.full((2, 2, 2), -3.0), np.full((2, 2, 2), 3.0)]).astype(np.float32)
-    box = (slice(1, 3), slice(0, 2), slice(2, 4))
+    box = Box((1, 0, 2), (3, 2, 4))
     restored = restore_logits(logits, box, (4, 4, 4), (8, 8, 8))
     assert (restored.shape, restored.dtype) == ((2, 8, 8, 8), np.float32)
     expected = np.zeros((8, 8, 8), int)
     expected[2:6, 0:4, 4:8] = 1
     inside = np.zeros((8, 8, 8), bool)
-    inside[3:5, 0:3, 5:8] = True  # beyond interpolation from the voxels around the box
+    inside[3:5, 0:3, 5:8] = True  # not interpolated with voxels outside the box
     assert (restored[1][inside] == 3).all() and (restored[0][inside] == -3).all()
     far = np.ones((8, 8, 8), bool)
     far[1:7, 0:5, 3:8] = False
@@ -155,30 +159,28 @@ def test_logits_of_a_box_are_put_back_where_it_lay() -> None:
 
 def test_logits_on_the_scans_own_shape_are_put_back_exactly() -> None:
     logits = noise((3, 2, 3, 4))
-    box = (slice(1, 3), slice(0, 3), slice(0, 4))
+    box = Box((1, 0, 0), (3, 3, 4))
     restored = restore_logits(logits, box, (4, 4, 4), (4, 4, 4))
-    np.testing.assert_array_equal(restored[(slice(None), *box)], logits)
+    np.testing.assert_array_equal(restored[(slice(None), *box.slices())], logits)
     assert np.count_nonzero(restored) == logits.size
 
 
 def ball_manifest(grid: Grid | None) -> Manifest:
     """A model of one channel and one region, which takes any background."""
     shipped = Bundle.default().manifest
-    return shipped.model_copy(
-        update={
-            "channels": (Channel("ct", ("",)),),
-            "labels": (Label(name="background", value=0), Label(name="ball", value=7)),
-            "regions": {"ball": (7,)},
-            "display": ("ct",),
-            "grid": grid,
-            "normalisation": Normalisation("all"),
-            "inference": shipped.inference.model_copy(
-                update={"window": (16, 16, 16), "window_multiple": 4, "min_voxels": 0}
-            ),
-            "training": None,
-            "validation": None,
-            "files": {"model.onnx": file_entry("onnx", b"onnx", "fp32")},
-        }
+    return replace(
+        shipped,
+        task=Task(
+            channels=(Channel("ct", ("",)),),
+            labels=(Label("background", 0), Label("ball", 7)),
+            regions={"ball": (7,)},
+            display=("ct",),
+        ),
+        preprocessing=Preprocessing("LPS", grid, "all", (ZScore("all"),)),
+        inference=Inference((16, 16, 16), 0.25, 4, 0),
+        training=None,
+        validation=None,
+        files={"model.onnx": file_entry("onnx", b"onnx", "fp32")},
     )
 
 
@@ -254,7 +256,7 @@ def test_a_manifest_survives_its_file(tmp_path: Path, grid: Grid | None) -> None
     manifest = ball_manifest(grid)
     bundle = write_bundle(tmp_path / "model", manifest, {"model.onnx": b"onnx"})
     assert bundle.manifest == manifest
-    assert bundle.manifest.grid == grid
+    assert bundle.manifest.preprocessing.grid == grid
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
@@ -286,5 +288,5 @@ def test_a_grid_that_is_none_is_refused(tmp_path: Path, grid: dict[str, Any], me
 def test_a_spacing_that_makes_more_voxels_than_any_scan_has_is_refused() -> None:
     volume = Volume(np.zeros((1, 100, 100, 100), np.float32), np.eye(4))
     assert Grid(spacing_mm=(0.1, 0.1, 0.1)).shape_for(volume) == (1000, 1000, 1000)
-    with pytest.raises(ConfigError, match=r"makes 2000 x 2000 x 2000 voxels .*larger spacing"):
+    with pytest.raises(ConfigError, match=r"to 2000 x 2000 x 2000 voxels, .*larger spacing"):
         Grid(spacing_mm=(0.05, 0.05, 0.05)).shape_for(volume)

@@ -1,0 +1,1 @@
+"""Cases: finding, reading and writing of their files."""

@@ -1,0 +1,120 @@
+"""Volume: the channels of one case on one grid, from files or from arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.geometry import AxisTransform
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+Affine = NDArray[np.float64]
+"""`(4, 4)` float64 matrix from voxel to world coordinates in mm, RAS+ as in NIfTI."""
+Channels = Sequence[NDArray[Any]] | NDArray[Any]
+"""C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """All channels of one case, on one grid.
+
+    Attributes:
+        channels: C arrays `(X, Y, Z)` of any real dtype, or one array `(C, X, Y, Z)`, in the
+            model's channel order.
+        affine: `(4, 4)` matrix from voxel to world coordinates in mm, RAS+ as in NIfTI.
+        header: Header of the first channel's file, from which results copy the orientation
+            codes; None for volumes created from arrays.
+        sha256: SHA-256 of each channel's file as stored; empty for arrays.
+        warnings: Warnings about the files, for readers of the result.
+        checked: Whether all voxels are known to be finite, as for volumes read from files.
+    """
+
+    channels: Channels
+    affine: Affine
+    header: nib.Nifti1Header | None = None
+    sha256: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    checked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of voxels along X, Y and Z."""
+        x, y, z = self.channels[0].shape
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along X, Y and Z in millimetres."""
+        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def orientation(self) -> str:
+        """Axis codes of X, Y and Z, such as `LPS`; see `geometry`."""
+        from nibabel.orientations import io_orientation, ornt2axcodes
+
+        return "".join(ornt2axcodes(io_orientation(self.affine)))
+
+    def oriented(self, orientation: str) -> Self:
+        """Volume in another orientation; its channels are views, no voxel is copied."""
+        transform = AxisTransform.between(self.orientation, orientation)
+        return replace(
+            self,
+            channels=[transform.apply(channel) for channel in self.channels],
+            affine=self.affine @ transform.matrix(self.shape),
+        )
+
+
+def check_affine(name: object, affine: Affine) -> None:
+    """Raise `VolumeError` unless an affine is `(4, 4)`, finite and non-singular."""
+    if np.shape(affine) != (4, 4):
+        raise VolumeError(f"{name}: its affine must be (4, 4), got {np.shape(affine)}")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise VolumeError(f"{name}: its affine is singular or not finite", "repair the header")
+
+
+def check_finite(name: object, array: NDArray[Any]) -> None:
+    """Raise `VolumeError` if a voxel is NaN or infinite."""
+    if array.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise VolumeError(
+            f"{name}: {np.count_nonzero(bad)} voxels are NaN or infinite, the first at {where}",
+            "replace them",
+        )
+
+
+def check_volume(volume: Volume) -> None:
+    """Apply the checks of file readers to a volume of numpy arrays.
+
+    Raises:
+        VolumeError: The channels are not 3-D arrays of one shape, hold NaN or infinite voxels, or
+            the affine is singular or not finite.
+    """
+    for index, channel in enumerate(volume.channels):
+        name = f"channel {index + 1}"
+        if not isinstance(channel, np.ndarray):
+            raise VolumeError(f"{name}: expected a numpy array, got {type(channel).__name__}")
+        if channel.ndim != 3 or min(channel.shape) < 1 or channel.dtype.kind not in "iuf":
+            raise VolumeError(f"{name}: expected a 3-D array of real numbers, got {channel.shape}")
+        if channel.shape != volume.shape:
+            raise VolumeError(
+                f"{name}: shape {channel.shape} differs from {volume.shape} of channel 1"
+            )
+        if not volume.checked:
+            check_finite(name, channel)
+    check_affine("volume", volume.affine)

@@ -1,0 +1,1 @@
+"""Processing steps on NumPy arrays, one module per step."""

@@ -1,0 +1,59 @@
+"""Foreground voxels of a scan, and their bounding box."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.case.volume import Channels
+from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.geometry import Box, shape_of
+
+Foreground = Literal["nonzero", "all"]
+"""Definition of the foreground: non-zero voxels, as in skull-stripped MRI, or all voxels."""
+
+
+def no_foreground() -> VolumeError:
+    """Error for a volume without non-zero voxels."""
+    return VolumeError(
+        "all voxels of all channels are zero", "check that the right files were given"
+    )
+
+
+def background_value(channel: NDArray[Any]) -> float:
+    """Common value of the eight corner voxels of a channel; 0 if they differ."""
+    corners = channel[
+        :: channel.shape[0] - 1 or 1, :: channel.shape[1] - 1 or 1, :: channel.shape[2] - 1 or 1
+    ]
+    first = corners.flat[0]
+    return float(first) if np.all(corners == first) else 0.0
+
+
+def _extents(channel: NDArray[Any]) -> list[tuple[int, int]]:
+    """Index range `(start, stop)` of the non-zero voxels along X, Y and Z."""
+    plane = np.asarray(channel.any(axis=2))
+    hits = (plane.any(axis=1), plane.any(axis=0), channel.any(axis=1).any(axis=0))
+    where = [np.flatnonzero(h) for h in hits]
+    return [(int(w[0]), int(w[-1]) + 1) if len(w) else (np.iinfo(int).max, 0) for w in where]
+
+
+def foreground_box(channels: Channels, foreground: Foreground = "nonzero") -> Box:
+    """Smallest box that contains the foreground of all channels.
+
+    Args:
+        channels: C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`.
+        foreground: Definition of the foreground; with `all`, the box is the whole volume.
+
+    Raises:
+        VolumeError: Every voxel of every channel is zero.
+    """
+    if foreground == "all":
+        return Box.whole(channels[0].shape)
+    extents = [_extents(channel) for channel in channels]
+    starts = [min(start for start, _ in along) for along in zip(*extents, strict=True)]
+    stops = [max(stop for _, stop in along) for along in zip(*extents, strict=True)]
+    if min(stops) == 0:
+        raise no_foreground()
+    return Box(shape_of(starts), shape_of(stops))
