@@ -3,14 +3,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from attnseg import Bundle
-from attnseg.runtime.bundle import file_entry, write_bundle
 from attnseg.runtime.errors import BundleError, ConfigError
-from attnseg.runtime.signature import Signer, check_signature
+from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.signature import Signer, check_signature
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command")
 
@@ -31,7 +32,7 @@ def write_keys(folder: Path, name: str = "key") -> tuple[Path, Path]:
 
 def signed_bundle(folder: Path, private: Path | None) -> Bundle:
     entries = {"model.onnx": file_entry("onnx", b"graph", "fp32")}
-    manifest = Bundle.default().manifest.model_copy(update={"files": entries})
+    manifest = replace(Bundle.default().manifest, files=entries)
     sign = Signer(private).sign if private else None
     return write_bundle(folder / "bundle", manifest, {"model.onnx": b"graph"}, sign)
 
@@ -53,7 +54,7 @@ def test_openssl_agrees(tmp_path: Path) -> None:
 
 def test_a_bundle_without_signature_is_refused(tmp_path: Path) -> None:
     _, public = write_keys(tmp_path)
-    with pytest.raises(BundleError, match="is not signed; export it with --sign"):
+    with pytest.raises(BundleError, match="is not signed; export it with sign="):
         check_signature(signed_bundle(tmp_path, None), public)
 
 

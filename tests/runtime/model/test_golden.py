@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle
-from attnseg.runtime.bundle import file_entry, write_bundle
 from attnseg.runtime.errors import BundleError
-from attnseg.runtime.golden import Golden, encode_golden, read_golden
+from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
 
 
 def golden() -> Golden:
@@ -24,7 +25,7 @@ def bundle_with(folder: Path, content: bytes | None) -> Bundle:
     if content is not None:
         files["golden.npz"] = content
         entries["golden.npz"] = file_entry("golden", content)
-    manifest = Bundle.default().manifest.model_copy(update={"files": entries})
+    manifest = replace(Bundle.default().manifest, files=entries)
     return write_bundle(folder / "bundle", manifest, files)
 
 
@@ -47,7 +48,7 @@ def test_differences_by_hand() -> None:
 
 
 def test_a_bundle_without_golden_window_says_so(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no file of role golden; export it again"):
+    with pytest.raises(BundleError, match="no file of role golden; export the model"):
         read_golden(bundle_with(tmp_path, None))
 
 

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from attnseg.runtime.bundle import Bundle, default_folder, file_entry, write_bundle
 from attnseg.runtime.errors import BundleError
+from attnseg.runtime.model.bundle import (
+    Bundle,
+    default_folder,
+    draft_bundle,
+    file_entry,
+    write_bundle,
+)
+from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def test_a_bundle_of_version_1_is_read_as_one_in_fp32(bundle_folder: Path) -> No
     as_version_1(bundle_folder)
     bundle = Bundle.load(bundle_folder)
     assert bundle.manifest.budget is None
-    assert bundle.manifest.grid is None
+    assert bundle.manifest.preprocessing.grid is None
     kinds = {(e.role, e.precision) for e in bundle.manifest.files.values()}
     assert kinds == {("onnx", "fp32"), ("weights", None)}
     edit_manifest(bundle_folder, colour="red")
@@ -77,24 +85,24 @@ def test_a_file_is_found_by_role_and_precision(bundle_folder: Path) -> None:
     (bundle_folder / "half.onnx").write_bytes(b"half")
     half = file_entry("onnx", b"half", "fp16")
     files = Bundle.load(bundle_folder).manifest.files
-    kept = {name: e.model_dump() for name, e in files.items()}
-    changes = {"files": {**kept, "half.onnx": half.model_dump()}}
+    kept = {name: asdict(e) for name, e in files.items()}
+    changes = {"files": {**kept, "half.onnx": asdict(half)}}
     upgraded = {"format_version": 2, "budget": None, "grid": None, **changes}
     edit_manifest(bundle_folder, **upgraded)
     bundle = Bundle.load(bundle_folder)
     assert bundle.file("onnx").name == "model.onnx"
     assert bundle.file("onnx", "fp16").name == "half.onnx"
     assert bundle.has("onnx", "fp16") and not bundle.has("onnx", "int8")
-    with pytest.raises(BundleError, match="no file of role onnx int8; export it again"):
+    with pytest.raises(BundleError, match="no file of role onnx int8; export the model"):
         bundle.file("onnx", "int8")
 
 
 def test_the_shipped_bundle_says_what_it_is() -> None:
     manifest = Bundle.default().manifest
     assert manifest.intended_use == "research demonstration, not for clinical use"
-    assert [c.name for c in manifest.channels] == ["t1", "t1ce", "t2", "flair"]
-    assert [label.value for label in manifest.labels] == [0, 1, 2, 4]
-    assert manifest.regions == {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    assert [c.name for c in manifest.task.channels] == ["t1", "t1ce", "t2", "flair"]
+    assert [label.value for label in manifest.task.labels] == [0, 1, 2, 4]
+    assert manifest.task.regions == {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
     assert manifest.training is not None
     assert len(manifest.training.train_cases) == 24
     assert len(manifest.training.validation_cases) == 6
@@ -143,9 +151,9 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
         ({"normalisation__colour": "red"}, r"normalisation\.colour"),
         ({"orientation": "XYZ"}, "orientation XYZ does not name each axis once"),
         ({"orientation": "LRS"}, "orientation LRS does not name each axis once"),
-        ({"display": []}, "display"),
-        ({"normalisation": {}}, "foreground and landmarks must both be there"),
-        ({"normalisation": {"foreground": "nonzero"}}, "must both be there"),
+        ({"display": []}, "display names a channel that does not exist"),
+        ({"normalisation": {}}, r"normalisation\.foreground: Field required"),
+        ({"normalisation": {"foreground": "nonzero"}}, r"normalisation\.landmarks: Field required"),
         ({"channels": [{"name": "t1", "suffixes": []}]}, "channel t1 needs suffixes"),
         ({"channels": [{"name": "t1", "suffixes": ["_T1"]}]}, "in lower case"),
         (
@@ -164,7 +172,10 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
         ({"files": {"a": entry("onnx", None)}}, "precision belongs to files of role onnx"),
         ({"files": {"a": entry("engine", "fp16")}}, "engine belongs to files of role engine"),
         ({"files": {"a": entry("onnx", "fp32", BUILD)}}, "engine belongs to files of role engine"),
-        ({"files": {"a": entry("engine", "fp16", {**BUILD, "target": "8.6"})}}, r"engine\.target"),
+        (
+            {"files": {"a": entry("engine", "fp16", {**BUILD, "target": "8.6"})}},
+            r"files\.a\.engine: target",
+        ),
         ({"budget": {"dice": 0, "volume_percent": 1}}, r"budget\.dice"),
         ({"labels": [{"name": "a", "value": 0}, {"name": "b", "value": 0}]}, "labels must start"),
         ({"labels": [{"name": "a", "value": 3}, {"name": "b", "value": 0}]}, "labels must start"),
@@ -202,12 +213,42 @@ def test_a_manifest_that_is_no_json_is_refused(bundle_folder: Path, text: str) -
         Bundle.load(bundle_folder)
 
 
+def test_a_manifest_is_written_again_byte_for_byte() -> None:
+    """So that a model that is exported again keeps the checksum that its results name."""
+    stored = (default_folder() / "manifest.json").read_bytes()
+    assert encode_manifest(decode_manifest(stored)) == stored
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("sha256", "zz", "sha256 must be 64 hexadecimal digits, got zz"),
+        ("size_bytes", 0, "size_bytes must be positive, got 0"),
+        ("precision", None, "precision belongs to files of role onnx and engine"),
+    ],
+)
+def test_an_entry_that_breaks_a_rule_is_named(
+    bundle_folder: Path, field: str, value: object, rule: str
+) -> None:
+    files = json.loads((bundle_folder / "manifest.json").read_text())["files"]
+    files["model.onnx"][field] = value
+    edit_manifest(bundle_folder, files=files)
+    with pytest.raises(BundleError, match=rf"files\.model\.onnx: {rule}"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_failure_beside_the_bundle_is_no_failure_to_write_it(tmp_path: Path) -> None:
+    manifest = Bundle.default().manifest
+    with pytest.raises(FileNotFoundError), draft_bundle(tmp_path / "model", manifest):
+        (tmp_path / "scratch" / "file").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
     manifest = Bundle.default().manifest
     files = {"model.onnx": b"not really"}
-    manifest = manifest.model_copy(
-        update={"files": {"model.onnx": file_entry("onnx", b"not really", "fp32")}}
-    )
+    entry = file_entry("onnx", b"not really", "fp32")
+    manifest = replace(manifest, files={"model.onnx": entry})
     bundle = write_bundle(tmp_path / "deep" / "bundle", manifest, files)
     assert bundle.manifest == manifest
     assert bundle.file("onnx").read_bytes() == b"not really"
@@ -217,15 +258,58 @@ def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
 
 def test_a_taken_folder_is_left_as_it_was(bundle_folder: Path) -> None:
     before = sorted(bundle_folder.iterdir())
-    with pytest.raises(BundleError, match="exists and is not empty"):
+    with pytest.raises(BundleError, match="holds a bundle already; give overwrite=True"):
         write_bundle(bundle_folder, Bundle.default().manifest, {})
     assert sorted(bundle_folder.iterdir()) == before
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    manifest = Bundle.default().manifest
+def rewrite(folder: Path) -> None:
+    shipped = Bundle.default()
+    with draft_bundle(folder, shipped.manifest, overwrite=True) as draft:
+        for name, entry in shipped.manifest.files.items():
+            draft.add(name, (shipped.folder / name).read_bytes(), entry)
+        draft.commit()
+
+
+def test_a_bundle_is_replaced_once_the_new_one_is_complete(bundle_folder: Path) -> None:
+    edit_manifest(bundle_folder, name="old")
+    with (
+        pytest.raises(ZeroDivisionError),
+        draft_bundle(bundle_folder, Bundle.default().manifest, overwrite=True),
+    ):
+        _ = 1 / 0
+    assert Bundle.load(bundle_folder).manifest.name == "old"
+    rewrite(bundle_folder)
+    assert Bundle.load(bundle_folder).manifest == Bundle.default().manifest
+    assert [f.name for f in bundle_folder.parent.iterdir() if f.name.endswith(".part")] == []
+
+
+def test_a_folder_with_other_files_is_never_replaced(bundle_folder: Path, tmp_path: Path) -> None:
+    (bundle_folder / "thesis.docx").touch()
+    with pytest.raises(BundleError, match=r"holds thesis\.docx, which is no file of its bundle"):
+        rewrite(bundle_folder)
+    other = tmp_path / "web"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"manifest\.json: "):
+        rewrite(other)
+    assert (bundle_folder / "thesis.docx").exists() and (other / "manifest.json").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Bundle.default()
+    manifest, (name, *_) = shipped.manifest, shipped.manifest.files
+    (tmp_path / "deep").touch()
     with pytest.raises(BundleError, match="could not be written"):
-        write_bundle(tmp_path / "bundle", manifest, {"no/such/folder": b"x"})
+        write_bundle(tmp_path / "deep" / "bundle", manifest, {name: b"x"})
+    (tmp_path / "deep").unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(BundleError, match=r"could not be written \(No space left"):
+        write_bundle(tmp_path / "made" / "deep" / "bundle", manifest, {name: b"x"})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
-r"""Who made a bundle: a detached Ed25519 signature (RFC 8032) of its manifest.
+r"""Signature of a bundle: a detached Ed25519 signature (RFC 8032) of its manifest.
 
-The manifest holds the checksum of every file, so its signature is one of the whole bundle. The
-signature is the 64 bytes of `manifest.json.sig`; openssl makes and checks the same:
+The manifest lists the checksum of every file, so its signature covers the whole bundle. It is
+stored as 64 bytes in `manifest.json.sig`. The equivalent openssl commands are:
 
     openssl genpkey -algorithm ed25519 -out key.pem
     openssl pkey -in key.pem -pubout -out key.pub
@@ -14,15 +14,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from attnseg.runtime.bundle import MANIFEST, SIGNATURE, Bundle
-from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.errors import BundleError, ConfigError, Setting
+from attnseg.runtime.extras import install
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.manifest import MANIFEST, SIGNATURE
 
 
 def _cryptography() -> Any:
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError as error:
-        raise ConfigError("signatures need cryptography; pip install 'attnseg[sign]'") from error
+        raise ConfigError("signatures need cryptography", install("sign")) from error
     return serialization
 
 
@@ -30,20 +32,22 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a key file") from error
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror})", "give a key file"
+        ) from error
 
 
 class Signer:
-    """Signs manifests with a private key."""
+    """Signs manifests with an Ed25519 private key."""
 
     def __init__(self, key: Path) -> None:
-        """Read the key.
+        """Read the private key.
 
         Args:
-            key: PEM file with an Ed25519 private key, without passphrase.
+            key: PEM file with an unencrypted Ed25519 private key.
 
         Raises:
-            ConfigError: it is none, or `cryptography` is not installed.
+            ConfigError: The file holds no such key, or `cryptography` is not installed.
         """
         serialization, stored = _cryptography(), _read(key)
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -54,26 +58,26 @@ class Signer:
             private = error
         if not isinstance(private, Ed25519PrivateKey):
             raise ConfigError(
-                f"{key}: holds no Ed25519 private key without passphrase; make one with "
-                "openssl genpkey -algorithm ed25519"
+                f"{key}: holds no Ed25519 private key without passphrase",
+                "make one with openssl genpkey -algorithm ed25519",
             )
         self._key = private
 
     def sign(self, manifest: bytes) -> bytes:
-        """The 64 bytes that sign a manifest."""
+        """Signature of the bytes of a manifest, 64 bytes."""
         return bytes(self._key.sign(manifest))
 
 
 def check_signature(bundle: Bundle, key: Path) -> None:
-    """Refuse a bundle that the owner of a key has not signed.
+    """Raise `BundleError` unless a bundle is signed with the private key of a public key.
 
     Args:
-        bundle: whose files were found to match its manifest.
+        bundle: Bundle with verified checksums.
         key: PEM file with the Ed25519 public key.
 
     Raises:
-        BundleError: the bundle has no signature, or it is not of this key or this manifest.
-        ConfigError: the file holds no public key, or `cryptography` is not installed.
+        BundleError: The signature is missing, or does not match the key or the manifest.
+        ConfigError: The file holds no public key, or `cryptography` is not installed.
     """
     serialization, stored = _cryptography(), _read(key)
     from cryptography.exceptions import InvalidSignature
@@ -85,18 +89,19 @@ def check_signature(bundle: Bundle, key: Path) -> None:
         public = error
     if not isinstance(public, Ed25519PublicKey):
         raise ConfigError(
-            f"{key}: holds no Ed25519 public key; make it with openssl pkey -in key.pem -pubout"
+            f"{key}: holds no Ed25519 public key", "make it with openssl pkey -in key.pem -pubout"
         )
     file = bundle.folder / SIGNATURE
     if not file.is_file():
         raise BundleError(
-            f"{bundle.folder}: is not signed; export it with --sign, or leave --require-signature "
-            "out"
+            f"{bundle.folder}: is not signed",
+            "export it with {}, or do not require a signature",
+            Setting("sign", "KEY.pem"),
         )
     try:
         public.verify(file.read_bytes(), (bundle.folder / MANIFEST).read_bytes())
     except InvalidSignature as error:
         raise BundleError(
-            f"{file}: is not a signature of this bundle by the key {key}; do not use the bundle, "
-            "get it again from who made it"
+            f"{file}: is not a signature of this bundle by the key {key}",
+            "do not use the bundle; obtain it again from its publisher",
         ) from error

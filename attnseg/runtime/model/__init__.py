@@ -1,0 +1,1 @@
+"""A model on disk: bundle, manifest, golden window, signature."""

@@ -1,0 +1,259 @@
+"""Bundle: a model and all metadata that the runtime needs.
+
+A bundle is a folder with `manifest.json` and the files that it lists with their checksums. The
+format is specified field by field in `docs/bundle.md`. Bundles contain data only: the runtime does
+not unpickle or execute anything in them (exception: version-compatible TensorRT engines).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from attnseg.runtime.errors import BundleError, ConfigError, Setting
+from attnseg.runtime.files import new_folder
+from attnseg.runtime.model.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    EngineBuild,
+    FileEntry,
+    Manifest,
+    Precision,
+    Role,
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model on disk, with verified checksums.
+
+    Attributes:
+        folder: Folder of the bundle.
+        manifest: Content of the manifest.
+        sha256: SHA-256 of the manifest, which identifies the whole bundle through the checksums in
+            it; empty for a draft.
+    """
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read a bundle and verify the checksum of every file.
+
+        Raises:
+            BundleError: The folder is not a bundle, its format version is unknown, its manifest is
+                invalid, or a file is missing or does not match its checksum.
+        """
+        folder = Path(folder)
+        manifest_file = folder / MANIFEST
+        if not folder.is_dir() or not manifest_file.is_file():
+            raise BundleError(
+                f"{folder}: is not a bundle (a folder with {MANIFEST})",
+                "make one with attnseg export",
+            )
+        stored = manifest_file.read_bytes()
+        manifest = _decode(manifest_file, stored)
+        for name, entry in manifest.files.items():
+            _check_file(folder / name, entry)
+        return cls(folder, manifest, hashlib.sha256(stored).hexdigest())
+
+    @classmethod
+    def default(cls) -> Self:
+        """Load the bundle shipped with attnseg, a research demonstration."""
+        return cls.load(default_folder())
+
+    def file(self, role: Role, precision: Precision | None = None) -> Path:
+        """Path of the file with a role and precision; without a precision, fp32 for `onnx`.
+
+        Raises:
+            BundleError: The bundle has no such file.
+        """
+        wanted = precision or ("fp32" if role == "onnx" else None)
+        for name, entry in self.manifest.files.items():
+            if entry.role == role and wanted in (None, entry.precision):
+                return self.folder / name
+        kind = f"{role} {precision}" if precision else role
+        raise BundleError(f"{self.folder}: has no file of role {kind}", "export the model again")
+
+    def has(self, role: Role, precision: Precision | None = None) -> bool:
+        """Whether the bundle has a file with a role and, if given, a precision."""
+        return any(
+            entry.role == role and precision in (None, entry.precision)
+            for entry in self.manifest.files.values()
+        )
+
+
+def default_folder() -> Path:
+    """Folder of the shipped bundle."""
+    return Path(__file__).parent / "default"
+
+
+def _decode(file: Path, stored: bytes) -> Manifest:
+    from attnseg.runtime.model.manifest_format import decode_manifest
+
+    try:
+        return decode_manifest(stored)
+    except ConfigError as error:
+        mend = error.mend or "export the model again"
+        raise BundleError(f"{file}: {error.cause}", mend, *error.settings) from error
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror})", "copy the bundle again"
+        ) from error
+    if digest != entry.sha256 or path.stat().st_size != entry.size_bytes:
+        raise BundleError(
+            f"{path}: does not match its checksum in {MANIFEST}; it was changed or damaged",
+            "copy the bundle again",
+        )
+
+
+def file_entry(
+    role: Role,
+    content: bytes,
+    precision: Precision | None = None,
+    engine: EngineBuild | None = None,
+) -> FileEntry:
+    """Manifest entry for a file with this content."""
+    return FileEntry(role, precision, engine, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Raise `BundleError` unless `folder` is absent, empty, or with `overwrite` a bundle."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder}: exists and is no bundle", "choose another folder")
+    if not overwrite:
+        raise BundleError(
+            f"{folder}: holds a bundle already",
+            "give {} or choose another folder",
+            Setting("overwrite", True),
+        )
+    manifest = _decode(folder / MANIFEST, (folder / MANIFEST).read_bytes())
+    names = {file.name for file in folder.iterdir()} - {*manifest.files, MANIFEST, SIGNATURE}
+    if names:
+        raise BundleError(
+            f"{folder}: holds {min(names)}, which is no file of its bundle",
+            "choose another folder",
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Convert errors of the file system to a `BundleError` that names the bundle."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{folder}: could not be written ({error.strerror})") from error
+
+
+class BundleDraft:
+    """A bundle under construction, in a temporary folder beside its destination.
+
+    Each file is written once, when it is added. `bundle` returns the bundle of the files added so
+    far, so that engines can open them before the bundle is complete.
+
+    Attributes:
+        entries: Manifest entries of the files added so far, by file name.
+    """
+
+    def __init__(
+        self, target: Path, folder: Path, manifest: Manifest, finish: Callable[[], None]
+    ) -> None:
+        """Create a draft.
+
+        Args:
+            target: Destination, for the texts of errors.
+            folder: Empty temporary folder.
+            manifest: Manifest of the bundle; its `files` are replaced by the added files.
+            finish: Function that renames the temporary folder to its destination.
+        """
+        self._target, self._folder = target, folder
+        self._manifest, self._finish = manifest, finish
+        self.entries: dict[str, FileEntry] = {}
+
+    def add(self, name: str, content: bytes, entry: FileEntry) -> None:
+        """Write a file and record its manifest entry."""
+        with _writing(self._target):
+            (self._folder / name).write_bytes(content)
+        self.entries[name] = entry
+
+    def read(self, name: str) -> bytes:
+        """Content of an added file."""
+        return (self._folder / name).read_bytes()
+
+    @property
+    def bundle(self) -> Bundle:
+        """Bundle of the files added so far; its `sha256` is empty."""
+        manifest = replace(self._manifest, files=dict(self.entries))
+        return Bundle(self._folder, manifest, "")
+
+    def commit(self, sign: Callable[[bytes], bytes] | None = None) -> None:
+        """Write the manifest and, with `sign`, its signature, and rename the folder."""
+        from attnseg.runtime.model.manifest_format import encode_manifest
+
+        stored = encode_manifest(self.bundle.manifest)
+        signature = sign(stored) if sign else None
+        with _writing(self._target):
+            (self._folder / MANIFEST).write_bytes(stored)
+            if signature is not None:
+                (self._folder / SIGNATURE).write_bytes(signature)
+            self._finish()
+
+
+@contextmanager
+def draft_bundle(
+    folder: Path, manifest: Manifest, overwrite: bool = False
+) -> Iterator[BundleDraft]:
+    """Context manager for a draft of the bundle `folder`; removed unless it is committed.
+
+    Args:
+        folder: Folder of the bundle.
+        manifest: Manifest of the bundle; its `files` are replaced by the added files.
+        overwrite: Whether the commit replaces a bundle that is there.
+
+    Raises:
+        BundleError: The folder is not free, or cannot be written.
+    """
+    check_free(folder, overwrite)
+    folder = folder.resolve()
+    with ExitStack() as stack:
+        with _writing(folder):
+            temporary, finish = stack.enter_context(new_folder(folder, overwrite))
+        yield BundleDraft(folder, temporary, manifest, finish)
+
+
+def write_bundle(
+    folder: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> Bundle:
+    """Write a bundle atomically, and load it.
+
+    Args:
+        folder: Folder of the bundle; must be absent or empty.
+        manifest: Manifest with exactly one entry for each of `files`.
+        files: Content by file name.
+        sign: Function that returns the signature of the manifest's bytes; None for no signature.
+
+    Raises:
+        BundleError: The folder is not empty, or cannot be written.
+    """
+    with draft_bundle(folder, manifest) as draft:
+        for name, content in files.items():
+            draft.add(name, content, manifest.files[name])
+        draft.commit(sign)
+    return Bundle.load(folder)
