@@ -1,1 +1,1 @@
-"""What runs on a CUDA device; needs the extra `gpu`."""
+"""Device memory, kernels and copies on a CUDA device; needs the extra `gpu`."""

@@ -1,171 +1,61 @@
-"""A CUDA device, by the driver's interface (`cuda.bindings`, which cuda-core brings).
+"""A CUDA device on the CUDA driver API (`cuda.bindings`, a dependency of cuda-core).
 
-It works in the context that is current where it is opened, or in the primary context of the first
-device, and on a stream of the caller or its own. Memory comes from a pool of its own, which keeps
-what was freed, so that the next volume finds it at once.
+The device works in the context that is current when it is opened, or in the primary context of the
+first GPU, on a stream of the caller or its own. Memory comes from a pool of its own, which retains
+freed memory, so that the next volume is allocated without delay.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.cuda.compiler import cached_kernels
 from attnseg.runtime.cuda.device import DeviceArray, DeviceBuffer, as_bytes, bytes_at
-from attnseg.runtime.cuda.kernels import MOST_INDICES, cached_kernels, compiler_version
+from attnseg.runtime.cuda.driver import Context, Driver, check_gpu
+from attnseg.runtime.cuda.gpu import Gpu, find_gpu
+from attnseg.runtime.cuda.interop import export_array, view_array
+from attnseg.runtime.cuda.kernels import MOST_INDICES
+from attnseg.runtime.cuda.pinned import Event, Pinned, PinnedBlocks
 from attnseg.runtime.errors import (
     ConfigError,
     DeviceLostError,
     EngineError,
-    NotHereError,
     OutOfMemoryError,
+    Setting,
 )
-from attnseg.runtime.gpu import Gpu, find_gpu
 
-_THREADS = 256  # of a block
-_LEAST_TARGET = 75
+_THREADS = 256  # per block
 _DEFAULT, _PER_THREAD = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 _KEEP_ALL = (1 << 64) - 1
-_MOST_DOWNLOADS = 4  # blocks of pinned memory that are kept: labels and numbers of two volumes
-_PINNED = 2  # blocks of pinned memory for uploads: one is filled while the other is copied
-
-# After these the context is of no more use: every later call gives the same error.
-_LOST = {
-    "CUDA_ERROR_ASSERT",
-    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
-    "CUDA_ERROR_CONTAINED",
-    "CUDA_ERROR_DEINITIALIZED",
-    "CUDA_ERROR_DEVICE_UNAVAILABLE",
-    "CUDA_ERROR_ECC_UNCORRECTABLE",
-    "CUDA_ERROR_EXTERNAL_DEVICE",
-    "CUDA_ERROR_HARDWARE_STACK_ERROR",
-    "CUDA_ERROR_ILLEGAL_ADDRESS",
-    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
-    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
-    "CUDA_ERROR_INVALID_PC",
-    "CUDA_ERROR_LAUNCH_FAILED",
-    "CUDA_ERROR_LAUNCH_TIMEOUT",
-    "CUDA_ERROR_MISALIGNED_ADDRESS",
-    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
-    "CUDA_ERROR_UNKNOWN",
-}
-
-
-def _raise(step: str, name: str, meaning: str) -> None:
-    text = f"the GPU failed in {step}: {name} ({meaning})"
-    if name == "CUDA_ERROR_OUT_OF_MEMORY":
-        raise OutOfMemoryError(f"{text}; free memory on the GPU, see nvidia-smi")
-    if name in _LOST:
-        raise DeviceLostError(f"{text}; the GPU is of no more use to this process")
-    if name in ("CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
-        raise NotHereError(f"{text}; update the NVIDIA driver, or use --device cpu")
-    raise EngineError(text)
-
-
-def check_gpu(gpu: Gpu) -> None:
-    """Refuse a GPU or a driver that the kernels do not run on. Raises `NotHereError`."""
-    if int(gpu.target[2:]) < _LEAST_TARGET:
-        raise NotHereError(
-            f"{gpu.name} has compute capability {gpu.capability}, the kernels need 7.5 (Turing) or "
-            "newer; use --device cpu"
-        )
-    compiler = compiler_version()
-    if int(gpu.driver.split(".")[0]) < compiler[0]:
-        raise NotHereError(
-            f"the NVIDIA driver is for CUDA {gpu.driver}, the kernels are compiled for "
-            f"{compiler[0]}.{compiler[1]}; update the driver, or use --device cpu"
-        )
-
-
-class _Driver:
-    """The driver's functions, which raise `EngineError` with the error's name and meaning."""
-
-    def __init__(self) -> None:
-        from cuda.bindings import driver
-
-        self.names = driver
-
-    def __call__(self, step: str, name: str, *args: Any) -> Any:
-        """The function's result, None if it has none, or a tuple of several."""
-        status, *results = getattr(self.names, name)(*args)
-        if int(status):
-            _, error = self.names.cuGetErrorName(status)
-            _, meaning = self.names.cuGetErrorString(status)
-            _raise(step, error.decode(), meaning.decode())
-        return results[0] if len(results) == 1 else tuple(results) or None
 
 
 class CudaBuffer:
-    """Memory of a CUDA device; freed in the order of the compute stream."""
+    """Memory of a CUDA device, freed in the order of the compute stream."""
 
     def __init__(self, device: CudaDevice, pointer: int, size_bytes: int) -> None:
         self._device, self.pointer, self.size_bytes = device, pointer, size_bytes
-        self.busy: _Event | None = None  # a copy on another stream, before whose end it stays
+        self.busy: Event | None = None  # end of a copy on another stream; not freed before
 
     def __del__(self) -> None:
-        with suppress(Exception):  # of a device that is lost, or when Python ends
+        with suppress(Exception):  # the device is lost, or Python shuts down
             self._device.free(self)
 
 
-class _Event:
-    """A mark in a stream."""
-
-    def __init__(self, device: CudaDevice, stream: int) -> None:
-        self._device = device
-        self._call = device.driver
-        self.handle = self._call("making an event", "cuEventCreate", 0)
-        self._call("marking", "cuEventRecord", self.handle, stream)
-
-    def wait(self, step: str) -> None:
-        """Until the stream has come here."""
-        self._call(step, "cuEventSynchronize", self.handle)
-
-    def elapsed_ms(self, since: _Event) -> float:
-        """See `attnseg.runtime.cuda.device.Mark`."""
-        with self._device.active():
-            self.wait("computing")
-            return float(self._call("timing", "cuEventElapsedTime", since.handle, self.handle))
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self._device.driver.names.cuEventDestroy(self.handle)
-
-
-class _Pinned:
-    """Memory of the host from which a device can copy by itself."""
-
-    def __init__(self, device: CudaDevice, size_bytes: int) -> None:
-        self._device, self.size_bytes = device, size_bytes
-        try:
-            found = device.driver("allocating pinned memory", "cuMemHostAlloc", size_bytes, 0)
-        except OutOfMemoryError as error:
-            raise EngineError(
-                f"the host has no {-(-size_bytes // 10**6)} MB of pinned memory for a copy; close "
-                "other programs"
-            ) from error
-        self.pointer = int(found)
-        self.busy: _Event | None = None
-
-    def __del__(self) -> None:
-        with suppress(Exception), self._device.active():
-            self._device.driver.names.cuMemFreeHost(self.pointer)
-
-
 class _Recorded:
-    """A CUDA graph; it is launched by a call, and lives as long as this."""
+    """An instantiated CUDA graph, launched by a call and destroyed with this object."""
 
     def __init__(self, device: CudaDevice, graph: Any) -> None:
         self._device, self._graph = device, graph
 
     def __call__(self) -> None:
-        """Launch it."""
+        """Launch the graph."""
         call = self._device.driver
         call("a recorded step", "cuGraphLaunch", self._graph, self._device.stream)
 
@@ -179,9 +69,9 @@ class _CudaDownload:
 
     def __init__(self, device: CudaDevice, source: DeviceBuffer) -> None:
         self._content: NDArray[np.uint8] | None = None
-        self._done: _Event | None = None
-        self._device, self._source = device, source  # kept until the copy is done
-        self._pinned = device.pinned_for_download(source.size_bytes)
+        self._done: Event | None = None
+        self._device, self._source = device, source  # referenced until the copy ends
+        self._pinned = device.pinned.take_for_download(source.size_bytes)
         self._done = device.copy_down(source, self._pinned)
 
     def wait(self) -> NDArray[np.uint8]:
@@ -190,73 +80,57 @@ class _CudaDownload:
             with self._device.active():
                 self._done.wait("download")
             self._content = bytes_at(self._pinned.pointer, self._source.size_bytes).copy()
-            self._device.give_back(self._pinned)
-        assert self._content is not None, "the copy was started when this was made"
+            self._device.pinned.keep_for_download(self._pinned)
+        assert self._content is not None, "the copy was started by the constructor"
         return self._content
 
     def __del__(self) -> None:
-        if self._content is None and self._done:  # nobody waited; the memory outlives the copy
+        if self._content is None and self._done:  # never waited for; the copy must end first
             with suppress(Exception), self._device.active():
                 self._done.wait("download")
 
 
 class CudaDevice:
-    """A CUDA device with a stream, streams for copies beside it, and a pool of memory."""
-
-    kind = "cuda"
+    """A CUDA device with a compute stream, separate copy streams and a memory pool."""
 
     def __init__(self, stream: int | None = None, cache: Path | None = None) -> None:
         """Open the device.
 
         Args:
-            stream: handle of the caller's stream, a `CUstream`, on which all work is ordered; None
-                for a stream of its own.
-            cache: folder for compiled kernels; None for the user's cache folder.
+            stream: Handle of the caller's stream (`CUstream`), on which all work is enqueued; None
+                to create one.
+            cache: Folder for compiled kernels; None for the user's cache folder.
 
         Raises:
-            NotHereError: there is no cuda-core, driver or device.
-            EngineError: it cannot be opened.
+            UnavailableError: cuda-core, an NVIDIA driver or a supported device is missing.
+            ConfigError: `stream` is the per-thread default stream.
+            EngineError: The device cannot be opened.
         """
         self.gpu: Gpu = find_gpu()
         check_gpu(self.gpu)
-        self.name, self.number = self.gpu.name, self.gpu.number
+        self.name, self.ordinal = self.gpu.name, self.gpu.ordinal
         self._cache = cache
-        self.driver = _Driver()
-        self._context = self._find_context()
-        self._upload_lock, self._download_lock = threading.Lock(), threading.Lock()
+        self.driver = Driver()
+        self.context = Context(self.driver, self.ordinal)
+        self.primary = self.context.primary
         self._own_streams: list[int] = []
-        self._kept: list[NDArray[np.uint8]] = []  # sources of uploads that may be under way
-        self._uploads: list[_Pinned] = []
-        self._downloads: list[_Pinned] = []
+        self._kept: list[NDArray[np.uint8]] = []  # host sources of uploads in progress
+        self.pinned = PinnedBlocks(self.context)
         self._module: Any = None
         self._functions: dict[str, Any] = {}
         if stream == _PER_THREAD:
             raise ConfigError(
-                "stream: the per-thread default stream is another one in each thread; make a "
-                "stream, or leave it out"
+                "stream: the per-thread default stream differs in each thread",
+                "create a stream, or leave it out",
             )
         with self.active():
-            # 0 stands for no stream in some libraries; the default stream has the name 1 too.
+            # Some libraries read 0 as "no stream"; 1 is another handle of the default stream.
             self.stream = self._new_stream() if stream is None else stream or _DEFAULT
             self._up, self._down, self._record = (self._new_stream() for _ in range(3))
             self._pool = self._new_pool()
 
-    def _find_context(self) -> Any:
-        """The caller's, or else the primary one, which is then kept until the process ends."""
-        device = self.driver("opening it", "cuDeviceGet", self.number)
-        context = self.driver("opening it", "cuCtxGetCurrent")
-        self.primary = not int(context)
-        if self.primary:
-            return self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
-        _, active = self.driver("opening it", "cuDevicePrimaryCtxGetState", device)
-        if active:  # it may be the caller's
-            primary = self.driver("opening it", "cuDevicePrimaryCtxRetain", device)
-            self.primary = int(primary) == int(context)
-            self.driver("opening it", "cuDevicePrimaryCtxRelease", device)
-        return context
-
     def __del__(self) -> None:
-        with suppress(Exception), self.active():  # of one that was not opened, or is lost
+        with suppress(Exception), self.active():  # not fully opened, or lost
             names = self.driver.names
             names.cuStreamSynchronize(self.stream)
             names.cuMemPoolDestroy(self._pool)
@@ -267,7 +141,7 @@ class CudaDevice:
 
     def _new_stream(self) -> int:
         flag = self.driver.names.CUstream_flags.CU_STREAM_NON_BLOCKING
-        stream = int(self.driver("making a stream", "cuStreamCreate", int(flag)))
+        stream = int(self.driver("creating a stream", "cuStreamCreate", int(flag)))
         self._own_streams.append(stream)
         return stream
 
@@ -276,29 +150,23 @@ class CudaDevice:
         properties = names.CUmemPoolProps()
         properties.allocType = names.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location.type = names.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        properties.location.id = self.number
-        pool = self.driver("making a pool", "cuMemPoolCreate", properties)
+        properties.location.id = self.ordinal
+        pool = self.driver("creating a pool", "cuMemPoolCreate", properties)
         attribute = names.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         keep = names.cuuint64_t(_KEEP_ALL)
-        self.driver("making a pool", "cuMemPoolSetAttribute", pool, attribute, keep)
+        self.driver("creating a pool", "cuMemPoolSetAttribute", pool, attribute, keep)
         return pool
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """See `attnseg.runtime.cuda.device.Device.active`."""
-        self.driver("making it current", "cuCtxPushCurrent", self._context)
-        try:
-            yield
-        finally:
-            with suppress(EngineError):  # the error inside is the one to tell
-                self.driver("leaving it", "cuCtxPopCurrent")
+        return self.context.active()
 
     def free_bytes(self) -> int:
-        """See `Device.free_bytes`: what the pool holds unused counts as free."""
-        free, _ = self.driver("asking for memory", "cuMemGetInfo")
+        """See `Device.free_bytes`; unused memory of the pool counts as free."""
+        free, _ = self.driver("querying memory", "cuMemGetInfo")
         attributes = self.driver.names.CUmemPool_attribute
         held, used = (
-            int(self.driver("asking for memory", "cuMemPoolGetAttribute", self._pool, attribute))
+            int(self.driver("querying memory", "cuMemPoolGetAttribute", self._pool, attribute))
             for attribute in (
                 attributes.CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
                 attributes.CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
@@ -308,8 +176,8 @@ class CudaDevice:
 
     def trim(self) -> None:
         """See `Device.trim`."""
-        self.check()  # what is freed is free when the stream has come there
-        self.driver("giving memory back", "cuMemPoolTrimTo", self._pool, 0)
+        self.check()  # a free takes effect only when the stream reaches it
+        self.driver("releasing memory", "cuMemPoolTrimTo", self._pool, 0)
 
     def check(self) -> None:
         """See `Device.check`."""
@@ -319,7 +187,7 @@ class CudaDevice:
         arguments = (max(size_bytes, 1), self._pool, stream)
         try:
             pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
-        except OutOfMemoryError:  # some may be freed when the stream comes there, and in pieces
+        except OutOfMemoryError:  # frees may be pending, or the pool fragmented
             self.trim()
             pointer = self.driver("allocating memory", "cuMemAllocFromPoolAsync", *arguments)
         return CudaBuffer(self, int(pointer), size_bytes)
@@ -329,7 +197,7 @@ class CudaDevice:
         return self._allocate(size_bytes, self.stream)
 
     def free(self, buffer: CudaBuffer) -> None:
-        """Give memory back after the work so far."""
+        """Free memory after the work enqueued so far."""
         with self.active():
             if buffer.busy:
                 self.after(buffer.busy)
@@ -357,19 +225,24 @@ class CudaDevice:
     def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
         """See `Device.launch`."""
         if count > MOST_INDICES:
-            raise EngineError(f"kernel {name}: the volume is too large for a GPU; use --device cpu")
+            raise EngineError(
+                f"kernel {name}: the volume is too large for a GPU",
+                "use {}",
+                Setting("device", "cpu"),
+            )
         number = ctypes.c_uint(count)
-        # The driver copies what these point to before the call returns.
+        # The driver copies the arguments before the call returns.
         pointers = (ctypes.c_void_p * 2)(ctypes.addressof(number), ctypes.addressof(args))
         blocks = (-(-count // _THREADS), 1, 1)
         where = (*blocks, _THREADS, 1, 1, 0, self.stream, ctypes.addressof(pointers), 0)
         self.driver(f"kernel {name}", "cuLaunchKernel", self._function(name), *where)
 
     def _copy(self, step: str, source: int, target: int, size_bytes: int, stream: int) -> None:
-        self.driver(step, "cuMemcpyAsync", target, source, size_bytes, stream)
+        where = (target, source, size_bytes, stream)
+        self.driver(step, "cuMemcpyAsync", *where)
 
     def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
-        """See `Device.upload`, for little: the copy is from memory that is not pinned."""
+        """See `Device.upload`; for small arrays, as the host memory is not pinned."""
         content = as_bytes(source).copy()
         self._kept.append(content)
         pointer = int(content.ctypes.data)
@@ -383,65 +256,42 @@ class CudaDevice:
         self.driver("download", "cuStreamSynchronize", self.stream)
         self._kept.clear()
 
-    def _pinned_for_upload(self, size_bytes: int) -> _Pinned:
-        """A block that no copy uses any more, the oldest first."""
-        if len(self._uploads) < _PINNED:
-            return _Pinned(self, size_bytes)
-        pinned = self._uploads.pop(0)
-        if pinned.busy:
-            pinned.busy.wait("upload")
-        return pinned if pinned.size_bytes >= size_bytes else _Pinned(self, size_bytes)
-
-    def upload_ahead(self, source: NDArray[Any]) -> tuple[CudaBuffer, _Event]:
+    def upload_ahead(self, source: NDArray[Any]) -> tuple[CudaBuffer, Event]:
         """See `Device.upload_ahead`."""
         content = as_bytes(source)
-        with self._upload_lock:
-            pinned = self._pinned_for_upload(content.size)
+        with self.pinned.upload_lock:
+            pinned = self.pinned.take_for_upload(content.size)
             bytes_at(pinned.pointer, content.size)[:] = content
             buffer = self._allocate(content.size, self._up)
             self._copy("upload", pinned.pointer, buffer.pointer, content.size, self._up)
-            buffer.busy = pinned.busy = _Event(self, self._up)
-            self._uploads.append(pinned)
+            buffer.busy = pinned.busy = self._event(self._up)
+            self.pinned.keep_for_upload(pinned)
             return buffer, pinned.busy
 
-    def pinned_for_download(self, size_bytes: int) -> _Pinned:
-        """A block for one download, to be given back."""
-        with self._download_lock:
-            fitting = [p for p in self._downloads if p.size_bytes >= size_bytes]
-            if fitting:
-                pinned = min(fitting, key=lambda p: p.size_bytes)
-                self._downloads.remove(pinned)
-                return pinned
-        return _Pinned(self, size_bytes)
-
-    def give_back(self, pinned: _Pinned) -> None:
-        """For the next download."""
-        with self._download_lock:
-            self._downloads.append(pinned)
-            self._downloads.sort(key=lambda p: p.size_bytes)
-            del self._downloads[:-_MOST_DOWNLOADS]  # the smallest
-
-    def copy_down(self, source: DeviceBuffer, pinned: _Pinned) -> _Event:
-        """Copy on the stream for downloads; the event marks its end."""
-        ready = _Event(self, self.stream)
+    def copy_down(self, source: DeviceBuffer, pinned: Pinned) -> Event:
+        """Copy to pinned memory on the download stream; return the event at the end."""
+        ready = self._event(self.stream)
         self.driver("download", "cuStreamWaitEvent", self._down, ready.handle, 0)
         self._copy("download", source.pointer, pinned.pointer, source.size_bytes, self._down)
-        return _Event(self, self._down)
+        return self._event(self._down)
 
     def download_behind(self, source: DeviceBuffer) -> _CudaDownload:
         """See `Device.download_behind`."""
         return _CudaDownload(self, source)
 
-    def mark(self) -> _Event:
+    def _event(self, stream: int) -> Event:
+        return Event(self.context, stream)
+
+    def mark(self) -> Event:
         """See `Device.mark`."""
-        return _Event(self, self.stream)
+        return self._event(self.stream)
 
     def after(self, mark: Any) -> None:
         """See `Device.after`."""
         self.driver("waiting for an upload", "cuStreamWaitEvent", self.stream, mark.handle, 0)
 
     def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
-        """See `Device.recorded`: a CUDA graph, taken on a stream that nothing else uses."""
+        """See `Device.recorded`; captures a CUDA graph on a stream of its own."""
         mode = self.driver.names.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
             self.driver("recording", "cuStreamBeginCapture", self._record, mode)
@@ -455,44 +305,14 @@ class CudaDevice:
                 self.driver("recording", "cuGraphDestroy", graph)
         except (OutOfMemoryError, DeviceLostError):
             raise
-        except EngineError:  # work that cannot be recorded is no fault
+        except EngineError:  # the work cannot be captured, which is no failure
             return None
         return _Recorded(self, ready)
 
     def view(self, array: Any) -> DeviceArray | None:
         """See `Device.view`."""
-        if isinstance(array, np.ndarray):
-            return None
-        if not (hasattr(array, "__cuda_array_interface__") or hasattr(array, "__dlpack__")):
-            return None
-        from cuda.core.utils import StridedMemoryView
-
-        try:
-            found = StridedMemoryView.from_any_interface(array, stream_ptr=self.stream)
-            dtype = np.dtype(found.dtype)
-        except Exception as error:  # of the array's library or cuda-core, with no common base
-            raise EngineError(f"the GPU failed in taking an array: {error}") from error
-        if not found.is_device_accessible:
-            return None
-        if found.device_id != self.number:
-            raise EngineError(
-                f"an array is on GPU {found.device_id}, the model is on GPU {self.number}; copy it "
-                "there"
-            )
-        strides = found.strides or _c_strides(found.shape)
-        steps = tuple(s * dtype.itemsize for s in strides)
-        return DeviceArray(int(found.ptr), tuple(found.shape), steps, dtype, found, self)
+        return view_array(array, self)
 
     def exported(self, array: DeviceArray) -> Any:
         """See `Device.exported`."""
-        from cuda.core import Buffer
-        from cuda.core.utils import StridedMemoryView
-
-        size = array.owner.size_bytes
-        buffer = Buffer.from_handle(array.pointer, size, owner=array)
-        steps = tuple(s // array.dtype.itemsize for s in array.strides)
-        return StridedMemoryView.from_buffer(buffer, array.shape, steps, dtype=array.dtype)
-
-
-def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+        return export_array(array)

@@ -1,28 +1,25 @@
-"""What the executor asks of a device, and the host in a device's place.
+"""Interface of a device: memory, kernels, copies and marks, as the CUDA pipeline uses them.
 
-A device has memory of its own and runs what it is given in the order in which it was given. Two
-copies may overlap that: the upload of the next volume and the download of the last labels.
-`HostDevice` has the same interface on numpy memory, so that what is written for a device runs where
-there is none.
+A device has its own memory and runs work in the order in which it is enqueued. Two copies may
+overlap that work: the upload of the next volume and the download of the previous labels.
 """
 
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.geometry import Layout, shape_of
 
 
 class DeviceBuffer(Protocol):
-    """Memory of a device; it is the caller's, and freed with the last reference to it."""
+    """Device memory, owned by the caller and freed with the last reference to it."""
 
     @property
     def pointer(self) -> int:
@@ -30,12 +27,18 @@ class DeviceBuffer(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Part of a buffer."""
+    """Part of a buffer.
+
+    Attributes:
+        pointer: Address on the device.
+        size_bytes: Size in bytes.
+        buffer: Buffer that owns the memory.
+    """
 
     pointer: int
     size_bytes: int
@@ -43,39 +46,41 @@ class Region:
 
     @classmethod
     def of(cls, buffer: DeviceBuffer, offset: int, size_bytes: int) -> Region:
-        """The bytes from `offset` on."""
+        """Region of `size_bytes` bytes that starts at byte `offset` of a buffer."""
         return cls(buffer.pointer + offset, size_bytes, buffer)
 
 
 class Mark(Protocol):
-    """A place in the order of a device's work."""
+    """A point in the order of a device's work."""
 
     def elapsed_ms(self, since: Any) -> float:
-        """Milliseconds of the device from another mark to this; waits for this one."""
+        """Device time from another mark to this one in milliseconds; waits for this one."""
 
 
 class Download(Protocol):
-    """A copy to the host that is under way."""
+    """A copy to the host in progress."""
 
     def wait(self) -> NDArray[np.uint8]:
-        """Its bytes, as soon as they are here."""
+        """Wait for the copy, and return its bytes as a 1-D uint8 array."""
 
 
 class DeviceArray:
-    """Voxels on a device, for PyCUDA, CuPy, torch, numba: `__cuda_array_interface__` and DLPack.
+    """Voxels on a device, shared by `__cuda_array_interface__` and DLPack.
 
-    The memory is freed with the last reference to this object. Work on another stream than the
-    segmenter's must end before that.
+    PyCUDA, CuPy, PyTorch and Numba read them without a copy. The memory is freed with the last
+    reference to this object; work on any stream but the segmenter's must end before that.
 
     Attributes:
-        pointer: address of element (0, 0, 0).
-        shape: X, Y, Z.
-        strides: steps along X, Y and Z, in bytes.
-        dtype: of an element.
+        pointer: Address of element (0, 0, 0).
+        shape: Voxels along X, Y and Z.
+        strides: Strides along X, Y and Z in bytes.
+        dtype: Data type of an element.
+        owner: Object that keeps the memory alive.
     """
 
     def __init__(
         self,
+        *,
         pointer: int,
         shape: tuple[int, ...],
         strides: tuple[int, ...],
@@ -83,16 +88,31 @@ class DeviceArray:
         owner: Any,
         device: Device,
     ) -> None:
-        """A view of memory that `owner` keeps alive."""
         self.pointer, self.shape, self.strides, self.dtype = pointer, shape, strides, dtype
         self.owner = owner
         self._device = device
 
     @property
+    def layout(self) -> Layout:
+        """Layout of the voxels, in elements."""
+        steps = [stride // self.dtype.itemsize for stride in self.strides]
+        return Layout(shape_of(self.shape), shape_of(steps))
+
+    def viewed(self, layout: Layout) -> DeviceArray:
+        """View of the same voxels with another layout, relative to this array's pointer."""
+        itemsize = self.dtype.itemsize
+        return DeviceArray(
+            pointer=self.pointer + layout.offset * itemsize,
+            shape=layout.shape,
+            strides=tuple(stride * itemsize for stride in layout.strides),
+            dtype=self.dtype,
+            owner=self.owner,
+            device=self._device,
+        )
+
+    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3, with the stream on which the voxels were computed."""
-        if self._device.kind != "cuda":
-            raise AttributeError("this memory is not of a CUDA device")
+        """CUDA Array Interface, version 3, with the stream on which the voxels are computed."""
         return {
             "shape": self.shape,
             "strides": self.strides,
@@ -103,219 +123,104 @@ class DeviceArray:
         }
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        """DLPack's capsule, as https://dmlc.github.io/dlpack describes it."""
+        """DLPack capsule, see https://dmlc.github.io/dlpack."""
         return self._device.exported(self).__dlpack__(**arguments)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Kind and number of the device."""
-        kind, number = self._device.exported(self).__dlpack_device__()
-        return int(kind), int(number)
+        """DLPack device type, and device ordinal."""
+        kind, ordinal = self._device.exported(self).__dlpack_device__()
+        return int(kind), int(ordinal)
 
 
 class Device(Protocol):
-    """Where an engine runs.
+    """Device that an engine runs on.
 
     Every method may raise `EngineError`: `OutOfMemoryError` if there is not enough memory,
-    `DeviceLostError` if the device does nothing more for this process. Methods are called within
+    `DeviceLostError` if this process can no longer use the device. Methods are called within
     `active()`; `upload_ahead` and `Download.wait` may be called from other threads.
     """
 
     @property
-    def kind(self) -> str:
-        """`cuda`, or `cpu` for the host in a device's place."""
-
-    @property
     def name(self) -> str:
-        """Of the hardware."""
+        """Name of the hardware."""
 
     @property
-    def number(self) -> int:
-        """By which CUDA counts it."""
+    def ordinal(self) -> int:
+        """CUDA device ordinal."""
 
     @property
     def primary(self) -> bool:
-        """Whether it is used in its primary context, the only one that some libraries know."""
+        """Whether it uses its primary context, the only one that some libraries support."""
 
     @property
     def stream(self) -> int:
         """Handle of the stream, for libraries that enqueue work themselves."""
 
     def active(self) -> AbstractContextManager[None]:
-        """Make the device current for this thread, and leave things as they were."""
+        """Make the device current in the calling thread within a `with` block."""
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses."""
+        """Free device memory."""
 
     def trim(self) -> None:
-        """Give memory that nobody uses back to the device, for other libraries."""
+        """Release unused memory to the device, for other libraries."""
 
     def check(self) -> None:
-        """Raise `DeviceLostError` if the device is lost; waits for its work."""
+        """Wait for all work; raise `DeviceLostError` if the device is lost."""
 
     def allocate(self, size_bytes: int) -> DeviceBuffer:
-        """Memory, with any content."""
+        """Allocate uninitialised memory."""
 
     def clear(self, buffer: DeviceBuffer) -> None:
-        """Set every byte to 0."""
+        """Set every byte of a buffer to 0."""
 
     def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
         """Run a kernel of `attnseg.runtime.cuda.kernels` on indices 0 to `count` - 1."""
 
     def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
-        """Copy a C-contiguous array to the start of a buffer; it may be changed afterwards."""
+        """Copy a C-contiguous array, which may change afterwards, to the start of a buffer."""
 
     def download(self, source: DeviceBuffer, target: NDArray[Any]) -> None:
         """Wait for all work, then copy the start of a buffer to a C-contiguous array."""
 
     def upload_ahead(self, source: NDArray[Any]) -> tuple[DeviceBuffer, Mark]:
-        """Copy a C-contiguous array to new memory while other work goes on.
+        """Copy a C-contiguous array to newly allocated memory, overlapping other work.
 
-        The memory may be used after the mark (see `after`). The array may be changed afterwards.
+        The memory may be used after the mark (see `after`). The array may change on return.
         """
 
     def download_behind(self, source: DeviceBuffer) -> Download:
-        """Copy a buffer to the host after the work so far, while later work goes on."""
+        """Copy a buffer to the host after the work enqueued so far, overlapping later work."""
 
     def mark(self) -> Mark:
-        """After the work so far."""
+        """Return a mark after the work enqueued so far."""
 
     def after(self, mark: Mark) -> None:
-        """Let all later work wait for a mark."""
+        """Make all later work wait for a mark."""
 
     def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
-        """The work that a function gives a stream, to be repeated at once; None if it cannot.
+        """Record the work that a function enqueues, for replay; None if that is impossible.
 
-        The function gets the stream's handle; its work is not run now.
+        The function receives the handle of a stream; the work is recorded without being run.
         """
 
     def view(self, array: Any) -> DeviceArray | None:
-        """Someone's array on this device, by `__cuda_array_interface__` or DLPack; else None.
+        """View of another library's array on this device; None if it is not on a device.
 
-        Later work waits for the stream that the array names.
+        The array is read by `__cuda_array_interface__` or DLPack. Later work waits for the stream
+        that the array names.
         """
 
     def exported(self, array: DeviceArray) -> Any:
-        """An object with DLPack's two methods for an array of this device."""
+        """Object with the two DLPack methods for an array on this device."""
 
 
 def bytes_at(pointer: int, size_bytes: int) -> NDArray[np.uint8]:
-    """The bytes at an address of this process, without a copy."""
+    """View of host memory at an address, `(size_bytes,)` uint8."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(pointer))
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The bytes of a C-contiguous array, without a copy."""
-    assert array.flags.c_contiguous, "the copy is of memory as it lies"
+    """View of the bytes of a C-contiguous array, `(N,)` uint8."""
+    assert array.flags.c_contiguous, "a byte copy needs a C-contiguous array"
     return array.reshape(-1).view(np.uint8)
-
-
-class HostBuffer:
-    """Memory of this process."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.bytes = np.empty(size_bytes, np.uint8)
-        self.size_bytes = size_bytes
-        self.pointer = int(self.bytes.ctypes.data)
-
-
-@dataclass(frozen=True)
-class _HostMark:
-    at_s: float
-
-    def elapsed_ms(self, since: _HostMark) -> float:
-        return (self.at_s - since.at_s) * 1000
-
-
-@dataclass(frozen=True)
-class _HostDownload:
-    content: NDArray[np.uint8]
-
-    def wait(self) -> NDArray[np.uint8]:
-        return self.content
-
-
-Launcher = Callable[[str, int, ctypes.Structure], None]
-"""Runs a kernel by name on so many indices."""
-
-
-class HostDevice:
-    """The host in a device's place."""
-
-    kind = "cpu"
-    name = "host"
-    number = 0
-    primary = True
-    stream = 0
-
-    def __init__(self, launcher: Launcher | None = None) -> None:
-        """With `launcher` it runs kernels, which were compiled for the host."""
-        self._launcher = launcher
-
-    def active(self) -> AbstractContextManager[None]:
-        """See `Device.active`."""
-        return nullcontext()
-
-    def free_bytes(self) -> int:
-        """See `Device.free_bytes`; the host is not asked."""
-        return 1 << 62
-
-    def trim(self) -> None:
-        """See `Device.trim`; the host keeps nothing."""
-
-    def check(self) -> None:
-        """See `Device.check`; the host is never lost."""
-
-    def allocate(self, size_bytes: int) -> HostBuffer:
-        """See `Device.allocate`."""
-        return HostBuffer(size_bytes)
-
-    def clear(self, buffer: DeviceBuffer) -> None:
-        """See `Device.clear`."""
-        bytes_at(buffer.pointer, buffer.size_bytes)[:] = 0
-
-    def launch(self, name: str, count: int, args: ctypes.Structure) -> None:
-        """See `Device.launch`."""
-        if self._launcher is None:
-            raise EngineError("this host device was opened without kernels")
-        self._launcher(name, count, args)
-
-    def upload(self, source: NDArray[Any], target: DeviceBuffer) -> None:
-        """See `Device.upload`."""
-        content = as_bytes(source)
-        bytes_at(target.pointer, target.size_bytes)[: content.size] = content
-
-    def download(self, source: DeviceBuffer, target: NDArray[Any]) -> None:
-        """See `Device.download`."""
-        content = as_bytes(target)
-        content[:] = bytes_at(source.pointer, source.size_bytes)[: content.size]
-
-    def upload_ahead(self, source: NDArray[Any]) -> tuple[HostBuffer, Mark]:
-        """See `Device.upload_ahead`."""
-        buffer = self.allocate(source.nbytes)
-        self.upload(source, buffer)
-        return buffer, self.mark()
-
-    def download_behind(self, source: DeviceBuffer) -> Download:
-        """See `Device.download_behind`."""
-        return _HostDownload(bytes_at(source.pointer, source.size_bytes).copy())
-
-    def mark(self) -> Mark:
-        """See `Device.mark`."""
-        return _HostMark(time.perf_counter())
-
-    def after(self, mark: Mark) -> None:
-        """See `Device.after`."""
-
-    def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
-        """See `Device.recorded`; the host runs things as they come."""
-        return None
-
-    def view(self, array: Any) -> DeviceArray | None:
-        """See `Device.view`; arrays of the host are not on a device."""
-        return array if isinstance(array, DeviceArray) else None
-
-    def exported(self, array: DeviceArray) -> Any:
-        """See `Device.exported`."""
-        size = sum(s * (n - 1) for s, n in zip(array.strides, array.shape, strict=True))
-        flat = bytes_at(array.pointer, size + array.dtype.itemsize).view(array.dtype)
-        return np.lib.stride_tricks.as_strided(flat, array.shape, array.strides)

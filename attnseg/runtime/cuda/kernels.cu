@@ -1,13 +1,13 @@
-// Every step of the sliding window but the network, for one CUDA device.
+// All steps of the CUDA pipeline except the network, for one device.
 //
-// A kernel is a body that does the work of one index `i` out of `n`, with its arguments in a struct
-// of the same layout as its `ctypes.Structure` in kernels.py. The same file compiles as host C++,
-// where the bodies run in a loop: so what the tests prove of it holds for the device but for timing.
-// Compiled without fused multiply-add, its sums are those of the numpy executor to the bit.
+// A kernel is a body that processes index `i` of `n`, with its arguments in a struct of the same
+// layout as its `ctypes.Structure` in kernels.py. The file also compiles as host C++, where the
+// bodies run in a loop, so that tests on the host check the code that the device runs. Compiled
+// without fused multiply-add, its sums equal those of the numpy pipeline bit for bit.
 //
-// Indices have 32 bits, as 64-bit division costs a GPU more than most bodies; addresses have 64.
-// Arrays are C-contiguous, images (C, X, Y, Z), logits (windows, K, x, y, z). Each kernel's comment
-// names its numpy reference, and the bytes that it must move per index: B.
+// Indices have 32 bits, as 64-bit division costs a GPU more than most bodies; offsets have 64 bits.
+// Arrays are C-contiguous: images (C, X, Y, Z), logits (windows, K, x, y, z). The comment of each
+// kernel names its numpy reference, and B, the minimum number of bytes moved per index.
 
 #ifdef __CUDACC__
 
@@ -64,80 +64,80 @@ FUNCTION float half_value(unsigned short bits) {
 
 #endif
 
-struct Shape { int x, y, z; };
+struct Extent { int x, y, z; };
 
-FUNCTION Shape place(unsigned i, Shape of) {
+FUNCTION Extent place(unsigned i, Extent of) {
     unsigned row = i / of.z;
-    return Shape{(int)(row / of.y), (int)(row % of.y), (int)(i % of.z)};
+    return Extent{(int)(row / of.y), (int)(row % of.y), (int)(i % of.z)};
 }
-FUNCTION long long index(Shape at, Shape of) {
+FUNCTION long long index(Extent at, Extent of) {
     return ((long long)at.x * of.y + at.y) * of.z + at.z;
 }
-FUNCTION long long voxels_of(Shape shape) { return (long long)shape.x * shape.y * shape.z; }
-FUNCTION bool inside(Shape at, Shape of) {
+FUNCTION long long voxels_of(Extent shape) { return (long long)shape.x * shape.y * shape.z; }
+FUNCTION bool inside(Extent at, Extent of) {
     return at.x >= 0 && at.y >= 0 && at.z >= 0 && at.x < of.x && at.y < of.y && at.z < of.z;
 }
-FUNCTION Shape plus(Shape a, Shape b) { return Shape{a.x + b.x, a.y + b.y, a.z + b.z}; }
-FUNCTION Shape minus(Shape a, Shape b) { return Shape{a.x - b.x, a.y - b.y, a.z - b.z}; }
-FUNCTION int axis(Shape s, int which) { return which == 0 ? s.x : which == 1 ? s.y : s.z; }
+FUNCTION Extent plus(Extent a, Extent b) { return Extent{a.x + b.x, a.y + b.y, a.z + b.z}; }
+FUNCTION Extent minus(Extent a, Extent b) { return Extent{a.x - b.x, a.y - b.y, a.z - b.z}; }
+FUNCTION int axis(Extent s, int which) { return which == 0 ? s.x : which == 1 ? s.y : s.z; }
 
-// A volume as it lies in memory: any order of axes, any direction.
-struct Strided {
+// Memory layout of a volume, with any order and direction of the axes.
+struct Layout {
     long long offset, x, y, z;  // in elements
 };
-FUNCTION long long element(Strided s, Shape at) {
+FUNCTION long long element(Layout s, Extent at) {
     return s.offset + at.x * s.x + at.y * s.y + at.z * s.z;
 }
 
-// A flip or quarter turn (tta.py): axis j of the turned image reads axis `axes[j]` of the image,
-// backwards where `flips[j]` is set.
-struct Turn {
+// A flip or quarter turn (geometry.py): axis j of the turned image is axis `axes[j]` of the image,
+// reversed if `flips[j]` is set.
+struct AxisTransform {
     int axes[3];
     int flips[3];
 };
-FUNCTION Shape turned_shape(Turn t, Shape shape) {
-    return Shape{axis(shape, t.axes[0]), axis(shape, t.axes[1]), axis(shape, t.axes[2])};
+FUNCTION Extent turned_shape(AxisTransform t, Extent shape) {
+    return Extent{axis(shape, t.axes[0]), axis(shape, t.axes[1]), axis(shape, t.axes[2])};
 }
-FUNCTION Shape from_turned(Turn t, Shape at, Shape shape) {
-    Shape turned = turned_shape(t, shape);
+FUNCTION Extent from_turned(AxisTransform t, Extent at, Extent shape) {
+    Extent turned = turned_shape(t, shape);
     int source[3] = {0, 0, 0};
     for (int j = 0; j < 3; ++j) {
         int value = t.flips[j] ? axis(turned, j) - 1 - axis(at, j) : axis(at, j);
-        for (int k = 0; k < 3; ++k)  // an index that is known keeps it in registers
+        for (int k = 0; k < 3; ++k)  // a constant index keeps `source` in registers
             if (t.axes[j] == k) source[k] = value;
     }
-    return Shape{source[0], source[1], source[2]};
+    return Extent{source[0], source[1], source[2]};
 }
-FUNCTION Shape to_turned(Turn t, Shape at, Shape shape) {
-    Shape turned = turned_shape(t, shape);
+FUNCTION Extent to_turned(AxisTransform t, Extent at, Extent shape) {
+    Extent turned = turned_shape(t, shape);
     int target[3];
     for (int j = 0; j < 3; ++j) {
         int value = axis(at, t.axes[j]);
         target[j] = t.flips[j] ? axis(turned, j) - 1 - value : value;
     }
-    return Shape{target[0], target[1], target[2]};
+    return Extent{target[0], target[1], target[2]};
 }
 
 // A window plan (windows.py): along each axis `count` windows, `stride` apart, the last at `last`.
 struct Tiling {
-    Shape window, count, stride, last;
-    Shape pad;  // before the turned image
+    Extent window, count, stride, last;
+    Extent pad;  // padding in front of the turned image
 };
 FUNCTION int start_along(int which, int stride, int last) {
     int start = which * stride;
     return start < last ? start : last;
 }
-FUNCTION Shape start_of(const Tiling &t, int window) {
-    Shape which = place(window, t.count);
-    return Shape{start_along(which.x, t.stride.x, t.last.x), start_along(which.y, t.stride.y, t.last.y),
+FUNCTION Extent start_of(const Tiling &t, int window) {
+    Extent which = place(window, t.count);
+    return Extent{start_along(which.x, t.stride.x, t.last.x), start_along(which.y, t.stride.y, t.last.y),
                  start_along(which.z, t.stride.z, t.last.z)};
 }
-// The first window along an axis that may reach `at`.
+// Index of the first window along an axis that may contain `at`.
 FUNCTION int first_along(int at, int window, int stride) {
     return at < window ? 0 : (at - window) / stride + 1;
 }
-// Calls `visit(window, place within it)` for all windows around a voxel, in the plan's order.
-template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Shape at, Visit visit) {
+// Calls `visit(window, position in it)` for all windows that contain a voxel, in the plan's order.
+template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Extent at, Visit visit) {
     for (int x = first_along(at.x, t.window.x, t.stride.x); x < t.count.x; ++x) {
         int in_x = at.x - start_along(x, t.stride.x, t.last.x);
         if (in_x < 0) break;
@@ -147,15 +147,15 @@ template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Shape a
             for (int z = first_along(at.z, t.window.z, t.stride.z); z < t.count.z; ++z) {
                 int in_z = at.z - start_along(z, t.stride.z, t.last.z);
                 if (in_z < 0) break;
-                visit((x * t.count.y + y) * t.count.z + z, Shape{in_x, in_y, in_z});
+                visit((x * t.count.y + y) * t.count.z + z, Extent{in_x, in_y, in_z});
             }
         }
     }
 }
 
-// Widens a box (least X, Y, Z, then largest). Most voxels change nothing, and only look; volatile, as
-// a first-level cache would show them the box of the beginning, and all would queue to change it.
-FUNCTION void widen(int *box, Shape at) {
+// Widens a box (smallest X, Y, Z, then largest). Most voxels only read it and change nothing. The
+// reads are volatile: a stale L1 line would show the initial box, and all voxels would use atomics.
+FUNCTION void widen(int *box, Extent at) {
     const volatile int *now = box;
     for (int j = 0; j < 3; ++j) {
         if (axis(at, j) < now[j]) atomicMin(box + j, axis(at, j));
@@ -163,44 +163,44 @@ FUNCTION void widen(int *box, Shape at) {
     }
 }
 
-// Counts of the values of one channel that are not 0, and the box around them. Runs in the order of
-// memory. Reference: numpy.bincount, normalise.brain_box. B: 2.
+// Counts of the nonzero values of one channel, and their bounding box; one index per voxel, in
+// memory order. Reference: numpy.bincount, foreground.foreground_box. B: 2.
 struct ScanArgs {
     const void *volume;  // int16, or fp32
-    int *counts;         // 65536, of value + 32768, or of the upper half of the key
+    int *counts;         // 65536, indexed by value + 32768, or by the upper half of the key
     int *box;
-    Shape shape;  // of the memory
-    Turn turn;    // from memory to the volume
+    Extent shape;  // of the memory
+    AxisTransform transform;    // from memory to the volume
 };
 KERNEL(scan, ScanArgs) {
     int value = ((const short *)a.volume)[i];
     if (value == 0) return;
     atomicAdd(a.counts + value + 32768, 1);
-    widen(a.box, to_turned(a.turn, place(i, a.shape), a.shape));
+    widen(a.box, to_turned(a.transform, place(i, a.shape), a.shape));
 }
 
-// A number of the same order as the float: for both signs, the larger float has the larger key.
+// Order-preserving key of a float: for both signs, the larger float has the larger key.
 FUNCTION unsigned key_of(float value) {
     union { float value; unsigned bits; } both;
     both.value = value;
     return both.bits >> 31 ? ~both.bits : both.bits | 0x80000000u;
 }
 
-// The same as `scan` for floats: counts of the upper halves of their keys. Two such counts, of the
-// upper and of some lower halves, give any order statistic (radix selection: Alabi et al., "Fast
+// The same as `scan` for floats: counts of the upper halves of their keys. With the counts of some
+// lower halves (`refine`) they yield any order statistic (radix selection: Alabi et al., "Fast
 // k-selection algorithms for graphics processing units", JEA 17, 2012). B: 4.
 KERNEL(scan_float, ScanArgs) {
     float value = ((const float *)a.volume)[i];
     if (value == 0) return;
     atomicAdd(a.counts + (key_of(value) >> 16), 1);
-    widen(a.box, to_turned(a.turn, place(i, a.shape), a.shape));
+    widen(a.box, to_turned(a.transform, place(i, a.shape), a.shape));
 }
 
 // Counts of the lower halves of keys whose upper half was chosen. Reference: numpy.unique. B: 4.
 struct RefineArgs {
     const float *volume;
-    const int *chosen;  // 65536: a number for an upper half that was chosen, -1 for the others
-    int *counts;        // 65536 for each
+    const int *chosen;  // 65536: row in `counts` of each chosen upper half, -1 for the others
+    int *counts;        // rows of 65536
 };
 KERNEL(refine, RefineArgs) {
     float value = a.volume[i];
@@ -210,8 +210,8 @@ KERNEL(refine, RefineArgs) {
     if (which >= 0) atomicAdd(a.counts + which * 65536 + (key & 65535), 1);
 }
 
-// Sums of every `n`-th voxel that is not 0, or of its squared distance from the mean; so few that the
-// host adds them up, always in the same order. Reference: numpy.sum. B: 4 per voxel.
+// Partial sums over every `lanes`-th voxel: of the nonzero values, or of their squared deviations
+// from the mean. The host adds them in a fixed order. Reference: numpy.sum. B: 4 per voxel.
 struct MomentArgs {
     const float *volume;
     double *sums;  // one per index
@@ -229,27 +229,27 @@ KERNEL(moment, MomentArgs) {
     a.sums[i] = sum;
 }
 
-// One channel of the box, through a look-up table (z-score and histogram matching; normalise.py).
+// Maps one channel of the box by a lookup table (z-score and histogram matching; normalise.py).
 // Reference: normalise.normalise_channel. B: 6.
 struct NormaliseArgs {
     const short *volume;
-    const float *table;  // 65536, of value + 32768
+    const float *table;  // 65536, indexed by value + 32768
     float *image;        // (X, Y, Z) of the box
-    Strided layout;
-    Shape shape, origin;  // of the box
+    Layout layout;
+    Extent shape, origin;  // of the box
 };
 KERNEL(normalise, NormaliseArgs) {
-    Shape source = plus(place(i, a.shape), a.origin);
+    Extent source = plus(place(i, a.shape), a.origin);
     a.image[i] = a.table[a.volume[element(a.layout, source)] + 32768];
 }
 
-// The same for floats, by the piecewise linear curve itself. Reference: numpy.interp. B: 8.
+// The same for floats, by evaluating the piecewise linear curve. Reference: numpy.interp. B: 8.
 struct NormaliseFloatArgs {
     const float *volume;
     const double *knots;  // `count` intensities, then their values
     float *image;
-    Strided layout;
-    Shape shape, origin;
+    Layout layout;
+    Extent shape, origin;
     int count, keep_zero;
 };
 KERNEL(normalise_float, NormaliseFloatArgs) {
@@ -263,14 +263,14 @@ KERNEL(normalise_float, NormaliseFloatArgs) {
     a.image[i] = a.keep_zero && value == 0 ? 0.0f : (float)mapped;
 }
 
-// Which windows of the turned, padded image hold anything but 0; the others need no network.
+// Flags the windows of the turned, padded image that are not all 0; the others skip the network.
 // Reference: numpy.any per window. B: 4C.
 struct OccupyArgs {
     const float *image;  // (C, X, Y, Z)
     int *occupied;       // per window
-    Shape shape;         // of the image
+    Extent shape;         // of the image
     Tiling tiling;
-    Turn turn;
+    AxisTransform transform;
     int channels;
 };
 KERNEL(occupy, OccupyArgs) {
@@ -278,40 +278,40 @@ KERNEL(occupy, OccupyArgs) {
     bool empty = true;
     for (int c = 0; c < a.channels && empty; ++c) empty = a.image[c * voxels + i] == 0;
     if (empty) return;
-    Shape at = plus(to_turned(a.turn, place(i, a.shape), a.shape), a.tiling.pad);
+    Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
     int *occupied = a.occupied;
-    for_windows_around(a.tiling, at, [=](int window, Shape) {
-        if (!occupied[window]) occupied[window] = 1;  // all write the same
+    for_windows_around(a.tiling, at, [=](int window, Extent) {
+        if (!occupied[window]) occupied[window] = 1;  // all threads write the same value
     });
 }
 
-// Windows of the turned and padded image, as the engine takes them. Reference: executor.pad_image
-// and Window.slices. B: 4 + 2 or 4.
+// Copies windows of the turned, padded image to the engine's input. Reference: windows.pad_image
+// and Box.slices. B: 4 + 2 or 4.
 struct GatherArgs {
     const float *image;  // (C, X, Y, Z)
     void *batch;         // (windows, C, x, y, z), fp16 or fp32
-    const int *windows;  // the window of each place in the batch
-    Shape shape;         // of the image
+    const int *windows;  // index of each window of the batch in the plan
+    Extent shape;         // of the image
     Tiling tiling;
-    Turn turn;
+    AxisTransform transform;
     int channels, half;
 };
 KERNEL(gather, GatherArgs) {
     unsigned voxels = (unsigned)voxels_of(a.tiling.window);
     unsigned channel = i / voxels;
-    Shape at = plus(place(i % voxels, a.tiling.window),
+    Extent at = plus(place(i % voxels, a.tiling.window),
                     start_of(a.tiling, a.windows[channel / a.channels]));
-    Shape turned = minus(at, a.tiling.pad);
+    Extent turned = minus(at, a.tiling.pad);
     float value = 0;
-    if (inside(turned, turned_shape(a.turn, a.shape))) {
-        Shape source = from_turned(a.turn, turned, a.shape);
+    if (inside(turned, turned_shape(a.transform, a.shape))) {
+        Extent source = from_turned(a.transform, turned, a.shape);
         value = a.image[channel % a.channels * voxels_of(a.shape) + index(source, a.shape)];
     }
     if (a.half) ((unsigned short *)a.batch)[i] = half_bits(value);
     else ((float *)a.batch)[i] = value;
 }
 
-// fp32 logits as fp16, to hold them in half the memory. Reference: numpy.astype. B: 6.
+// Converts logits from fp32 to fp16, to halve their memory. Reference: numpy.astype. B: 6.
 struct NarrowArgs {
     const float *logits;
     unsigned short *kept;
@@ -332,31 +332,31 @@ template <int N> FUNCTION int first_largest(const float (&scores)[N], int count)
     return best;
 }
 
-// One pass over all windows, for each voxel of the box: the mean of the windows around it, weighted
-// by the importance map and summed in the order of the plan, without atomics, so the same each time.
-// Then its class, or with several passes a vote and 1/16 of the probability, or the probability
-// alone (tta.py), added to the scores; the last pass writes the class.
-// Reference: executor.sliding_window, tta.Fusion. B: 2.4 K times 2 or 4, and 8K with several passes.
+// One pass over all windows. For each voxel of the box: the mean of the logits of all windows that
+// contain it, weighted by the importance map, and summed in the plan's order without atomics, hence
+// deterministic. Then its class; with several passes, a vote plus 1/16 of the probability, or the
+// probability alone (tta.py), is added to the scores, and the last pass writes the class.
+// Reference: sliding_window.sliding_window, tta.Fusion.
+// B: 2.4 K times 2 or 4, and 8K with several passes.
 struct BlendArgs {
     const void *logits;       // (windows, K, x, y, z), fp16 or fp32
     const float *importance;  // (x, y, z)
-    const int *places;        // per window of the plan where its logits lie, -1 if it was empty
-    float *blended;           // (K, X, Y, Z), or null if nobody asks
+    const int *places;        // per window of the plan: index of its logits, -1 if it is all 0
     float *scores;            // (K, X, Y, Z), or null for a single pass
     unsigned char *classes;   // (X, Y, Z)
-    int *not_finite;          // becomes 1 if a logit is not a finite number
-    Shape shape;              // of the box
+    int *not_finite;          // set to 1 if a blended logit is not finite
+    Extent shape;              // of the box
     Tiling tiling;
-    Turn turn;
-    int count, half, vote, first, last;  // classes; is it the first, the last pass?
+    AxisTransform transform;
+    int count, half, vote, first, last;  // `count` classes; first or last pass
 };
 template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
     float sums[N], weight_sum = 0;
     for (int k = 0; k < N; ++k) sums[k] = 0;
     const int *places = a.places;
-    Shape at = plus(to_turned(a.turn, place(i, a.shape), a.shape), a.tiling.pad);
+    Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
     long long voxels = voxels_of(a.tiling.window), box = voxels_of(a.shape);
-    for_windows_around(a.tiling, at, [&](int window, Shape within) {
+    for_windows_around(a.tiling, at, [&](int window, Extent within) {
         if (places[window] < 0) return;
         long long inner = index(within, a.tiling.window);
         float weight = a.importance[inner];
@@ -374,7 +374,6 @@ template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
         if (k >= a.count) break;
         sums[k] /= weight_sum;
         if (!(sums[k] - sums[k] == 0)) *a.not_finite = 1;
-        if (a.blended) a.blended[k * box + i] = sums[k];
     }
     int best = first_largest(sums, a.count);
     if (a.scores) {
@@ -395,26 +394,26 @@ template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
     }
     a.classes[i] = (unsigned char)best;
 }
-KERNEL(blend, BlendArgs) {  // few classes fit in registers
+KERNEL(blend, BlendArgs) {  // so that the sums of few classes fit in registers
     if (a.count <= 4) blend_classes<4>(a, i);
     else if (a.count <= 8) blend_classes<8>(a, i);
     else blend_classes<MOST_CLASSES>(a, i);
 }
 
-// Components of one class with 26 neighbours, by union-find over voxels: a tree's root is its
-// smallest voxel, whatever the order of the unions (Playne and Hawick, "A new algorithm for parallel
-// connected-component labelling on GPUs", IEEE TPDS 29, 2018). Five kernels, one after the other.
+// 26-connected components of one class, by union-find over voxels: the root of a tree is its
+// smallest voxel index, whatever the order of the unions (Playne and Hawick, "A new algorithm for
+// parallel connected-component labelling on GPUs", IEEE TPDS 29, 2018). Five kernels, in sequence.
 struct LabelArgs {
     unsigned char *classes;  // (X, Y, Z), 0 is background
     int *parents;            // per voxel, -1 for background
-    int *sizes;              // per voxel, of the component at its root
-    int *removed;            // components taken away
-    Shape shape;
+    int *sizes;              // per voxel; the size of a component is at its root
+    int *removed;            // number of removed components
+    Extent shape;
     int min_voxels;
 };
-// Length of the run of equal values along Z that begins at `i`, 0 if one goes on there. So a count
-// takes one atomic addition for a run in place of one for each voxel.
-template <class T> FUNCTION int run_along_z(const T *values, unsigned i, Shape shape) {
+// Length of the run of equal values along Z that begins at `i`, 0 if `i` continues a run. Counting
+// then takes one atomic addition per run instead of one per voxel.
+template <class T> FUNCTION int run_along_z(const T *values, unsigned i, Extent shape) {
     int z = (int)(i % shape.z), length = 1;
     if (z > 0 && values[i - 1] == values[i]) return 0;
     while (z + length < shape.z && values[i + length] == values[i]) ++length;
@@ -431,7 +430,7 @@ FUNCTION void unite(int *parents, int first, int second) {
         if (first == second) return;
         int low = first < second ? first : second, high = first < second ? second : first;
         int old = atomicMin(parents + high, low);
-        if (old == high) return;  // it was still a root, and now hangs below the other
+        if (old == high) return;  // it was still a root, and is now a child of `low`
         first = old;
         second = low;
     }
@@ -443,9 +442,9 @@ KERNEL(label_start, LabelArgs) {  // B: 9
 }
 KERNEL(label_merge, LabelArgs) {  // B: 5 and more
     if (!a.classes[i]) return;
-    Shape at = place(i, a.shape);
-    for (int n = 0; n < 13; ++n) {  // the neighbours before it
-        Shape other = {at.x + n / 9 - 1, at.y + n / 3 % 3 - 1, at.z + n % 3 - 1};
+    Extent at = place(i, a.shape);
+    for (int n = 0; n < 13; ++n) {  // the neighbours of smaller index
+        Extent other = {at.x + n / 9 - 1, at.y + n / 3 % 3 - 1, at.z + n % 3 - 1};
         if (!inside(other, a.shape)) continue;
         int j = (int)index(other, a.shape);
         if (a.classes[j] == a.classes[i]) unite(a.parents, (int)i, j);
@@ -468,18 +467,18 @@ KERNEL(label_remove, LabelArgs) {  // B: 4 and more
     if (root == (int)i) atomicAdd(a.removed, 1);
 }
 
-// The box's classes as label values in the volume, which is 0 elsewhere. Reference: numpy indexing.
-// B: 2.
-struct PasteArgs {
+// Writes the classes of the box as label values to the volume, which is 0 elsewhere.
+// Reference: numpy indexing. B: 2.
+struct RestoreArgs {
     const unsigned char *classes;  // (X, Y, Z) of the box
     unsigned char *labels;
     int *counts;  // voxels per class
-    Strided layout;
-    Shape shape, origin;  // of the box
+    Layout layout;
+    Extent shape, origin;  // of the box
     unsigned char values[MOST_CLASSES];
 };
-KERNEL(paste, PasteArgs) {
-    Shape target = plus(place(i, a.shape), a.origin);
+KERNEL(restore, RestoreArgs) {
+    Extent target = plus(place(i, a.shape), a.origin);
     int found = a.classes[i];
     a.labels[element(a.layout, target)] = a.values[found];
     int length = found ? run_along_z(a.classes, i, a.shape) : 0;

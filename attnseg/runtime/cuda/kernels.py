@@ -1,59 +1,53 @@
-"""The kernels' arguments, and their compilation by NVRTC.
-
-Each structure has the layout of the struct of the same name in `kernels.cu`. Cubins are kept in the
-user's cache folder by GPU, compiler and source; a file that is damaged or cannot be written costs a
-compilation, nothing else.
-"""
+"""Arguments of the kernels: each structure has the layout of its struct in `kernels.cu`."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.metadata
-import os
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attnseg.runtime.errors import EngineError, NotHereError
-from attnseg.runtime.tta import Transform
-from attnseg.runtime.windows import WindowPlan
+from attnseg.runtime.geometry import AxisTransform, Layout
+from attnseg.runtime.steps.windows import WindowPlan
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 MOST_CLASSES = 32
-_DIGEST_BYTES = 32
+"""Largest number of classes that the kernels support."""
 MOST_INDICES = (1 << 32) - 1
-"""Of one launch."""
+"""Largest number of indices in one launch."""
 
 
-class Shape(ctypes.Structure):
+class Extent(ctypes.Structure):
     """Voxels along X, Y and Z."""
 
     _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("z", ctypes.c_int))
 
     @classmethod
-    def of(cls, values: Sequence[int]) -> Shape:
-        """From three numbers."""
+    def of(cls, values: Sequence[int]) -> Extent:
+        """Structure of three values along X, Y and Z."""
         x, y, z = values
         return cls(x, y, z)
 
 
-class Strided(ctypes.Structure):
-    """How a volume lies in memory: first element, and steps along X, Y and Z, in elements."""
+class LayoutArg(ctypes.Structure):
+    """A layout of `attnseg.runtime.geometry`, in elements."""
 
     _fields_ = tuple((name, ctypes.c_longlong) for name in ("offset", "x", "y", "z"))
 
+    @classmethod
+    def of(cls, layout: Layout) -> LayoutArg:
+        """Structure of a layout."""
+        return cls(layout.offset, *layout.strides)
 
-class Turn(ctypes.Structure):
-    """A transform of `attnseg.runtime.tta`."""
+
+class TransformArg(ctypes.Structure):
+    """An axis transform of `attnseg.runtime.geometry`."""
 
     _fields_ = (("axes", ctypes.c_int * 3), ("flips", ctypes.c_int * 3))
 
     @classmethod
-    def of(cls, transform: Transform) -> Turn:
-        """From a transform."""
+    def of(cls, transform: AxisTransform) -> TransformArg:
+        """Structure of a transform."""
         flips = [int(axis in transform.flips) for axis in range(3)]
         return cls((ctypes.c_int * 3)(*transform.axes), (ctypes.c_int * 3)(*flips))
 
@@ -61,26 +55,26 @@ class Turn(ctypes.Structure):
 def _fields(pointers: str, shapes: str, *rest: tuple[str, Any]) -> tuple[tuple[str, Any], ...]:
     return (
         *((name, ctypes.c_void_p) for name in pointers.split()),
-        *((name, Shape) for name in shapes.split()),
+        *((name, Extent) for name in shapes.split()),
         *rest,
     )
 
 
 class Tiling(ctypes.Structure):
-    """A window plan of `attnseg.runtime.windows`."""
+    """A window plan of `attnseg.runtime.steps.windows`."""
 
-    _fields_ = tuple((name, Shape) for name in ("window", "count", "stride", "last", "pad"))
+    _fields_ = tuple((name, Extent) for name in ("window", "count", "stride", "last", "pad"))
 
     @classmethod
     def of(cls, plan: WindowPlan) -> Tiling:
-        """From a plan."""
+        """Structure of a window plan."""
         starts = [sorted({w.start[axis] for w in plan.windows}) for axis in range(3)]
         return cls(
-            Shape.of(plan.window),
-            Shape.of([len(along) for along in starts]),
-            Shape.of([along[1] if len(along) > 1 else 1 for along in starts]),
-            Shape.of([along[-1] for along in starts]),
-            Shape.of(plan.pad_before),
+            Extent.of(plan.window),
+            Extent.of([len(along) for along in starts]),
+            Extent.of([along[1] if len(along) > 1 else 1 for along in starts]),
+            Extent.of([along[-1] for along in starts]),
+            Extent.of(plan.pad_before),
         )
 
 
@@ -89,19 +83,19 @@ def _ints(names: str) -> tuple[tuple[str, Any], ...]:
 
 
 class ScanArgs(ctypes.Structure):
-    """Of kernels `scan` and `scan_float`; one index per voxel, in the order of memory."""
+    """Arguments of kernels `scan` and `scan_float`; one index per voxel, in memory order."""
 
-    _fields_ = _fields("volume counts box", "shape", ("turn", Turn))
+    _fields_ = _fields("volume counts box", "shape", ("transform", TransformArg))
 
 
 class RefineArgs(ctypes.Structure):
-    """Of kernel `refine`; one index per voxel, in the order of memory."""
+    """Arguments of kernel `refine`; one index per voxel, in memory order."""
 
     _fields_ = _fields("volume chosen counts", "")
 
 
 class MomentArgs(ctypes.Structure):
-    """Of kernel `moment`; one index per lane."""
+    """Arguments of kernel `moment`; one index per lane."""
 
     _fields_ = (
         *_fields("volume sums", ""),
@@ -112,85 +106,85 @@ class MomentArgs(ctypes.Structure):
 
 
 class NormaliseArgs(ctypes.Structure):
-    """Of kernel `normalise`; one index per voxel of the box."""
+    """Arguments of kernel `normalise`; one index per voxel of the box."""
 
     _fields_ = (
         *_fields("volume table image", ""),
-        ("layout", Strided),
-        ("shape", Shape),
-        ("origin", Shape),
+        ("layout", LayoutArg),
+        ("shape", Extent),
+        ("origin", Extent),
     )
 
 
 class NormaliseFloatArgs(ctypes.Structure):
-    """Of kernel `normalise_float`; one index per voxel of the box."""
+    """Arguments of kernel `normalise_float`; one index per voxel of the box."""
 
     _fields_ = (
         *_fields("volume knots image", ""),
-        ("layout", Strided),
-        ("shape", Shape),
-        ("origin", Shape),
+        ("layout", LayoutArg),
+        ("shape", Extent),
+        ("origin", Extent),
         *_ints("count keep_zero"),
     )
 
 
 class OccupyArgs(ctypes.Structure):
-    """Of kernel `occupy`; one index per voxel of the image."""
+    """Arguments of kernel `occupy`; one index per voxel of the image."""
 
     _fields_ = (
         *_fields("image occupied", "shape"),
         ("tiling", Tiling),
-        ("turn", Turn),
+        ("transform", TransformArg),
         *_ints("channels"),
     )
 
 
 class GatherArgs(ctypes.Structure):
-    """Of kernel `gather`; one index per element of the batch."""
+    """Arguments of kernel `gather`; one index per element of the batch."""
 
     _fields_ = (
         *_fields("image batch windows", "shape"),
         ("tiling", Tiling),
-        ("turn", Turn),
+        ("transform", TransformArg),
         *_ints("channels half"),
     )
 
 
 class NarrowArgs(ctypes.Structure):
-    """Of kernel `narrow`; one index per logit."""
+    """Arguments of kernel `narrow`; one index per logit."""
 
     _fields_ = _fields("logits kept", "")
 
 
 class BlendArgs(ctypes.Structure):
-    """Of kernel `blend`; one index per voxel of the image."""
+    """Arguments of kernel `blend`; one index per voxel of the image."""
 
     _fields_ = (
-        *_fields("logits importance places blended scores classes not_finite", "shape"),
+        *_fields("logits importance places scores classes not_finite", "shape"),
         ("tiling", Tiling),
-        ("turn", Turn),
+        ("transform", TransformArg),
         *_ints("count half vote first last"),
     )
 
 
 LABELLING = ("label_start", "label_merge", "label_flatten", "label_count", "label_remove")
-"""Kernels of components, in their order."""
+"""Kernels that remove small components, in launch order."""
 
 
 class LabelArgs(ctypes.Structure):
-    """Of the five kernels of components, one index per voxel."""
+    """Arguments of the kernels of `LABELLING`; one index per voxel of the image."""
 
     _fields_ = _fields("classes parents sizes removed", "shape", ("min_voxels", ctypes.c_int))
 
 
-class PasteArgs(ctypes.Structure):
-    """Of kernel `paste`; one index per voxel of the box."""
+class RestoreArgs(ctypes.Structure):
+    """Arguments of kernel `restore`; one index per voxel of the box."""
 
     _fields_ = (
         *_fields("classes labels counts", ""),
-        ("layout", Strided),
-        ("shape", Shape),
-        ("origin", Shape),
+        ("layout", LayoutArg),
+        ("shape", Extent),
+        ("origin", Extent),
         ("values", ctypes.c_ubyte * MOST_CLASSES),
     )
 
@@ -211,76 +205,6 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "label_flatten": LabelArgs,
     "label_count": LabelArgs,
     "label_remove": LabelArgs,
-    "paste": PasteArgs,
+    "restore": RestoreArgs,
 }
-"""Every kernel, and the structure that it takes."""
-
-
-def compiler_version() -> tuple[int, int]:
-    """Version of NVRTC.
-
-    Raises:
-        NotHereError: it is not installed.
-    """
-    try:
-        from cuda.bindings import nvrtc
-
-        _, major, minor = nvrtc.nvrtcVersion()
-    except Exception as error:  # a missing package or library; they share no base
-        raise NotHereError("NVRTC is not installed; pip install 'attnseg[gpu]'") from error
-    return int(major), int(minor)
-
-
-def compile_kernels(target: str) -> bytes:
-    """Compile `kernels.cu` for a compute capability, with or without a GPU.
-
-    Args:
-        target: `sm86`.
-
-    Returns:
-        The cubin.
-
-    Raises:
-        EngineError: cuda-core or NVRTC is missing, or does not know the target.
-    """
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise EngineError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
-    options = ProgramOptions(arch=f"sm_{target[2:]}", fma=False, std="c++17")
-    try:
-        compiled = Program(SOURCE.read_text(), "c++", options).compile("cubin")
-        return bytes(compiled.code)
-    except Exception as error:  # cuda-core's errors share no base but Exception
-        reason = " ".join(str(error).split())[:300]
-        raise EngineError(
-            f"NVRTC cannot compile the kernels for {target}: {reason}; pip install "
-            "'attnseg[gpu]', or use --device cpu"
-        ) from error
-
-
-def cached_kernels(target: str, folder: Path) -> bytes:
-    """The cubin for a target, from the cache folder or compiled and kept there.
-
-    Two processes may fill the cache at once: each writes a file of its own and renames it.
-
-    Raises:
-        EngineError: as `compile_kernels`.
-    """
-    compiler = importlib.metadata.version("cuda-core")
-    source = hashlib.sha256(SOURCE.read_bytes() + compiler.encode()).hexdigest()[:16]
-    file = folder / f"kernels-{target}-{source}.cubin"
-    with suppress(OSError):
-        stored = file.read_bytes()
-        digest, cubin = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-        if cubin and hashlib.sha256(cubin).digest() == digest:
-            return cubin
-    cubin = compile_kernels(target)
-    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(hashlib.sha256(cubin).digest() + cubin)
-        os.replace(part, file)
-    with suppress(OSError):
-        part.unlink(missing_ok=True)
-    return cubin
+"""Argument structure of each kernel."""

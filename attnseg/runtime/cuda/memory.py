@@ -1,6 +1,7 @@
-"""What the executor needs of a device's memory, planned for a shape before anything is allocated.
+"""Device memory of a volume, planned for its shape before anything is allocated.
 
-The plan is for the whole volume as box, so it holds for every case of that shape.
+The plan assumes that the foreground box is the whole volume, so it is valid for every case of that
+shape.
 """
 
 from __future__ import annotations
@@ -11,62 +12,63 @@ from math import prod
 
 from attnseg.runtime.cuda.device import DeviceBuffer, Region
 from attnseg.runtime.cuda.kernels import MOST_INDICES
-from attnseg.runtime.cuda.statistics import refine_bytes, scan_bytes
-from attnseg.runtime.errors import OutOfMemoryError
-from attnseg.runtime.executor import WindowOptions
-from attnseg.runtime.tta import Transform
-from attnseg.runtime.windows import Shape
+from attnseg.runtime.errors import OutOfMemoryError, Setting
+from attnseg.runtime.geometry import AxisTransform, Shape
+from attnseg.runtime.steps.windows import WindowOptions
 
-_ALIGNMENT = 256  # bytes; what the driver's own allocations have
+_ALIGNMENT = 256  # bytes, as for the driver's own allocations
 _MEGABYTE = 1_000_000
-_ADVICE = "close other programs on the GPU (see nvidia-smi), or use --device cpu"
+_ADVICE = "close other programs on the GPU (see nvidia-smi), or use {}"
+_ON_THE_CPU = Setting("device", "cpu")
 
 
-@dataclass(frozen=True)
-class Need:
-    """What memory is planned for.
+@dataclass(frozen=True, kw_only=True)
+class MemoryRequirements:
+    """Everything that the memory requirements of a volume depend on.
 
     Attributes:
-        shape: X, Y, Z of the volume.
-        channels: of the volume.
-        classes: of the network, background included.
-        window: how it slides.
-        transforms: one pass each.
-        percentiles: of the normalisation's landmarks.
-        floating: whether channels are float32 rather than int16.
-        half: whether the engine takes and gives fp16.
-        batches: windows that the engine takes in one call, most and least.
-        clean: whether components are removed.
-        engine_bytes: what the engine holds itself.
+        shape: Voxels of the volume along X, Y and Z.
+        channels: Number of channels.
+        classes: Number of classes of the network, background included.
+        windows: Size and overlap of the windows.
+        transforms: Transform of each test-time pass.
+        statistics_bytes: Memory for the statistics of all channels.
+        refine_bytes: Scratch memory for the statistics of float32 channels; 0 for int16.
+        floating: Whether channels are float32 rather than int16.
+        half: Whether the engine's input and output are fp16 rather than fp32.
+        batches: Largest and smallest batch size of the engine, in windows.
+        clean_up: Whether small components are removed.
+        engine_bytes: Memory that the engine itself holds.
     """
 
     shape: Shape
     channels: int
     classes: int
-    window: WindowOptions
-    transforms: tuple[Transform, ...]
-    percentiles: int
+    windows: WindowOptions
+    transforms: tuple[AxisTransform, ...]
+    statistics_bytes: int
+    refine_bytes: int
     floating: bool
     half: bool
     batches: tuple[int, int]
-    clean: bool
+    clean_up: bool
     engine_bytes: int
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where everything lies in one block of memory.
+    """Layout of all regions in one block of device memory.
 
     Attributes:
-        batch: windows that the engine takes in one call.
-        chunk: windows that are gathered at a time.
-        windows: most windows of a pass, a multiple of `batch`.
-        half_logits: whether logits are kept in fp16 until they are blended.
-        places: offset and size of each region, in bytes.
-        block_bytes: of the block.
-        volume_bytes: of what comes and goes with each volume, its channels and its labels; three
-            times, as the next may come while the last is still there.
-        engine_bytes: what the engine holds itself.
+        batch: Batch size of the engine, in windows.
+        chunk: Number of windows gathered at a time.
+        windows: Largest number of windows per pass, rounded up to a multiple of `batch`.
+        half_logits: Whether logits are stored in fp16 until they are blended.
+        places: Offset and size of each region, in bytes.
+        block_bytes: Size of the block.
+        volume_bytes: Size of the channels and labels of three volumes, as the next volume may be
+            uploaded while the previous one is still in memory.
+        engine_bytes: Memory that the engine itself holds.
     """
 
     batch: int
@@ -80,11 +82,11 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Of all that is planned."""
+        """Sum of the block, the volumes and the engine."""
         return self.block_bytes + self.volume_bytes + self.engine_bytes
 
     def region(self, block: DeviceBuffer, name: str) -> Region:
-        """A region by its name."""
+        """Region of the block by name."""
         offset, size_bytes = self.places[name]
         return Region.of(block, offset, size_bytes)
 
@@ -107,7 +109,7 @@ def _up(value: int, multiple: int) -> int:
 
 
 def aligned(size_bytes: int) -> int:
-    """Up to where the next region may begin."""
+    """Size rounded up to the alignment of the regions."""
     return _up(size_bytes, _ALIGNMENT)
 
 
@@ -119,16 +121,16 @@ def _laid_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
     return places, offset
 
 
-def _plan(need: Need, batch: int, sparing: bool) -> MemoryPlan:
-    """A plan with all windows at once, or one that takes as little as can be."""
-    plans = [need.window.plan([need.shape[a] for a in t.axes]) for t in need.transforms]
+def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
+    """Plan with all windows at once; if `sparing`, one batch at a time, fp16 logits if smaller."""
+    plans = [need.windows.plan(transform.shape(need.shape)) for transform in need.transforms]
     voxels, window = prod(need.shape), max(prod(plan.window) for plan in plans)
     most = max(len(plan.windows) for plan in plans)
     batch = max(need.batches[1], min(batch, most))
     windows = _up(most, batch)
-    fitting = MOST_INDICES // (need.channels * window) // batch * batch  # of one launch
+    fitting = MOST_INDICES // (need.channels * window) // batch * batch  # in one launch
     chunk = batch if sparing else max(batch, min(windows, fitting))
-    # The logits of one batch are there in both types where they are narrowed.
+    # Where logits are narrowed to fp16, those of one batch exist in both types.
     saves = sparing and 2 * windows > 4 * batch
     engine_kind, half_logits = 2 if need.half else 4, need.half or saves
     network = {
@@ -136,9 +138,9 @@ def _plan(need: Need, batch: int, sparing: bool) -> MemoryPlan:
         "logits": (2 if half_logits else 4) * windows * need.classes * window,
         "wide": 4 * batch * need.classes * window if half_logits and not need.half else 0,
     }
-    cleaning = {"parents": 4 * voxels * need.clean, "sizes": 4 * voxels * need.clean}
+    cleaning = {"parents": 4 * voxels * need.clean_up, "sizes": 4 * voxels * need.clean_up}
     kept = {
-        "scan": scan_bytes(need.channels),
+        "statistics": need.statistics_bytes,
         "image": 4 * need.channels * voxels,
         "importance": 4 * window,
         "flags": 4 * sum(len(plan.windows) for plan in plans),
@@ -149,50 +151,53 @@ def _plan(need: Need, batch: int, sparing: bool) -> MemoryPlan:
     }
     places, kept_bytes = _laid_out(kept)
     scratch_bytes = 0
-    refining = {"refine": refine_bytes(need.percentiles) if need.floating else 0}
+    refining = {"refine": need.refine_bytes}
     for together in (refining, network, cleaning):  # never needed at the same time
         laid, size = _laid_out(together)
         places |= {name: (kept_bytes + at, length) for name, (at, length) in laid.items()}
         scratch_bytes = max(scratch_bytes, size)
     one = ((4 if need.floating else 2) * need.channels + 1) * voxels
     return MemoryPlan(
-        batch,
-        chunk,
-        windows,
-        half_logits,
-        places,
-        kept_bytes + scratch_bytes,
-        3 * one,
-        need.engine_bytes,
+        batch=batch,
+        chunk=chunk,
+        windows=windows,
+        half_logits=half_logits,
+        places=places,
+        block_bytes=kept_bytes + scratch_bytes,
+        volume_bytes=3 * one,
+        engine_bytes=need.engine_bytes,
     )
 
 
-def least_plan(need: Need) -> MemoryPlan:
-    """The plan that takes least, with the smallest batch; logits in fp16 if that saves anything."""
+def smallest_plan(need: MemoryRequirements) -> MemoryPlan:
+    """Plan of least memory, with the smallest batch, and fp16 logits if that saves memory."""
     return min(_plans(need), key=lambda plan: (plan.total_bytes, plan.batch))
 
 
-def _plans(need: Need) -> Iterator[MemoryPlan]:
-    """The fastest, the same with fewer windows gathered at a time, and the one that takes least."""
+def _plans(need: MemoryRequirements) -> Iterator[MemoryPlan]:
+    """Plans from fastest to smallest: all windows, one batch at a time, the smallest batch."""
     yield _plan(need, need.batches[0], False)
     yield _plan(need, need.batches[0], True)
     yield _plan(need, need.batches[1], True)
 
 
-def plan_memory(need: Need, most_bytes: int | None, free_bytes: int | None = None) -> MemoryPlan:
-    """The fastest plan that fits.
+def plan_memory(
+    need: MemoryRequirements, max_memory_bytes: int | None, free_bytes: int | None = None
+) -> MemoryPlan:
+    """Select the fastest plan that fits.
 
     Args:
-        need: what is to be planned.
-        most_bytes: that it may take, or None.
-        free_bytes: of the device, with the engine and one volume on it; None if it is not known. If
-            not even the least plan fits there, it is given all the same, to be tried.
+        need: Requirements of the volume.
+        max_memory_bytes: Limit of the device memory; None for no limit.
+        free_bytes: Free device memory with the engine and one volume loaded; None if unknown. If
+            not even the smallest plan fits there, that plan is returned, to be tried all the same.
 
     Raises:
-        OutOfMemoryError: none does; it says the least that would do.
+        OutOfMemoryError: No plan fits the limit; the error states the smallest size needed.
     """
-    plans = [*_plans(need), least_plan(need)]
-    allowed = [p for p in plans if most_bytes is None or p.total_bytes <= most_bytes]
+    plans = [*_plans(need), smallest_plan(need)]
+    limit = max_memory_bytes
+    allowed = [p for p in plans if limit is None or p.total_bytes <= limit]
     for plan in allowed:
         to_come = plan.block_bytes + 2 * plan.volume_bytes // 3
         if free_bytes is None or to_come <= free_bytes:
@@ -202,23 +207,32 @@ def plan_memory(need: Need, most_bytes: int | None, free_bytes: int | None = Non
     plan, shape = plans[-1], "x".join(map(str, need.shape))
     raise OutOfMemoryError(
         f"a volume of {shape} takes at least {_in_words(plan.total_bytes)} of device memory, "
-        f"max-memory allows {_in_words(most_bytes or 0)}; raise it, or use --device cpu"
+        f"the limit is {_in_words(limit or 0)}",
+        "raise {}, or use {}",
+        Setting("max_memory_bytes"),
+        _ON_THE_CPU,
     )
 
 
 def explain_upload(volume_bytes: int, free_bytes: int) -> OutOfMemoryError:
-    """The error of a device that does not even hold the volume."""
+    """Error for a device without enough memory for the volume itself."""
     return OutOfMemoryError(
         f"a channel of the volume takes {_in_words(volume_bytes)} of device memory, "
-        f"{_in_words(free_bytes)} are free: {_ADVICE}"
+        f"{_in_words(free_bytes)} are free",
+        _ADVICE,
+        _ON_THE_CPU,
     )
 
 
-def explain_shortage(need: Need, tried: MemoryPlan, free_bytes: int) -> OutOfMemoryError:
-    """The error of a device on which even the least plan did not fit."""
+def explain_shortage(
+    need: MemoryRequirements, tried: MemoryPlan, free_bytes: int
+) -> OutOfMemoryError:
+    """Error for a device on which not even the smallest plan fits."""
     shape = "x".join(map(str, need.shape))
     return OutOfMemoryError(
         f"a volume of {shape} takes {_in_words(tried.total_bytes)} of device memory, and at least "
-        f"{_in_words(least_plan(need).total_bytes)} with the smallest batch; "
-        f"{_in_words(free_bytes)} are free: {_ADVICE}"
+        f"{_in_words(smallest_plan(need).total_bytes)} with the smallest batch; "
+        f"{_in_words(free_bytes)} are free",
+        _ADVICE,
+        _ON_THE_CPU,
     )

@@ -1,4 +1,4 @@
-"""Engines of host arrays in the place of engines on a device."""
+"""Engines on host arrays that stand in for engines on a device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.engines.base import Engine, EngineInfo
+from attnseg.runtime.engines.onnxruntime_cuda import OnnxRuntimeDeviceEngine
 
 
 class Through:
@@ -39,7 +40,7 @@ class Through:
         assert images.size_bytes == batch.nbytes
         self.device.download(images, batch)
         self.shapes.append(batch.shape)
-        with np.errstate(all="ignore"):  # places of the batch that hold no window hold anything
+        with np.errstate(all="ignore"):  # unused slots of a batch are uninitialised
             windows = batch.astype(np.float32)
             result = np.concatenate([self.engine.infer(window[None]) for window in windows])
             self.device.upload(np.ascontiguousarray(result.astype(kind)), logits)
@@ -54,3 +55,9 @@ class Halved:
     def infer(self, batch: np.ndarray) -> Any:
         rounded = batch.astype(np.float16).astype(np.float32)
         return self._engine.infer(rounded).astype(np.float16).astype(np.float32)
+
+
+class OnHost(OnnxRuntimeDeviceEngine):
+    """ONNX Runtime's engine for a device, bound to memory of the host."""
+
+    device_type = "cpu"

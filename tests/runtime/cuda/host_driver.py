@@ -1,7 +1,7 @@
-"""The part of the CUDA driver's interface that `CudaDevice` uses, on the memory of the host.
+"""A stand-in on host memory for the part of the CUDA driver API that `CudaDevice` uses.
 
-Streams do their work at once, kernels are those of `host_kernels`. Every call must fit the
-signature of the real function, and needs a current context where the real one does.
+Streams are synchronous, kernels are those of `host_kernels`. Every call must match the signature of
+the real function, and requires a current context where the real one does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HostDriver:
         self.contexts = [current] if current else []
         self.calls: list[str] = []
         self.primary_active = int(current == CONTEXT)
-        self.fails: dict[str, Any] = {}  # a function's next calls, and their errors
+        self.fails: dict[str, Any] = {}  # errors of the next calls, by function
         self.live: dict[int, np.ndarray] = {}
         self._kernels, self._memory = kernels, memory
         self._kept: list[Any] = []

@@ -1,4 +1,4 @@
-"""`kernels.cu` as host C++: the same bodies in a loop, on numpy memory."""
+"""`kernels.cu` compiled as host C++: the same kernel bodies in a loop, on numpy memory."""
 
 from __future__ import annotations
 

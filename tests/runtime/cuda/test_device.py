@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attnseg.runtime.cuda.device import HostDevice, Region
+from attnseg.runtime.cuda.device import Region
 from attnseg.runtime.errors import EngineError
+from tests.runtime.cuda.host_device import HostDevice
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.int16, np.uint8])

@@ -1,4 +1,4 @@
-"""Every kernel against numpy, scipy or the numpy executor; on the host, and on a card."""
+"""Every kernel compared with numpy, scipy or the numpy executor, on the host and on a GPU."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from attnseg.runtime.cleanup import remove_small_components
-from attnseg.runtime.cuda import kernels
-from attnseg.runtime.cuda.device import Device, HostDevice
-from attnseg.runtime.cuda.executor import _memory_order
-from attnseg.runtime.cuda.kernels import (
-    ARGUMENTS,
-    SOURCE,
-    Shape,
-    Strided,
-    Tiling,
-    Turn,
-    cached_kernels,
-    compile_kernels,
-)
+from attnseg.runtime.cuda import compiler, kernels
+from attnseg.runtime.cuda.compiler import cached_kernels, compile_kernels
+from attnseg.runtime.cuda.device import Device
+from attnseg.runtime.cuda.kernels import ARGUMENTS, SOURCE, Extent, LayoutArg, Tiling, TransformArg
+from attnseg.runtime.cuda.upload import memory_order
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.executor import WindowOptions, pad_image, sliding_window
-from attnseg.runtime.tta import PASSES, Fusion, Transform, argmax_classes
-from attnseg.runtime.windows import WindowPlan, importance_map, plan_windows
+from attnseg.runtime.geometry import AxisTransform, Layout, shape_of
+from attnseg.runtime.pipelines.sliding_window import sliding_window
+from attnseg.runtime.steps.cleanup import remove_small_components
+from attnseg.runtime.steps.tta import PASSES, Fusion, argmax_classes
+from attnseg.runtime.steps.windows import (
+    WindowOptions,
+    WindowPlan,
+    importance_map,
+    pad_image,
+    plan_windows,
+)
 from tests.conftest import LinearEngine
+from tests.runtime.cuda.host_device import HostDevice
 
 TRANSFORMS = [t for transforms in PASSES.values() for t in transforms]
-TRANSFORMS.append(Transform("all axes", axes=(2, 0, 1), flips=(0, 2)))
+TRANSFORMS.append(AxisTransform((2, 0, 1), flips=(0, 2)))
 IDENTITY = PASSES["none"][0]
 
 
@@ -62,21 +62,22 @@ VIEWS = {
 }
 
 
-def placed(view: np.ndarray) -> tuple[np.ndarray, Shape, Turn]:
-    """The memory of a view as it lies, its shape, and the turn from it to the view."""
-    order = _memory_order(view.strides, view.shape, view.itemsize)
+def placed(view: np.ndarray) -> tuple[np.ndarray, Extent, TransformArg]:
+    """The memory of a view as it lies, its shape, and the transform from it to the view."""
+    steps = [stride // view.itemsize for stride in view.strides]
+    order = memory_order(Layout(shape_of(view.shape), shape_of(steps)))
     assert order is not None
     memory = order[0].invert(view)
     assert order[1] == memory.shape and memory.flags.c_contiguous
     np.testing.assert_array_equal(order[0].apply(memory), view)
-    return memory, Shape.of(order[1]), Turn.of(order[0])
+    return memory, Extent.of(order[1]), TransformArg.of(order[0])
 
 
-def layout(array: np.ndarray) -> Strided:
+def layout(array: np.ndarray) -> LayoutArg:
     """How the elements of a view lie from its lowest address on."""
     steps = [s // array.itemsize for s in array.strides]
     offset = -sum(s * (n - 1) for s, n in zip(steps, array.shape, strict=True) if s < 0)
-    return Strided(offset, *steps)
+    return LayoutArg(offset, *steps)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -99,7 +100,7 @@ def test_keys_of_floats_are_in_their_order(device: Device) -> None:
     for value in values:
         counts, box = np.zeros(65536, np.int32), np.array([9, 9, 9, -1, -1, -1], np.int32)
         volume = np.array([0, value, -0.0], np.float32)
-        args = (volume, counts, box, Shape(3, 1, 1), Turn.of(IDENTITY))
+        args = (volume, counts, box, Extent(3, 1, 1), TransformArg.of(IDENTITY))
         run(device, "scan_float", 3, *args)
         assert box.tolist() == [1, 0, 0, 1, 0, 0] and counts.sum() == 1
         upper.append(int(np.argmax(counts)))
@@ -139,7 +140,7 @@ def test_the_box_goes_through_the_table(device: Device, view: str) -> None:
     image = np.empty((4, 3, 5), np.float32)
     turned = VIEWS[view](volume)
     (memory, _, _), how = placed(turned), layout(turned)
-    args = (memory, table, image, how, Shape.of(image.shape), Shape(3, 2, 1))
+    args = (memory, table, image, how, Extent.of(image.shape), Extent(3, 2, 1))
     run(device, "normalise", image.size, *args)
     np.testing.assert_array_equal(image, table[volume[3:7, 2:5, 1:6].astype(int) + 32768])
 
@@ -151,7 +152,7 @@ def test_floats_go_through_the_curve(device: Device, keep_zero: int) -> None:
     image = np.empty(8, np.float32)
     # Slopes are 8/3 and 2/3; beyond the ends they go on.
     expected = [-3 - 8 / 3, -3, -1, 0 if keep_zero else -1 / 3, 1, 4 / 3, 2, 2 + 2 / 3]
-    args = (volume, knots, image, Strided(0, 1, 1, 1), Shape(8, 1, 1), Shape(0, 0, 0))
+    args = (volume, knots, image, LayoutArg(0, 1, 1, 1), Extent(8, 1, 1), Extent(0, 0, 0))
     run(device, "normalise_float", 8, *args, 3, keep_zero)
     np.testing.assert_allclose(image, expected, rtol=1e-6)
 
@@ -171,21 +172,28 @@ def test_the_tiling_is_the_plan(
     image = np.zeros(shape, np.float32)
     image[tuple(voxel)] = 1
     flags = np.zeros(len(plan.windows), np.int32)
-    args = (image, flags, Shape.of(shape), Tiling.of(plan), Turn.of(IDENTITY), 1)
+    args = (image, flags, Extent.of(shape), Tiling.of(plan), TransformArg.of(IDENTITY), 1)
     run(host, "occupy", image.size, *args)
     at = voxel + plan.pad_before
     expected = [np.all(at >= w.start) and np.all(at < w.stop) for w in plan.windows]
     np.testing.assert_array_equal(flags > 0, expected)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
-def test_windows_with_content_are_found(device: Device, transform: Transform) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_windows_with_content_are_found(device: Device, transform: AxisTransform) -> None:
     image = np.zeros((2, 30, 25, 20), np.float32)
     image[1, 3:9, 20:24, 5] = 1
     turned = np.ascontiguousarray(transform.apply(image))
     plan = WindowOptions((8, 8, 8), 0.25).plan(turned.shape[1:])
     flags = np.zeros(len(plan.windows), np.int32)
-    args = (image, flags, Shape.of(image.shape[1:]), Tiling.of(plan), Turn.of(transform), 2)
+    args = (
+        image,
+        flags,
+        Extent.of(image.shape[1:]),
+        Tiling.of(plan),
+        TransformArg.of(transform),
+        2,
+    )
     run(device, "occupy", image[0].size, *args)
     padded = pad_image(turned, plan)
     expected = [padded[(slice(None), *w.slices())].any() for w in plan.windows]
@@ -194,21 +202,21 @@ def test_windows_with_content_are_found(device: Device, transform: Transform) ->
 
 
 def gathered(
-    device: Device, image: np.ndarray, transform: Transform, plan: WindowPlan, half: bool
+    device: Device, image: np.ndarray, transform: AxisTransform, plan: WindowPlan, half: bool
 ) -> np.ndarray:
     windows = np.arange(len(plan.windows), dtype=np.int32)
     kind = np.float16 if half else np.float32
     batch = np.empty((len(windows), len(image), *plan.window), kind)
-    shape, tiling = Shape.of(image.shape[1:]), Tiling.of(plan)
-    args = (image, batch, windows, shape, tiling, Turn.of(transform), len(image), int(half))
+    shape, tiling = Extent.of(image.shape[1:]), Tiling.of(plan)
+    args = (image, batch, windows, shape, tiling, TransformArg.of(transform), len(image), int(half))
     run(device, "gather", batch.size, *args)
     return batch
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_windows_of_the_turned_image_are_numpys(
-    device: Device, transform: Transform, half: bool
+    device: Device, transform: AxisTransform, half: bool
 ) -> None:
     image = np.random.default_rng(2).standard_normal((3, 11, 9, 5)).astype(np.float32)
     turned = transform.apply(image)
@@ -234,12 +242,16 @@ class Blender:
     def __init__(self, device: Device, shape: tuple[int, ...], classes: int, passes: int) -> None:
         self._device, self.count, self.passes, self.done = device, classes, passes, 0
         self.scores = np.zeros((classes, *shape), np.float32)
-        self.blended = np.empty((classes, *shape), np.float32)
         self.classes = np.empty(shape, np.uint8)
         self.not_finite = np.zeros(1, np.int32)
 
     def add(
-        self, logits: np.ndarray, places: np.ndarray, plan: WindowPlan, turn: Transform, vote: bool
+        self,
+        logits: np.ndarray,
+        places: np.ndarray,
+        plan: WindowPlan,
+        turn: AxisTransform,
+        vote: bool,
     ) -> None:
         run(
             self._device,
@@ -248,13 +260,12 @@ class Blender:
             logits,
             importance_map(plan.window),
             places,
-            self.blended,
             self.scores if self.passes > 1 else None,
             self.classes,
             self.not_finite,
-            Shape.of(self.classes.shape),
+            Extent.of(self.classes.shape),
             Tiling.of(plan),
-            Turn.of(turn),
+            TransformArg.of(turn),
             self.count,
             int(logits.dtype == np.float16),
             int(vote),
@@ -271,19 +282,25 @@ def everywhere(plan: WindowPlan) -> np.ndarray:
     return np.arange(len(plan.windows), dtype=np.int32)
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponential = np.exp(logits - logits.max(axis=0))
+    return exponential / exponential.sum(axis=0)
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
-def test_blending_is_the_numpy_executors_to_the_bit(device: Device, overlap: float) -> None:
+def test_blending_is_the_numpy_pipelines(device: Device, overlap: float) -> None:
+    """Classes to the bit; of the blended logits the first of two passes shows the softmax."""
     image = np.random.default_rng(3).standard_normal((3, 19, 13, 6)).astype(np.float32)
-    options = WindowOptions((8, 8, 8), overlap)
-    plan = options.plan(image.shape[1:])
+    plan = WindowOptions((8, 8, 8), overlap).plan(image.shape[1:])
     batch = gathered(device, image, IDENTITY, plan, half=False)
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-    blender = Blender(device, image.shape[1:], 4, 1)
-    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
-    expected = sliding_window(image, ENGINE, options)
-    np.testing.assert_array_equal(blender.blended, expected)
-    np.testing.assert_array_equal(blender.classes, argmax_classes(expected))
-    assert not blender.not_finite[0]
+    expected = sliding_window(image, ENGINE, plan)
+    single, first = (Blender(device, image.shape[1:], 4, passes) for passes in (1, 2))
+    single.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    np.testing.assert_array_equal(single.classes, argmax_classes(expected))
+    first.add(logits, everywhere(plan), plan, IDENTITY, vote=False)
+    np.testing.assert_allclose(first.scores, softmax(expected), rtol=1e-6, atol=1e-7)
+    assert not single.not_finite[0] and not first.not_finite[0]
 
 
 def test_half_logits_are_blended_in_fp32(device: Device) -> None:
@@ -296,18 +313,18 @@ def test_half_logits_are_blended_in_fp32(device: Device) -> None:
         ("fp16", logits.astype(np.float16)),
         ("rounded", logits.astype(np.float16).astype(np.float32)),
     ):
-        blender = Blender(device, (14, 8, 8), 2, 1)
-        blender.add(kept, everywhere(plan), plan, IDENTITY, vote=True)
-        found[name] = blender.blended
+        blender = Blender(device, (14, 8, 8), 2, 2)
+        blender.add(kept, everywhere(plan), plan, IDENTITY, vote=False)
+        found[name] = blender.scores
     np.testing.assert_array_equal(found["fp16"], found["rounded"])
-    assert np.abs(found["fp16"] - found["fp32"]).max() < 1e-3 * np.abs(found["fp32"]).max()
+    assert np.abs(found["fp16"] - found["fp32"]).max() < 1e-3
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4, 5, 8, 9, 32])
 def test_any_number_of_classes_is_argmaxed(device: Device, classes: int) -> None:
     plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
     logits = np.random.default_rng(6).standard_normal((1, classes, 8, 8, 8)).astype(np.float32)
-    logits[0, :, 0, 0, 0] = 7  # the first of equals
+    logits[0, :, 0, 0, 0] = 7  # a tie goes to the first class
     blender = Blender(device, (8, 8, 8), classes, 1)
     blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
     np.testing.assert_array_equal(blender.classes, logits[0].argmax(axis=0))
@@ -326,7 +343,7 @@ def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode
         batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
         blender.add(logits, everywhere(plan), plan, transform, mode == "vote")
-        fusion.add(transform.invert(sliding_window(np.ascontiguousarray(turned), ENGINE, options)))
+        fusion.add(transform.invert(sliding_window(np.ascontiguousarray(turned), ENGINE, plan)))
     np.testing.assert_array_equal(blender.classes, fusion.classes())
 
 
@@ -358,7 +375,7 @@ def cleaned(
     for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
         device.upload(array, buffer)
     pointers = [buffer.pointer for buffer in buffers]
-    args = kernels.LabelArgs(*pointers, Shape.of(classes.shape), min_voxels)
+    args = kernels.LabelArgs(*pointers, Extent.of(classes.shape), min_voxels)
     for name in kernels.LABELLING:
         device.launch(name, classes.size, args)
     for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
@@ -416,13 +433,13 @@ def test_a_snake_through_the_whole_volume_is_one_component(device: Device) -> No
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_labels_are_pasted_where_the_box_was(device: Device, view: str) -> None:
+def test_labels_are_restored_where_the_box_was(device: Device, view: str) -> None:
     classes = np.random.default_rng(7).integers(0, 4, (4, 3, 5)).astype(np.uint8)
     how = layout(VIEWS[view](np.zeros((9, 7, 8), np.uint8)))
     memory, counts = np.zeros(9 * 7 * 8, np.uint8), np.zeros(32, np.int32)
     values = (ctypes.c_ubyte * 32)(0, 1, 2, 4)
-    box, origin = Shape.of(classes.shape), Shape(3, 2, 1)
-    run(device, "paste", classes.size, classes, memory, counts, how, box, origin, values)
+    box, origin = Extent.of(classes.shape), Extent(3, 2, 1)
+    run(device, "restore", classes.size, classes, memory, counts, how, box, origin, values)
     x, y, z = np.ogrid[:9, :7, :8]
     found = memory[how.offset + x * how.x + y * how.y + z * how.z]
     expected = np.zeros((9, 7, 8), np.uint8)
@@ -470,7 +487,7 @@ def test_cubins_are_kept_and_damaged_ones_made_again(
     folder = tmp_path / "cache"
     first = cached_kernels("sm86", folder)
     (file,) = folder.iterdir()
-    monkeypatch.setattr(kernels, "compile_kernels", lambda _: b"compiled again")
+    monkeypatch.setattr(compiler, "compile_kernels", lambda _: b"compiled again")
     assert cached_kernels("sm86", folder) == first
     for damaged in (b"", b"x" * 10, file.read_bytes()[:-1]):
         file.write_bytes(damaged)
@@ -487,12 +504,12 @@ def test_several_processes_may_fill_the_cache_at_once(
     meeting = Barrier(4, timeout=60)
 
     def compile_together(_: str) -> bytes:
-        meeting.wait()  # none finds the other's file
+        meeting.wait()  # no thread finds the file of another
         return bytes(100_000)
 
-    monkeypatch.setattr(kernels, "compile_kernels", compile_together)
+    monkeypatch.setattr(compiler, "compile_kernels", compile_together)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: cached_kernels("sm86", tmp_path), range(4)))
     assert found == [bytes(100_000)] * 4
     assert len(list(tmp_path.iterdir())) == 1
-    assert cached_kernels("sm86", tmp_path) == bytes(100_000)  # nobody compiles now
+    assert cached_kernels("sm86", tmp_path) == bytes(100_000)  # from the cache

@@ -1,6 +1,6 @@
-"""What only a machine with a CUDA device can show: `pytest -m gpu` with the extra `gpu`.
+"""Tests that require a CUDA device: `pytest -m gpu`, with the extra `gpu` installed.
 
-The kernels' and the executor's own tests run there too: their fixture `device` is the card then.
+The tests of the kernels and the executor then run on the GPU too, by their fixture `device`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
+from attnseg.export.engines.tensorrt import PORTABLE_TARGET, BuildOptions
 from attnseg.export.export import ExportOptions, export_bundle
-from attnseg.export.tensorrt import PORTABLE_TARGET, BuildOptions
 from attnseg.runtime.cuda.cuda_device import CudaDevice
-from attnseg.runtime.cuda.device import DeviceArray, HostDevice
+from attnseg.runtime.cuda.device import DeviceArray
+from attnseg.runtime.cuda.gpu import Gpu, find_gpu
 from attnseg.runtime.engines.tensorrt import RTX_TARGETS
 from attnseg.runtime.errors import EngineError, OutOfMemoryError
-from attnseg.runtime.gpu import Gpu, find_gpu
 from attnseg.synthetic import SyntheticCase
-from tests.conftest import LinearEngine
+from tests.conftest import WEIGHTS, LinearEngine
 from tests.runtime.cuda.engines import Through
+from tests.runtime.cuda.host_device import HostDevice
 from tests.runtime.cuda.test_cuda_device import check_recording
-from tests.test_cli import WEIGHTS
 
 pytestmark = pytest.mark.gpu
 LINEAR = LinearEngine(np.random.default_rng(8).standard_normal((4, 4)))

@@ -1,10 +1,11 @@
-"""The GPU of this machine, by cuda-core (extra `gpu`)."""
+"""The GPU of this machine, found by cuda-core (extra `gpu`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnseg.runtime.errors import NotHereError
+from attnseg.runtime.errors import UnavailableError
+from attnseg.runtime.extras import install
 
 
 @dataclass(frozen=True)
@@ -12,18 +13,18 @@ class Gpu:
     """A CUDA device.
 
     Attributes:
-        name: as its maker calls it.
-        target: compute capability, `sm86` for 8.6.
-        memory_bytes: in all.
-        driver: CUDA version of the driver, `13.0`.
-        number: by which CUDA counts it.
+        name: Name of the product.
+        target: Compute capability, `sm86` for 8.6.
+        memory_bytes: Total device memory.
+        cuda_version: CUDA version that the driver supports, such as `13.0`.
+        ordinal: CUDA device ordinal.
     """
 
     name: str
     target: str
     memory_bytes: int
-    driver: str
-    number: int = 0
+    cuda_version: str
+    ordinal: int = 0
 
     @property
     def capability(self) -> str:
@@ -33,37 +34,37 @@ class Gpu:
     def __str__(self) -> str:
         return (
             f"{self.name}, compute capability {self.capability}, "
-            f"{self.memory_bytes / 2**30:.0f} GiB, driver for CUDA {self.driver}"
+            f"{self.memory_bytes / 2**30:.0f} GiB, driver for CUDA {self.cuda_version}"
         )
 
 
 def capability(target: str) -> str:
-    """`8.6` for `sm86`."""
+    """Compute capability with a dot: `8.6` for `sm86`."""
     return f"{target[2:-1]}.{target[-1]}"
 
 
 def find_gpu() -> Gpu:
-    """The CUDA device of the current context, or the first (see `CUDA_VISIBLE_DEVICES`).
+    """Find the CUDA device of the current context, or the first (see `CUDA_VISIBLE_DEVICES`).
 
     Raises:
-        NotHereError: cuda-core is missing, or there is no driver or no device.
+        UnavailableError: cuda-core is missing, or there is no driver or no device.
     """
     try:
         from cuda.bindings import driver
         from cuda.core import Device
     except ImportError as error:
-        raise NotHereError("cuda-core is not installed; pip install 'attnseg[gpu]'") from error
+        raise UnavailableError("cuda-core is not installed", install("gpu")) from error
     try:
         Device(0)  # starts CUDA
         status, current = driver.cuCtxGetDevice()
-        number = 0 if int(status) else int(current)
-        device = Device(number)
+        ordinal = 0 if int(status) else int(current)
+        device = Device(ordinal)
         _, memory_bytes = driver.cuDeviceTotalMem(device.device_id)
         _, version = driver.cuDriverGetVersion()
     except Exception as error:  # cuda-core's errors share no base but Exception
-        raise NotHereError(_why(error)) from error
+        raise UnavailableError(_why(error)) from error
     cuda = f"{version // 1000}.{version % 1000 // 10}"
-    return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda, number)
+    return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda, ordinal)
 
 
 def _why(error: Exception) -> str:

@@ -7,8 +7,8 @@ import cuda.core
 import pytest
 from cuda.bindings import driver
 
+from attnseg.runtime.cuda.gpu import Gpu, capability, find_gpu
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.gpu import Gpu, capability, find_gpu
 
 
 def devices(
@@ -40,7 +40,7 @@ def test_the_gpu_is_described_as_people_speak_of_it(monkeypatch: pytest.MonkeyPa
 
 def test_the_callers_gpu_is_the_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     devices(monkeypatch, current=3)
-    assert find_gpu().number == 3
+    assert find_gpu().ordinal == 3
 
 
 @pytest.mark.parametrize(("target", "expected"), [("sm86", "8.6"), ("sm120", "12.0")])
