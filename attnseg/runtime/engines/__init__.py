@@ -1,1 +1,1 @@
-"""Inference engines behind one contract; see `base`."""
+"""Inference engines behind one interface, see `attnseg.runtime.engines.base`."""

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: bf16 where the processor has it, static shapes."""
+"""OpenVINO on the CPU: bf16 where the CPU supports it, static shapes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError
+from attnseg.runtime.errors import EngineError, Setting
+from attnseg.runtime.extras import install
 
 _HINTS = {"bf16": "bf16", "fp32": "f32"}
 
 
 @cache
 def _core() -> Any:
-    """The one `openvino.Core` of the process, never freed.
+    """The only `openvino.Core` of the process, never freed.
 
-    Each gives its thread an alternate signal stack and unmaps it when freed. Where two are freed
-    in the order of their making, the thread keeps an unmapped one, and the next signal that
-    Python handles, a Ctrl-C for example, is a crash (seen in OpenVINO 2026.4).
+    Each core installs an alternate signal stack in its thread and unmaps it when freed. If two are
+    freed in the order of their creation, the thread is left with an unmapped stack, and the next
+    signal that Python handles, such as Ctrl-C, crashes the process (seen in OpenVINO 2026.4).
     """
     import openvino
 
@@ -29,28 +30,29 @@ def _core() -> Any:
 
 
 class OpenVinoEngine:
-    """Runs an ONNX graph by OpenVINO's CPU plugin, compiled for each batch shape it meets.
+    """Runs an ONNX graph on OpenVINO's CPU plugin, recompiled when the batch shape changes.
 
-    The precision is always set: left alone, OpenVINO takes bf16 wherever it is fast.
+    The precision is always set explicitly, as OpenVINO otherwise selects bf16 wherever it is fast.
     """
 
     def __init__(self, model: Path, precision: str, threads: int) -> None:
         """Open `model`.
 
         Raises:
-            EngineError: OpenVINO is missing, refuses the file, or the CPU has no bf16.
+            EngineError: OpenVINO is missing, rejects the file, or does not support the precision on
+                this CPU.
         """
         try:
             import openvino as ov
         except ImportError as error:
-            raise EngineError(
-                "engine openvino is not installed; pip install 'attnseg[cpu]'"
-            ) from error
+            raise EngineError("engine openvino is not installed", install("cpu")) from error
         self._ov = ov
         self._core = _core()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:
-            raise EngineError("this processor has no bf16 instructions; use --precision fp32")
+            raise EngineError(
+                "this processor has no bf16 instructions", "use {}", Setting("precision", "fp32")
+            )
         chosen = ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
         if chosen not in _HINTS:
             raise EngineError(f"engine openvino runs bf16 and fp32, got precision {precision}")

@@ -1,15 +1,13 @@
-"""TensorRT 10 and 11 and TensorRT-RTX: one adapter, as their bindings agree.
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX in one adapter, as their bindings are compatible.
 
-An engine file has one window and one batch size. It runs on the device's stream, on memory of the
-caller. What it does for one pair of addresses is recorded at the second time and repeated from then
-on (a CUDA graph), which spares the launches of its some sixty kernels.
+An engine file has a fixed window and batch size. It runs on the device's stream, on memory of the
+caller. The second run for a pair of input and output addresses is recorded as a CUDA graph and
+replayed from then on, which saves launching about sixty kernels one by one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -19,38 +17,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.bundle import EngineBuild
 from attnseg.runtime.cuda.device import Device, Region
+from attnseg.runtime.cuda.gpu import Gpu, capability, find_gpu
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError, NotHereError
-from attnseg.runtime.gpu import Gpu, capability, find_gpu
-from attnseg.runtime.windows import Shape
+from attnseg.runtime.errors import EngineError, Setting, UnavailableError
+from attnseg.runtime.extras import install
+from attnseg.runtime.files import write_file
+from attnseg.runtime.geometry import Shape
+from attnseg.runtime.model.manifest import EngineBuild, FileEntry
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
 _AMPERE = 80
-_MOST_RECORDED = 256  # pairs of addresses; what comes after them runs without a record
+_MOST_RECORDED = 256  # pairs of addresses; further pairs run without a CUDA graph
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX builds for by name."""
+"""Compute capabilities that TensorRT-RTX can be told to build for."""
 
 
 def load_library(builder: str) -> Any:
-    """The bindings' module.
+    """Import the Python bindings of a builder.
 
     Raises:
-        NotHereError: it is not installed, or its libraries do not load.
+        UnavailableError: The bindings are not installed, or their libraries do not load.
     """
     try:
-        return importlib.import_module(MODULES[builder])
+        return importlib.import_module(LIBRARIES[builder])
     except (ImportError, OSError) as error:
-        raise NotHereError(
-            f"{builder} is not installed; pip install 'attnseg[{EXTRAS[builder]}]'"
-        ) from error
+        raise UnavailableError(f"{builder} is not installed", install(EXTRAS[builder])) from error
 
 
 @cache
 def _logger(builder: str) -> Any:
-    """The one logger of a library: it keeps a pointer to the first that it is given, for ever."""
+    """The only logger of a library, which holds a pointer to its first logger until exit."""
     trt = load_library(builder)
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -71,36 +69,42 @@ def _runs_on(build: EngineBuild, gpu: Gpu) -> bool:
     return gpu.target == build.target
 
 
-def _advice(build: EngineBuild, gpu: Gpu) -> str:
-    """The options that build for this GPU."""
+def _rebuild(build: EngineBuild, gpu: Gpu) -> tuple[Setting, ...]:
+    """Export settings that build an engine for this GPU."""
     if build.builder == "tensorrt":
-        return f"--builder tensorrt on {gpu.name}"
-    known = gpu.target in RTX_TARGETS
-    return f"--target {gpu.target}" if known else "--compatible ampere+"
+        return (Setting("builder", "tensorrt"),)
+    if gpu.target in RTX_TARGETS:
+        return (Setting("target", gpu.target),)
+    return (Setting("compatibility", "ampere+"),)
 
 
 def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None) -> None:
-    """Refuse an engine file that this machine or request does not fit.
+    """Check that an engine file fits this machine and the request.
 
     Args:
-        build: of the file.
-        version: of the library that is installed.
-        gpu: of this machine.
-        window: that is asked for; None for any size.
+        build: Builder and target of the file.
+        version: Version of the installed library.
+        gpu: GPU of this machine.
+        window: Requested window in voxels along X, Y and Z; None for any size.
 
     Raises:
-        NotHereError: it was built for another window, GPU or version; says what to do.
+        UnavailableError: The file was built for another window, GPU or version.
     """
     if window != build.window:
         asked = "x".join(map(str, window)) if window else "any size"
-        raise NotHereError(
-            f"engine takes windows of {'x'.join(map(str, build.window))}, {asked} is asked for; "
-            "leave --window out or use a CPU engine"
+        raise UnavailableError(
+            f"engine takes windows of {'x'.join(map(str, build.window))}, {asked} is requested",
+            "leave {} out or use a CPU engine",
+            Setting("window"),
         )
     if not _runs_on(build, gpu):
-        raise NotHereError(
+        raise UnavailableError(
             f"engine was built for compute capability {capability(build.target)}, this GPU is "
-            f"{gpu.capability}; run attnseg export {_advice(build, gpu)}"
+            f"{gpu.capability}",
+            f"export the model on {gpu.name} with {{}}"
+            if build.builder == "tensorrt"
+            else "export the model with {}",
+            *_rebuild(build, gpu),
         )
     same = build.version == version
     if build.version_compatible:
@@ -108,50 +112,53 @@ def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None
             int(n) for n in version.split(".")[:2]
         ]
     if not same:
-        raise NotHereError(
-            f"engine was built with {build.builder} {build.version}, installed is {version}; run "
-            f"attnseg export --builder {build.builder} again, or pip install that version"
+        raise UnavailableError(
+            f"engine was built with {build.builder} {build.version}, installed is {version}",
+            "export the model again with {}, or pip install that version",
+            Setting("builder", build.builder),
         )
 
 
 def open_tensorrt(
-    file: Path,
-    build: EngineBuild,
-    precision: str,
-    window: Shape | None,
-    open_device: Callable[[], Device],
+    file: Path, entry: FileEntry, window: Shape | None, open_device: Callable[[], Device]
 ) -> TensorRtEngine:
     """Open an engine file of a bundle on this machine's GPU.
 
     Args:
-        file: the engine.
-        build: what it was built for.
-        precision: of its network.
-        window: that it must take; None for any size.
-        open_device: opens the GPU; called when the file fits it.
+        file: Engine file.
+        entry: Entry of the file in the manifest.
+        window: Window in voxels along X, Y and Z that it must support; None for any size.
+        open_device: Function that opens the GPU; called only if the file fits it.
 
     Raises:
-        EngineError: there is no GPU or no library, the file is for another one, or the library
-            refuses it.
+        EngineError: There is no GPU or no library, the file was built for another one, or the
+            library rejects it.
     """
-    gpu = find_gpu()
+    gpu, build = find_gpu(), entry.engine
+    assert build is not None, "the manifest has it for files of role engine"
     library = load_library(build.builder)
     check_build(build, library.__version__, gpu, window)
-    return TensorRtEngine(file, build, precision, open_device(), library, _cache_file(file, build))
+    return TensorRtEngine(
+        file,
+        build,
+        str(entry.precision),
+        device=open_device(),
+        library=library,
+        cache_file=_cache_file(entry.sha256, build),
+    )
 
 
-def _cache_file(file: Path, build: EngineBuild) -> Path | None:
-    """Where TensorRT-RTX keeps the kernels that it compiled for an engine on this machine."""
+def _cache_file(sha256: str, build: EngineBuild) -> Path | None:
+    """Cache file for the kernels that TensorRT-RTX compiles for an engine; None for TensorRT."""
     if build.builder != "tensorrt-rtx":
         return None
     from platformdirs import user_cache_path
 
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return Path(user_cache_path("attnseg")) / f"{digest}-{build.version}.runtime-cache"
+    return Path(user_cache_path("attnseg")) / f"{sha256[:16]}-{build.version}.runtime-cache"
 
 
 class TensorRtEngine:
-    """Runs an engine file by TensorRT or TensorRT-RTX."""
+    """Runs an engine file with TensorRT or TensorRT-RTX."""
 
     def __init__(
         self,
@@ -165,24 +172,25 @@ class TensorRtEngine:
         """Load the file on a device.
 
         Args:
-            file: the engine.
-            build: what it takes.
-            precision: of its network.
-            device: where it runs.
-            library: `tensorrt` or `tensorrt_rtx_bindings`.
-            cache_file: for what TensorRT-RTX compiles at the first run; None for no cache.
+            file: Engine file.
+            build: Builder and target of the file.
+            precision: Precision of the network.
+            device: Device that runs it.
+            library: Bindings, `tensorrt` or `tensorrt_rtx_bindings`.
+            cache_file: Cache file for the kernels that TensorRT-RTX compiles in the first run; None
+                for no cache.
 
         Raises:
-            EngineError: the library refuses the file, or it is not of one input and one output.
+            EngineError: The library rejects the file, or it does not have one input and one output.
         """
         self._file, self._device, self._library = file, device, library
         self._log = _logger(build.builder)
         self._cache_file = cache_file
-        self._cache: Any = None  # the context uses it as long as it lives
+        self._cache: Any = None  # must live as long as the context
         self._kept = False
         self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
         self.batches = (build.batch, build.batch)
-        self._own: list[Region] = []  # memory of `infer`
+        self._own: list[Region] = []  # device memory of `infer`
         self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
         self._log.error = ""
         try:
@@ -213,18 +221,18 @@ class TensorRtEngine:
         if self._cache_file is None:
             return self._engine.create_execution_context()
         self._config = config = self._engine.create_runtime_config()
-        # The first run, on the golden window, must run the kernels that all later ones run.
+        # The first run, on the golden window, must use the same kernels as all later runs.
         strategies = self._library.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._cache = config.create_runtime_cache()
         if self._cache_file.exists():
-            # A cache of another driver or GPU is refused by the library and made anew.
+            # The library rejects and recreates a cache of another driver or GPU.
             self._cache.deserialize(self._cache_file.read_bytes())
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
     def _connect(self, build: EngineBuild) -> None:
-        """Give the engine its window, and memory for input and output."""
+        """Set the input shape, and allocate host arrays for input and output."""
         library, engine = self._library, self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         ends = {
@@ -233,14 +241,14 @@ class TensorRtEngine:
         }
         inputs, outputs = ends.values()
         if len(inputs) != 1 or len(outputs) != 1:
-            raise EngineError(f"{self._file.name}: has not one input and one output")
+            raise EngineError(f"{self._file.name}: does not have one input and one output")
         channels = engine.get_tensor_shape(inputs[0])[1]
         if not self._context.set_input_shape(inputs[0], (build.batch, channels, *build.window)):
             raise self._failure("does not take the window of the manifest")
         self._names = inputs[0], outputs[0]
         self._arrays = [self._host_array(name) for name in self._names]
         if self._arrays[0].dtype != self._arrays[1].dtype:
-            raise EngineError(f"{self._file.name}: its input and output are not of one type")
+            raise EngineError(f"{self._file.name}: its input and output differ in data type")
 
     def _host_array(self, name: str) -> NDArray[Any]:
         types = {self._library.DataType.HALF: np.float16, self._library.DataType.FLOAT: np.float32}
@@ -251,22 +259,22 @@ class TensorRtEngine:
 
     @property
     def device(self) -> Device:
-        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        """See `attnseg.runtime.engines.device.DeviceEngine`."""
         return self._device
 
     @property
     def classes(self) -> int:
-        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        """See `attnseg.runtime.engines.device.DeviceEngine`."""
         return int(self._arrays[1].shape[1])
 
     @property
     def half(self) -> bool:
-        """See `attnseg.runtime.engines.base.DeviceEngine`."""
+        """See `attnseg.runtime.engines.device.DeviceEngine`."""
         return self._arrays[0].dtype == np.float16
 
     @property
     def memory_bytes(self) -> int:
-        """Its activations, and its file, which is mostly weights."""
+        """Size of the activations and of the engine file, which is mostly weights."""
         return int(self._engine.device_memory_size_v2) + self._file.stat().st_size
 
     def _execute(self, images: int, logits: int, stream: int) -> None:
@@ -278,11 +286,11 @@ class TensorRtEngine:
             raise self._failure("failed")
 
     def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
-        """See `attnseg.runtime.engines.base.DeviceEngine.enqueue`."""
+        """See `attnseg.runtime.engines.device.DeviceEngine.enqueue`."""
         if tuple(shape) != self._arrays[0].shape:
             raise self._refused(shape)
         key = images.pointer, logits.pointer
-        if key not in self._recorded:  # the first run may set things up, and is not recorded
+        if key not in self._recorded:  # the first run may initialise state; it is not recorded
             if len(self._recorded) < _MOST_RECORDED:
                 self._recorded[key] = None
             self._execute(*key, self._device.stream)
@@ -321,15 +329,10 @@ class TensorRtEngine:
         return result
 
     def _keep_cache(self) -> None:
-        """Write what was compiled, once; without a place for it the next start is slower only."""
+        """Write the compiled kernels, once; if that fails, only the next start is slower."""
         if self._cache is None or self._cache_file is None or self._kept:
             return
         self._kept = True
-        part = self._cache_file.with_name(f"{self._cache_file.name}.{os.getpid()}.part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(bytes(self._cache.serialize()))
-            os.replace(part, self._cache_file)
-        except OSError:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self._cache_file, bytes(self._cache.serialize()))

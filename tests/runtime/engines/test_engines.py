@@ -13,11 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from attnseg import Bundle
-from attnseg.runtime.cuda.device import HostDevice, Region
+from attnseg.runtime.cuda.device import Region
 from attnseg.runtime.engines import openvino as openvino_engine
-from attnseg.runtime.engines.cpu import ENGINES, installed_engines, open_engine
-from attnseg.runtime.engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxSession
-from attnseg.runtime.errors import EngineError, OutOfMemoryError
+from attnseg.runtime.engines.cpu import CPU_ENGINES, installed_engines, open_engine
+from attnseg.runtime.engines.onnxruntime import OnnxSession
+from attnseg.runtime.errors import ConfigError, EngineError, OutOfMemoryError
+from tests.runtime.cuda.engines import OnHost
+from tests.runtime.cuda.host_device import HostDevice
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def doubling(tmp_path: Path) -> Path:
     return tmp_path / "doubling.onnx"
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_each_engine_runs_batches_of_any_shape(doubling: Path, name: str) -> None:
     engine = open_engine(name, doubling, "fp32", 1)
     for shape in ((1, 2, 4, 5, 6), (3, 2, 4, 5, 6), (1, 2, 7, 2, 2), (1, 2, 4, 5, 6)):
@@ -59,7 +61,7 @@ def test_onnxruntime_runs_on_memory_of_a_device(doubling: Path, kind: int) -> No
     device = HostDevice()
     session = OnnxSession(doubling, {}, ["CPUExecutionProvider"])
     precision = "fp16" if kind == TensorProto.FLOAT16 else "fp32"
-    engine = OnnxRuntimeDeviceEngine(session, precision, device, limit=9)
+    engine = OnHost(session, precision, device, max_memory_bytes=9)
     assert engine.half == (precision == "fp16")
     assert (engine.batches, engine.memory_bytes) == ((4, 1), 9)
     for batch in (1, 4, 3):
@@ -76,7 +78,7 @@ def test_onnxruntime_runs_on_memory_of_a_device(doubling: Path, kind: int) -> No
         engine.infer(np.zeros((1, 3, 4, 4, 4), np.float32))
 
 
-def engine_type(engine: OnnxRuntimeDeviceEngine) -> type:
+def engine_type(engine: OnHost) -> type:
     return np.float16 if engine.half else np.float32
 
 
@@ -103,18 +105,18 @@ def test_a_shortage_of_memory_in_onnxruntime_is_told_as_one(
     session._session = Failing()
     region = Region(0, 2 * 27 * 4, HostDevice().allocate(1))
     with pytest.raises(kind, match=r"failed on a batch of shape \(1, 2, 3, 3, 3\)") as caught:
-        session.run_on(HostDevice(), region, region, (1, 2, 3, 3, 3))
+        OnHost(session, "fp32", HostDevice()).enqueue(region, region, (1, 2, 3, 3, 3))
     assert type(caught.value) is kind
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_a_batch_that_does_not_fit_is_one_clear_error(doubling: Path, name: str) -> None:
     engine = open_engine(name, doubling, "fp32", 1)
     with pytest.raises(EngineError, match=r"failed on a batch of shape \(1, 3, 4, 4, 4\)"):
         engine.infer(np.zeros((1, 3, 4, 4, 4), np.float32))
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / "broken.onnx"
     file.write_bytes(b"this is no protobuf")
@@ -122,28 +124,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, name: str) -> None:
         open_engine(name, file, "fp32", 1)
 
 
-def test_auto_takes_the_first_that_is_installed(
-    doubling: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert open_engine("auto", doubling, "fp32", 1).info.name == "openvino"
-    monkeypatch.setattr(
-        "attnseg.runtime.engines.cpu.installed_engines",
-        lambda: {"openvino": None, "onnxruntime": "1"},
-    )
-    assert open_engine("auto", doubling, "fp32", 1).info.name == "onnxruntime"
-
-
-def test_without_an_engine_the_extra_is_named(
-    doubling: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "attnseg.runtime.engines.cpu.installed_engines", lambda: dict.fromkeys(ENGINES)
-    )
-    with pytest.raises(EngineError, match=r"pip install 'attnseg\[cpu\]'"):
-        open_engine("auto", doubling, "auto", 1)
-
-
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_a_named_engine_that_is_missing_names_the_extra(
     doubling: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,23 +134,12 @@ def test_a_named_engine_that_is_missing_names_the_extra(
 
 
 def test_unknown_engines_and_precisions_are_refused(doubling: Path) -> None:
-    with pytest.raises(EngineError, match="engine cudnn does not exist; choose auto, openvino"):
+    with pytest.raises(ConfigError, match="engine cudnn does not exist; choose openvino, onnx"):
         open_engine("cudnn", doubling, "auto", 1)
-    with pytest.raises(EngineError, match="precision int4 does not exist"):
+    with pytest.raises(ConfigError, match="precision int4 does not exist"):
         open_engine("openvino", doubling, "int4", 1)
-    with pytest.raises(EngineError, match="use --precision fp32 or --engine openvino"):
+    with pytest.raises(EngineError, match="use precision='fp32' or engine='openvino'"):
         open_engine("onnxruntime", doubling, "bf16", 1)
-
-
-def test_auto_falls_through_to_an_engine_that_opens(
-    doubling: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr(
-        "attnseg.runtime.engines.cpu.installed_engines",
-        lambda: {"openvino": "broken", "onnxruntime": "1"},
-    )
-    assert open_engine("auto", doubling, "auto", 1).info.name == "onnxruntime"
 
 
 def has_bf16() -> bool:
@@ -179,7 +149,7 @@ def has_bf16() -> bool:
 def test_bf16_runs_in_bf16_where_the_processor_has_it() -> None:
     model = Bundle.default().file("onnx")
     if not has_bf16():
-        with pytest.raises(EngineError, match="no bf16 instructions; use --precision fp32"):
+        with pytest.raises(EngineError, match="no bf16 instructions; use precision='fp32'"):
             open_engine("openvino", model, "bf16", 1)
         assert open_engine("openvino", model, "auto", 1).info.precision == "fp32"
         return
@@ -201,7 +171,7 @@ def test_a_processor_without_bf16_is_told_so(
             return ["FP32"]
 
     monkeypatch.setattr(openvino_engine, "_core", Plain)
-    with pytest.raises(EngineError, match="no bf16 instructions; use --precision fp32"):
+    with pytest.raises(EngineError, match="no bf16 instructions; use precision='fp32'"):
         open_engine("openvino", doubling, "bf16", 1)
     assert open_engine("openvino", doubling, "auto", 1).info.precision == "fp32"
 
@@ -221,7 +191,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_a_signal_after_engines_were_freed_is_handled(doubling: Path, name: str) -> None:
     command = [sys.executable, "-c", SIGNAL_AFTER_ENGINES, name, str(doubling)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -12,12 +12,13 @@ import pytest
 import tensorrt_rtx_bindings
 from onnx import TensorProto, helper
 
-from attnseg.runtime.bundle import EngineBuild
-from attnseg.runtime.cuda.device import HostDevice, Region
+from attnseg.runtime.cuda.device import Region
+from attnseg.runtime.cuda.gpu import Gpu
 from attnseg.runtime.engines import tensorrt
 from attnseg.runtime.engines.tensorrt import TensorRtEngine, check_build
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.gpu import Gpu
+from attnseg.runtime.model.manifest import EngineBuild
+from tests.runtime.cuda.host_device import HostDevice
 
 WINDOW = (4, 5, 6)
 
@@ -174,7 +175,14 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
 def engine(folder: Path, content: bytes, cache: Path | None = None, **changes: Any) -> Any:
     file = folder / "model.tensorrt-rtx"
     file.write_bytes(content)
-    return TensorRtEngine(file, build(**changes), "fp16", HostDevice(), StandIn, cache)
+    return TensorRtEngine(
+        file,
+        build(**changes),
+        "fp16",
+        device=HostDevice(),
+        library=StandIn,
+        cache_file=cache,
+    )
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
@@ -200,7 +208,7 @@ class Recording(HostDevice):
     def recorded(self, work: Any) -> Any:
         def repeat() -> None:
             self.repeated += 1
-            work(8)  # another stream than the device's, on which nothing else runs
+            work(8)  # a stream other than the device's, otherwise idle
 
         return repeat
 
@@ -208,7 +216,7 @@ class Recording(HostDevice):
 def test_work_on_the_same_memory_is_recorded_at_the_second_time(tmp_path: Path) -> None:
     device = Recording()
     (tmp_path / "model").write_bytes(plan(TensorProto.FLOAT16))
-    opened = TensorRtEngine(tmp_path / "model", build(), "fp16", device, StandIn)
+    opened = TensorRtEngine(tmp_path / "model", build(), "fp16", device=device, library=StandIn)
     assert opened.half and opened.batches == (2, 2)
     assert opened.memory_bytes == 1000 + len(plan(TensorProto.FLOAT16))
     size = 2 * 2 * 2 * 4 * 5 * 6
@@ -317,18 +325,22 @@ def test_an_engine_for_this_gpu_version_and_window_is_taken() -> None:
         (
             {},
             "sm89",
-            "built for compute capability 8.6, this GPU is 8.9; run attnseg export --target sm89",
+            "compute capability 8.6, this GPU is 8.9; export the model with target='sm89'",
         ),
-        ({}, "sm90", "this GPU is 9.0; run attnseg export --compatible ampere"),
-        ({}, "sm120", "capability 8.6, this GPU is 12.0; run attnseg export --target sm120"),
+        ({}, "sm90", "this GPU is 9.0; export the model with compatibility='ampere"),
+        ({}, "sm120", "capability 8.6, this GPU is 12.0; export the model with target='sm120'"),
         (
             {"builder": "tensorrt", "compatibility": "ampere+"},
             "sm75",
-            "8.6, this GPU is 7.5; run attnseg export --builder tensorrt on RTX",
+            "8.6, this GPU is 7.5; export the model on RTX with builder='tensorrt'",
         ),
-        ({"version": "1.6.0"}, "sm86", "built with tensorrt-rtx 1.6.0, installed is 1.7.1; run"),
+        (
+            {"version": "1.6.0"},
+            "sm86",
+            "rtx 1.6.0, installed is 1.7.1; export the model again",
+        ),
         ({"version": "1.8.0", "version_compatible": True}, "sm86", "1.8.0, installed is 1.7.1"),
-        ({"window": (8, 8, 8)}, "sm86", "takes windows of 8x8x8, 4x5x6 is asked for; leave"),
+        ({"window": (8, 8, 8)}, "sm86", "takes windows of 8x8x8, 4x5x6 is requested; leave"),
     ],
 )
 def test_an_engine_for_something_else_is_refused_in_words(
@@ -339,5 +351,5 @@ def test_an_engine_for_something_else_is_refused_in_words(
 
 
 def test_one_pass_over_the_brain_is_no_window_of_an_engine() -> None:
-    with pytest.raises(EngineError, match=r"windows of 4x5x6, any size is asked for"):
+    with pytest.raises(EngineError, match=r"windows of 4x5x6, any size is requested"):
         check_build(build(), "1.7.1", gpu("sm86"), None)
