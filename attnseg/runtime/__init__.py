@@ -1,1 +1,1 @@
-"""The runtime: from scans to labels with numpy and one inference engine, without PyTorch."""
+"""Inference runtime: scans to labels with NumPy and one inference engine, without PyTorch."""

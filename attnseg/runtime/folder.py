@@ -1,55 +1,52 @@
-"""A folder of cases: each is read, segmented and written; a bad one does not stop the rest."""
+"""Segmentation of a list of cases; a failed case does not stop the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from attnseg.runtime.clock import StageClock
+from attnseg.runtime.case.nifti import encode_labels, read_volume
+from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import AttnsegError, OutputError
-from attnseg.runtime.outputs import (
-    earlier_report,
-    encode_report,
-    make_report,
-    output_names,
-    write_files,
-)
-from attnseg.runtime.picture import render_picture
-from attnseg.runtime.scans import Case
-from attnseg.runtime.segmenter import Pending, Segmenter, Staged
-from attnseg.runtime.volume import encode_labels, read_volume
+from attnseg.runtime.pipelines.base import Pending, Staged
+from attnseg.runtime.results.output import write_results
+from attnseg.runtime.results.picture import render_picture
+from attnseg.runtime.results.provenance import Provenance
+from attnseg.runtime.results.report import earlier_report, encode_report, make_report, output_names
+from attnseg.runtime.segmenter import Segmenter
+from attnseg.runtime.steps.clock import StageClock
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of a case.
+    """Result of one case.
 
     Attributes:
-        name: of the case.
-        status: `done`, `skipped` because it was finished before, or `failed`.
-        report: of a case that is done or was skipped.
-        note: why it failed, in one line.
-        error: the same with its traceback.
+        name: Name of the case.
+        status: `done`, `skipped` (already finished by an earlier run) or `failed`.
+        report: Report of a case that is done or skipped; empty for a failed one.
+        note: Reason of the failure in one line, empty otherwise.
+        error: Exception of a failed case, with its traceback; None otherwise.
     """
 
     name: str
     status: Literal["done", "skipped", "failed"]
     report: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    error: Exception | None = None
+    error: AttnsegError | None = None
 
 
 class Listener(Protocol):
-    """Told how a folder goes on."""
+    """Receiver of progress notifications."""
 
     def case_started(self, name: str) -> None:
-        """A case is about to be segmented."""
+        """Called before a case is segmented."""
 
     def case_advanced(self, share: float) -> None:
-        """The share of the network's work on it that is done, 0 to 1."""
+        """Called with the fraction of the network's work on the case that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +58,23 @@ class _Loaded:
 def _load(case: Case, segmenter: Segmenter) -> _Loaded:
     clock = StageClock()
     with clock.stage("load"):
-        volume = read_volume(case.files, segmenter.threads)
+        volume = read_volume(case.files, segmenter.plan.threads)
     return _Loaded(segmenter.stage(volume), clock.elapsed_ms["load"])
 
 
 def _check_output(case: Case, output: Path) -> None:
-    """Refuse to write beside the scan, where `CASE_seg.nii.gz` is the name of expert labels."""
+    """Reject the scan's own folder, where `CASE_seg.nii.gz` is the name of expert labels."""
     if case.folder.resolve() == output.resolve():
         raise OutputError(
-            f"{output}: is the folder of case {case.name}, whose label file could be overwritten; "
-            "choose another folder with -o"
+            f"{output}: is the folder of case {case.name}, whose label file could be overwritten",
+            "choose another output folder",
         )
 
 
 def _finish(
     case: Case, loaded: _Loaded, pending: Pending, segmenter: Segmenter, output: Path
 ) -> CaseResult:
-    """Write the files of a case that was segmented."""
+    """Wait for the segmentation of a case and write its result files."""
     clock = StageClock()
     clock.elapsed_ms["load"] = loaded.elapsed_ms
     volume, names = loaded.staged.volume, output_names(case.name)
@@ -86,28 +83,37 @@ def _finish(
     with clock.stage("encode"):
         labels = encode_labels(result.labels, volume)
     with clock.stage("picture"):
-        manifest = segmenter.bundle.manifest
-        picture = render_picture(volume, result.labels, manifest, case.name)
-    report = make_report(case, volume, result, segmenter, labels, clock.elapsed_ms)
+        picture = render_picture(volume, result.labels, segmenter.bundle.manifest, case.name)
+    timed = replace(result, elapsed_ms=clock.elapsed_ms)
+    provenance = Provenance(segmenter.bundle, result.engine, segmenter.plan.settings())
+    report = make_report(case, volume, timed, provenance, labels)
     contents = (labels, picture, encode_report(report))
-    write_files(output, dict(zip(names.values(), contents, strict=True)))
+    write_results(output, dict(zip(names.values(), contents, strict=True)))
     return CaseResult(case.name, "done", report)
 
 
-def _failed(case: Case, error: Exception) -> CaseResult:
+def case_error(case: Case, error: Exception) -> AttnsegError:
+    """Convert an exception of a case to an `AttnsegError`; those are returned unchanged."""
     if isinstance(error, AttnsegError):
-        note = str(error)
-    elif isinstance(error, MemoryError):
-        note = f"{case.folder}: not enough memory; close other programs or use a smaller window"
+        return error
+    if isinstance(error, MemoryError):
+        cause, mend = "not enough memory", "close other programs or use a smaller window"
     else:
-        note = f"{case.folder}: unexpected {type(error).__name__} ({error}); see --debug"
-    return CaseResult(case.name, "failed", note=note, error=error)
+        cause, mend = f"unexpected {type(error).__name__} ({error})", ""
+    found = AttnsegError(f"{case.folder}: {cause}", mend)
+    found.__cause__ = error
+    return found
+
+
+def _failed(case: Case, error: Exception) -> CaseResult:
+    found = case_error(case, error)
+    return CaseResult(case.name, "failed", note=str(found), error=found)
 
 
 def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
-    """What an earlier run left of a case: finished, in the way, or nothing."""
+    """Result of an earlier run: `skipped`, `failed` if it conflicts, None if unfinished."""
     try:
-        report = earlier_report(output, case, segmenter)
+        report = earlier_report(output, case, segmenter.provenance)
     except AttnsegError as error:
         return _failed(case, error)
     return CaseResult(case.name, "skipped", report) if report else None
@@ -116,13 +122,13 @@ def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | Non
 def _loaded_ahead(
     cases: Sequence[Case], segmenter: Segmenter
 ) -> Iterator[tuple[Case, Future[_Loaded]]]:
-    """Each case with its volume, which is read while the one before it is segmented."""
+    """Cases with their volumes; each is read while the previous case is segmented."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(_load, cases[0], segmenter) if cases else None
         for index, case in enumerate(cases):
             assert ahead is not None
             current, ahead = ahead, None
-            current.exception()  # wait, so that no more volumes than one wait in memory
+            current.exception()  # wait, so that at most one volume is held ahead
             if index + 1 < len(cases):
                 ahead = pool.submit(_load, cases[index + 1], segmenter)
             yield case, current
@@ -131,7 +137,7 @@ def _loaded_ahead(
 def _results(
     cases: Sequence[Case], segmenter: Segmenter, output: Path, listener: Listener
 ) -> Iterator[Future[CaseResult]]:
-    """Each case's result, whose files are written while the next case is segmented."""
+    """Results of the cases; files are written while the next case is segmented."""
 
     def finish(case: Case, loaded: _Loaded, pending: Pending) -> CaseResult:
         try:
@@ -159,16 +165,19 @@ def segment_folder(
     listener: Listener,
     overwrite: bool = False,
 ) -> Iterator[CaseResult]:
-    """Segment cases one after the other, and give each result as it comes.
+    """Segment cases in order, and yield each result as soon as it is available.
 
-    One case is read and one is written while a third is segmented.
+    Reading, segmenting and writing of consecutive cases overlap.
 
     Args:
-        cases: in the order to take them.
-        segmenter: the model and options.
-        output: folder for the result files; must exist.
-        listener: told of progress.
-        overwrite: take finished cases again instead of skipping them.
+        cases: Cases in processing order.
+        segmenter: Segmenter that runs the model.
+        output: Folder for the result files; must exist.
+        listener: Receiver of progress notifications.
+        overwrite: Whether finished cases are segmented again instead of skipped.
+
+    Yields:
+        Result of each case; skipped cases, and those with a conflicting result, come first.
     """
     pending = []
     for case in cases:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.bundle import default_folder
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
+from attnseg.runtime.model.bundle import default_folder
 from attnseg.synthetic import SyntheticCase
 
 FP32 = SegmentOptions(precision="fp32")
@@ -100,8 +100,8 @@ def test_every_option_finds_the_same_tumour(
 ) -> None:
     expected = segmenter.segment(volume).labels > 0
     result = Segmenter(options=options).segment(volume).labels > 0
-    # A turn that is not undone or a window put elsewhere falls far below; another window than the
-    # one trained on changes what the attention averages over, and so the border of the tumour.
+    # A transform that is not inverted, or a misplaced window, scores far lower. A window size other
+    # than that of training changes what the attention averages over, and so the tumour's border.
     assert dice(result, expected) > 0.75
 
 
@@ -127,7 +127,7 @@ def test_progress_ends_at_one(segmenter: Segmenter, volume: Volume) -> None:
 
 def test_stages_are_timed(segmenter: Segmenter, volume: Volume) -> None:
     stages = set(segmenter.segment(volume).elapsed_ms)
-    assert stages == {"check", "normalise", "blend", "network", "fuse", "clean-up", "paste"}
+    assert stages == {"check", "preprocess", "blend", "network", "fuse", "clean-up", "restore"}
 
 
 def test_unusable_volumes_are_refused(segmenter: Segmenter, volume: Volume) -> None:
@@ -143,7 +143,7 @@ def test_unusable_volumes_are_refused(segmenter: Segmenter, volume: Volume) -> N
         (SegmentOptions(window=60), "window must be full or a multiple of 16 voxels, got 60"),
         (SegmentOptions(window=0), "window must be full or a multiple of 16"),
         (SegmentOptions(overlap=1.0), "overlap must be at least 0 and below 1"),
-        (SegmentOptions(min_voxels=-1), "min-voxels must be at least 0"),
+        (SegmentOptions(min_voxels=-1), "min_voxels must be at least 0"),
         (SegmentOptions(threads=0), "threads must be at least 1"),
         (SegmentOptions(tta="twice"), "tta twice does not exist"),
         (SegmentOptions(fuse="sum"), "fuse sum does not exist"),
@@ -170,7 +170,7 @@ def test_a_manifest_with_other_labels_than_the_network_is_refused(
     manifest["labels"] = manifest["labels"][:3]
     manifest["regions"] = {"WT": [1, 2]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="gives 4 classes, its manifest names 3 labels"):
+    with pytest.raises(BundleError, match="returns 4 classes, its manifest names 3 labels"):
         Segmenter(Bundle.load(folder), FP32).segment(volume)
 
 
@@ -186,7 +186,7 @@ class Stub:
         self.shapes.append(batch.shape)
         logits = np.zeros((1, 4, *batch.shape[2:]), np.float32)
         half = batch.shape[2] // 2
-        # The first half along X is class 1, barely; the second is class 2, surely.
+        # The first half along X is class 1, by a small margin; the second, class 2, by a large one.
         logits[0, 1, :half] = 0.1
         logits[0, 2, half:] = 9
         return logits
@@ -217,9 +217,9 @@ def test_the_full_window_runs_once_and_is_padded() -> None:
 
 
 def test_vote_and_mean_are_two_things() -> None:
-    # Identity says 1 then 2 along the model's X; the mirror says 2 then 1. One vote each, so the
-    # tie goes to the surer class 2 everywhere, by vote and by mean. With the rotation, a third
-    # vote that is unsure about class 1 wins the vote where it agrees, and not the mean.
+    # Identity predicts 1 then 2 along the model's X; the mirror predicts 2 then 1. The tie of one
+    # vote each goes to class 2, of higher probability, by vote and by mean. The rotation adds a
+    # third vote: where it is class 1, by a small margin, class 1 wins the vote but not the mean.
     by_vote = stubbed(tta="paper", fuse="vote", window="full")[0].segment(BLOCK)
     by_mean = stubbed(tta="paper", fuse="mean", window="full")[0].segment(BLOCK)
     assert set(np.unique(by_mean.labels)) == {2}

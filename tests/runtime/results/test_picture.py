@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from attnseg import Bundle, Volume
-from attnseg.runtime.picture import _largest_section, _outline, _plane, render_picture
+from attnseg.runtime.results.picture import _largest_section, _outline, _plane, render_picture
 
 OEDEMA, ENHANCING = (70, 200, 110), (255, 210, 60)
 

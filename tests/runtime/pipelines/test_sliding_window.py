@@ -5,11 +5,12 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from attnseg.runtime.clock import StageClock
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.executor import WindowOptions, sliding_window
+from attnseg.runtime.pipelines.sliding_window import sliding_window
+from attnseg.runtime.steps.clock import StageClock
+from attnseg.runtime.steps.windows import WindowOptions, plan_windows
+from attnseg.trainer.engine import TorchEngine
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
-from attnseg.trainer.validate import TorchEngine
 from tests.conftest import LinearEngine
 
 IDENTITY = np.eye(2, dtype=np.float32)
@@ -30,15 +31,15 @@ def test_blended_logits_are_those_of_monai(shape: tuple[int, ...], overlap: floa
             image, (32, 32, 32), 1, network, overlap=overlap, mode="gaussian"
         )
     engine = TorchEngine(network, torch.device("cpu"), "fp32")
-    options = WindowOptions((32, 32, 32), overlap, network.config.stride)
-    result = sliding_window(image[0].numpy(), engine, options)
+    plan = WindowOptions((32, 32, 32), overlap, network.config.stride).plan(shape)
+    result = sliding_window(image[0].numpy(), engine, plan)
     assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(result, expected[0].numpy(), atol=1e-4)
 
 
 def test_a_linear_network_is_not_changed_by_windows() -> None:
     image = np.random.default_rng(0).standard_normal((2, 50, 41, 23)).astype(np.float32)
-    result = sliding_window(image, LinearEngine(IDENTITY), WindowOptions((16, 16, 16)))
+    result = sliding_window(image, LinearEngine(IDENTITY), plan_windows((50, 41, 23), (16,) * 3))
     np.testing.assert_allclose(result, image, atol=1e-5)
 
 
@@ -46,7 +47,7 @@ def test_windows_without_brain_are_skipped_and_give_background() -> None:
     image = np.zeros((2, 64, 16, 16), np.float32)
     image[1, :4] = 1
     engine = LinearEngine(IDENTITY)
-    result = sliding_window(image, engine, WindowOptions((16, 16, 16), overlap=0))
+    result = sliding_window(image, engine, plan_windows((64, 16, 16), (16,) * 3, 0))
     assert engine.calls == 1
     assert np.all(result[:, 16:] == 0)
     assert np.all(result.argmax(axis=0)[4:] == 0)
@@ -55,7 +56,9 @@ def test_windows_without_brain_are_skipped_and_give_background() -> None:
 
 def test_an_image_of_zeros_runs_no_window() -> None:
     engine = LinearEngine(IDENTITY)
-    result = sliding_window(np.zeros((2, 9, 9, 9), np.float32), engine, WindowOptions(None))
+    result = sliding_window(
+        np.zeros((2, 9, 9, 9), np.float32), engine, WindowOptions(None).plan((9, 9, 9))
+    )
     assert engine.calls == 0
     assert not result.any()
 
@@ -63,25 +66,24 @@ def test_an_image_of_zeros_runs_no_window() -> None:
 def test_the_full_window_is_one_pass_over_the_padded_image() -> None:
     image = np.random.default_rng(0).standard_normal((2, 33, 16, 7)).astype(np.float32)
     engine = LinearEngine(IDENTITY)
-    options = WindowOptions(None, multiple=16)
-    assert options.plan(image.shape[1:]).padded_shape == (48, 16, 16)
-    np.testing.assert_allclose(sliding_window(image, engine, options), image, atol=1e-6)
+    plan = WindowOptions(None, window_multiple=16).plan(image.shape[1:])
+    assert plan.padded_shape == (48, 16, 16)
+    np.testing.assert_allclose(sliding_window(image, engine, plan), image, atol=1e-6)
     assert engine.calls == 1
 
 
 def test_progress_and_clock_are_told() -> None:
-    steps: list[tuple[int, int]] = []
+    shares: list[float] = []
     clock = StageClock()
     image = np.ones((2, 32, 16, 16), np.float32)
-    options = WindowOptions((16, 16, 16), overlap=0)
-    engine = LinearEngine(IDENTITY)
-    sliding_window(image, engine, options, lambda done, of: steps.append((done, of)), clock)
-    assert steps == [(1, 2), (2, 2)]
+    plan = plan_windows((32, 16, 16), (16,) * 3, 0)
+    sliding_window(image, LinearEngine(IDENTITY), plan, shares.append, clock)
+    assert shares == [0.5, 1]
     assert set(clock.elapsed_ms) == {"network", "blend"}
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
     engine = LinearEngine(np.array([[np.inf, 0], [0, 1]], np.float32))
     image = np.ones((2, 16, 16, 16), np.float32)
-    with pytest.raises(EngineError, match="gave logits that are not finite in fp32"):
-        sliding_window(image, engine, WindowOptions((16, 16, 16)))
+    with pytest.raises(EngineError, match="returned logits that are not finite in fp32"):
+        sliding_window(image, engine, plan_windows((16,) * 3, (16,) * 3))

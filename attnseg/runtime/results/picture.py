@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from attnseg.runtime.bundle import Manifest
-from attnseg.runtime.normalise import brain_box
-from attnseg.runtime.volume import Volume, reorient
+from attnseg.runtime.case.volume import Volume
+from attnseg.runtime.geometry import reorient
+from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.steps.foreground import foreground_box
 
-_DISPLAY_ORIENTATION = "LPS"  # rows grow downwards, so front and left of the picture are as usual
+_DISPLAY_ORIENTATION = "LPS"  # rows grow downwards: the radiological view
 _PLANES = ("sagittal", "coronal", "axial")
 _COLOURS = (
     (230, 80, 70),
@@ -37,7 +38,7 @@ def _largest_section(labels: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def _plane(array: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
-    """One slice as rows downwards and columns to the right, head up where Z is a row."""
+    """One slice as (rows, columns), with the head up where Z runs along the rows."""
     plane: NDArray[Any] = np.take(array, index, axis=axis).T
     return plane if axis == 2 else plane[::-1]
 
@@ -47,7 +48,7 @@ def _grey(plane: NDArray[Any], top: float) -> NDArray[np.uint8]:
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask that touch its outside."""
+    """Pixels of the mask with one of four neighbours outside it."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return np.asarray(mask & ~inside)
@@ -75,14 +76,14 @@ def _panel(
 
 
 def _aspect(spacing_mm: Sequence[float], axis: int) -> tuple[float, float]:
-    """Height and width of a voxel in the plane across `axis`, the smallest spacing being 1."""
+    """Height and width of a voxel in the plane normal to `axis`; the smallest spacing is 1."""
     across = [s / min(spacing_mm) for i, s in enumerate(spacing_mm) if i != axis]
     return across[1], across[0]
 
 
 def _legend(draw: ImageDraw.ImageDraw, manifest: Manifest, top: int) -> None:
     x = 4
-    for order, label in enumerate(manifest.labels[1:]):
+    for order, label in enumerate(manifest.task.labels[1:]):
         colour = _COLOURS[order % len(_COLOURS)]
         draw.rectangle((x, top + 4, x + 9, top + 13), fill=colour)
         draw.text((x + 14, top + 3), label.name, fill=(220, 220, 220))
@@ -106,12 +107,12 @@ def render_picture(
     """A PNG file: one row per channel in the manifest's `display`, one column per plane.
 
     Args:
-        volume: as segmented.
+        volume: The segmented volume.
         labels: `(X, Y, Z)` uint8 in the volume's grid.
-        manifest: names and values of the labels, channels to show.
-        title: printed above.
-        truth: expert labels like `labels`; given, they are drawn below, on the same slices,
-            which are then those with most of them, if there are any.
+        manifest: Manifest with the names and values of the labels and the channels to show.
+        title: Text above the picture.
+        truth: Expert labels, `(X, Y, Z)` uint8 in the volume's grid, drawn below on the same
+            slices; unless they are all 0, the slices are those with most expert labels.
     """
     if truth is None:
         return _encode(_draw(volume, labels, manifest, title, labels))
@@ -135,16 +136,17 @@ def _draw(
 ) -> Image.Image:
     """The picture of `labels`, on the slices with most voxels of `focus`."""
     turned = volume.oriented(_DISPLAY_ORIENTATION)
-    box = brain_box(turned.channels, manifest.normalisation.foreground)
+    box = foreground_box(turned.channels, manifest.preprocessing.crop)
     labels, focus = (
-        reorient(array, volume.orientation, _DISPLAY_ORIENTATION)[box] for array in (labels, focus)
+        reorient(array, volume.orientation, _DISPLAY_ORIENTATION)[box.slices()]
+        for array in (labels, focus)
     )
     section = _largest_section(focus)
-    names = [channel.name for channel in manifest.channels]
-    values = [label.value for label in manifest.labels[1:]]
+    names = manifest.task.channel_names
+    values = manifest.task.label_values[1:]
     rows = []
-    for name in manifest.display:
-        channel = turned.channels[names.index(name)][box]
+    for name in manifest.task.display:
+        channel = turned.channels[names.index(name)][box.slices()]
         planes = [_plane(channel, axis, section[axis]) for axis in (2, 1, 0)]
         top = max(float(np.percentile(p[p != 0], 99.5)) if p.any() else 0.0 for p in planes)
         rows.append(
@@ -164,10 +166,10 @@ def _draw(
     draw = ImageDraw.Draw(canvas)
     draw.text((4, 3), title, fill=(255, 255, 255))
     y = _MARGIN
-    for name, row in zip(manifest.display, rows, strict=True):
+    for name, row in zip(manifest.task.display, rows, strict=True):
         x = 0
         for panel, axis in zip(row, (2, 1, 0), strict=True):
-            text = f"{name}, {_PLANES[axis]} slice {section[axis] + box[axis].start}"
+            text = f"{name}, {_PLANES[axis]} slice {section[axis] + box.start[axis]}"
             draw.text((x + 4, y + 3), text, fill=(200, 200, 200))
             canvas.paste(panel, (x, y + _MARGIN))
             if axis != 0:  # seen from below or in front: the patient's right is on the left

@@ -1,0 +1,174 @@
+"""Options of a segmentation, and the plan that combines them with a model's defaults.
+
+`resolve` validates and completes the options. All later steps use the frozen plan.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+from attnseg.runtime.engines.select import EngineRequest
+from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.geometry import AxisTransform, Shape
+from attnseg.runtime.model.manifest import ModelRecord
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.tta import PASSES, Fuse
+from attnseg.runtime.steps.windows import WindowOptions
+from attnseg.runtime.task import Task
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """Options of a segmentation. None selects the model's default unless stated otherwise.
+
+    Attributes:
+        engine: `auto` for the fastest engine available, or `tensorrt`, `tensorrt-rtx`,
+            `onnxruntime-cuda`, `openvino`, `onnxruntime`.
+        precision: `auto` for the engine's fastest precision, or `fp16`, `bf16`, `fp32`, `int8`.
+        tta: Test-time augmentation: `none`, `paper` (identity, mirror, quarter turn) or `mirror8`.
+        fuse: Fusion of the passes: majority `vote`, or `mean` of the probabilities.
+        window: Edge length of the cubic window in voxels, or `full` for one window over the box.
+        overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
+        min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
+        threads: Number of CPU threads; None for all CPUs available to this process.
+        device: `cuda` for a GPU, `cpu`, or `auto` for a GPU if one can run the model.
+        max_memory_bytes: Limit of device memory in bytes; None for no limit.
+        fallback: `cpu` to continue on the CPU when the GPU fails; None to report cases as failed.
+        stream: Handle of the caller's CUDA stream, on which GPU work is enqueued; None for a new
+            stream.
+    """
+
+    engine: str = "auto"
+    precision: str = "auto"
+    tta: str = "none"
+    fuse: Fuse = "vote"
+    window: int | Literal["full"] | None = None
+    overlap: float | None = None
+    min_voxels: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    max_memory_bytes: int | None = None
+    fallback: Literal["cpu"] | None = None
+    stream: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All settings of a segmentation, with every value resolved.
+
+    Attributes:
+        task: Channels, labels and regions of the model.
+        spacing_mm: Voxel size of the training data along X, Y and Z.
+        preprocessing: Preprocessing of the model.
+        windows: Window, overlap and window multiple.
+        tta: Name of the test-time augmentation scheme.
+        fuse: Fusion of the passes.
+        min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
+        engine: Requested engine, precision and device, and resource limits.
+        fallback: `cpu` to continue on the CPU when the GPU fails; None to report an error.
+    """
+
+    task: Task
+    spacing_mm: tuple[float, float, float]
+    preprocessing: Preprocessing
+    windows: WindowOptions
+    tta: str
+    fuse: Fuse
+    min_voxels: int
+    engine: EngineRequest
+    fallback: Literal["cpu"] | None
+
+    @property
+    def transforms(self) -> tuple[AxisTransform, ...]:
+        """Image transform of each test-time pass."""
+        return PASSES[self.tta]
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads."""
+        return self.engine.threads
+
+    def settings(self) -> dict[str, Any]:
+        """Settings, besides model and engine, that the result depends on, for a report."""
+        window = self.windows.window
+        return {
+            "tta": self.tta,
+            "fuse": self.fuse,
+            "window": list(window) if window else "full",
+            "overlap": self.windows.overlap,
+            "min_voxels": self.min_voxels,
+        }
+
+
+def available_threads() -> int:
+    """Number of CPUs available to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
+
+
+def _choose(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} {value} does not exist", f"choose {', '.join(known)}")
+
+
+def _window(edge: object, default: Shape, multiple: int) -> Shape | None:
+    """Window shape in voxels along X, Y and Z; None for one window over the whole image."""
+    if edge is None:
+        return default
+    if edge == "full":
+        return None
+    fits = isinstance(edge, Integral) and int(edge) > 0 and int(edge) % multiple == 0
+    _check("window", edge, fits, f"full or a multiple of {multiple} voxels")
+    size = int(edge)  # type: ignore[call-overload]
+    return size, size, size
+
+
+def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
+    """Validate options and complete them with a model's defaults.
+
+    Raises:
+        ConfigError: An option has an invalid value.
+    """
+    defaults = model.inference
+    overlap = defaults.overlap if options.overlap is None else options.overlap
+    min_voxels = defaults.min_voxels if options.min_voxels is None else options.min_voxels
+    threads = available_threads() if options.threads is None else options.threads
+    memory = options.max_memory_bytes
+    _check("overlap", overlap, 0 <= overlap < 1, "at least 0 and below 1")
+    _check("min_voxels", min_voxels, min_voxels >= 0, "at least 0")
+    _check("threads", threads, threads >= 1, "at least 1")
+    _check("max_memory_bytes", memory, memory is None or memory > 0, "positive")
+    _check("fallback", options.fallback, options.fallback in (None, "cpu"), "cpu, or left out")
+    _choose("tta", options.tta, tuple(PASSES))
+    _choose("fuse", options.fuse, get_args(Fuse))
+    multiple = defaults.window_multiple
+    window = _window(options.window, defaults.window, multiple)
+    engine = EngineRequest(
+        engine=options.engine,
+        precision=options.precision,
+        device=options.device,
+        window=window,
+        threads=threads,
+        max_memory_bytes=memory,
+        stream=options.stream,
+    )
+    return Plan(
+        task=model.task,
+        spacing_mm=model.spacing_mm,
+        preprocessing=model.preprocessing,
+        windows=WindowOptions(window, overlap, multiple),
+        tta=options.tta,
+        fuse=options.fuse,
+        min_voxels=min_voxels,
+        engine=engine,
+        fallback=options.fallback,
+    )

@@ -1,0 +1,285 @@
+"""Steps of the CUDA pipeline, implemented by kernels.
+
+The results equal those of the host pipeline: sums are computed in the same order, so equal logits
+yield equal labels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.cuda import kernels
+from attnseg.runtime.cuda.device import Region
+from attnseg.runtime.cuda.kernels import Extent, LayoutArg, Tiling, TransformArg
+from attnseg.runtime.cuda.memory import aligned
+from attnseg.runtime.cuda.statistics import VolumeStatistics
+from attnseg.runtime.cuda.upload import Upload
+from attnseg.runtime.engines.device import DeviceEngine
+from attnseg.runtime.geometry import AxisTransform, Box, Layout
+from attnseg.runtime.options import Plan
+from attnseg.runtime.pipelines.cuda_workspace import Workspace
+from attnseg.runtime.steps.foreground import no_foreground
+from attnseg.runtime.steps.windows import WindowPlan
+
+_NOT_FINITE, _REMOVED, _COUNTS = 0, 1, 2  # indices in `Results.numbers`, which are int32
+_NUMBERS = _COUNTS + kernels.MOST_CLASSES
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers that are downloaded with the labels of a volume.
+
+    Attributes:
+        finite: Whether every logit was finite.
+        components_removed: Number of components that the clean-up removed.
+        voxels: `(K,)` number of voxels of each class index; 0 for background, never counted.
+    """
+
+    finite: bool
+    components_removed: int
+    voxels: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, content: NDArray[np.uint8], classes: int) -> Outcome:
+        """Parse the bytes of `Results.numbers` for a number of classes."""
+        numbers = content.view(np.int32)
+        counts = numbers[_COUNTS:][:classes].astype(np.int64)
+        return cls(not numbers[_NOT_FINITE], int(numbers[_REMOVED]), counts)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Device memory of a volume's results, which may be downloaded while the next volume runs.
+
+    Attributes:
+        labels: Region of the labels, one byte per voxel.
+        numbers: Region of the numbers of `Outcome`.
+    """
+
+    labels: Region
+    numbers: Region
+
+    def number(self, index: int) -> int:
+        """Device address of one of the numbers."""
+        return self.numbers.pointer + 4 * index
+
+
+@dataclass(frozen=True)
+class DevicePass:
+    """One test-time pass over the windows that are not all zero.
+
+    Attributes:
+        transform: Transform of the image in this pass.
+        plan: Windows of the transformed image.
+        tiling: The plan as a kernel argument.
+        windows: Indices in the plan of the windows that are not all zero.
+        which: Copy of `windows` on the device.
+        places: Position in `windows` of each window of the plan, on the device; -1 if all zero.
+    """
+
+    transform: AxisTransform
+    plan: WindowPlan
+    tiling: Tiling
+    windows: NDArray[np.int32]
+    which: Region
+    places: Region
+
+
+class DeviceSteps:
+    """Steps of one volume; every method must be called within `device.active()`."""
+
+    def __init__(
+        self, plan: Plan, engine: DeviceEngine, workspace: Workspace, upload: Upload
+    ) -> None:
+        """Allocate the results of a volume.
+
+        Args:
+            plan: Everything between a volume and its labels.
+            engine: Engine that runs the network.
+            workspace: Memory reserved for the volume.
+            upload: The volume on the device.
+        """
+        self._plan, self._engine, self._device = plan, engine, engine.device
+        self._workspace, self._memory, self._upload = workspace, workspace.memory, upload
+        self._channels, self._classes = len(upload.channels), len(plan.task.labels)
+        self._box = Box.whole(upload.shape)
+        self._results = self._allocate_results()
+
+    def _allocate_results(self) -> Results:
+        voxels = prod(self._upload.shape)
+        given = self._device.allocate(aligned(voxels) + 4 * _NUMBERS)
+        self._device.clear(given)
+        numbers = Region.of(given, aligned(voxels), 4 * _NUMBERS)
+        return Results(Region.of(given, 0, voxels), numbers)
+
+    def _region(self, name: str) -> Region:
+        return self._workspace.region(name)
+
+    def _launch(self, kernel: str, args: ctypes.Structure) -> None:
+        """Launch a kernel with one index per voxel of the box."""
+        self._device.launch(kernel, prod(self._box.shape), args)
+
+    def preprocess(self) -> None:
+        """Crop and normalise the volume."""
+        preprocessing = self._plan.preprocessing
+        regions = self._region("statistics"), self._region("refine")
+        statistics = VolumeStatistics(self._device, self._upload.channels, *regions)
+        if preprocessing.crop == "nonzero":
+            if statistics.box is None:
+                raise no_foreground()
+            self._box = statistics.box
+        statistics.normalise(self._region("image"), self._box, preprocessing.normalisation)
+
+    def find_windows(self) -> list[DevicePass]:
+        """Find the windows of every pass that are not all zero; waits for the device once."""
+        transforms = self._plan.transforms
+        plans = [self._plan.windows.plan(t.shape(self._box.shape)) for t in transforms]
+        tilings = [Tiling.of(plan) for plan in plans]
+        ends = np.cumsum([len(plan.windows) for plan in plans]).tolist()
+        starts = [0, *ends[:-1]]
+        found = self._occupied(tilings, starts, ends[-1])
+        places = np.where(found > 0, 0, -1).astype(np.int32)
+        passes = []
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            windows = np.flatnonzero(found[start:end]).astype(np.int32)
+            places[start:end][windows] = np.arange(len(windows))
+            first = 4 * self._memory.windows * index
+            which = Region.of(self._region("which"), first, windows.nbytes)
+            if len(windows):
+                self._device.upload(windows, which)
+            passes.append(
+                DevicePass(
+                    transform=transforms[index],
+                    plan=plans[index],
+                    tiling=tilings[index],
+                    windows=windows,
+                    which=which,
+                    places=Region.of(self._region("places"), 4 * start, 4 * (end - start)),
+                )
+            )
+        self._device.upload(places, self._region("places"))
+        return passes
+
+    def _occupied(self, tilings: list[Tiling], starts: list[int], count: int) -> NDArray[np.int32]:
+        """Flags of the windows of all passes, `(count,)`: 1 unless a window is all zero."""
+        flags = Region.of(self._region("flags"), 0, 4 * count)
+        self._device.clear(flags)
+        for transform, tiling, start in zip(self._plan.transforms, tilings, starts, strict=True):
+            args = kernels.OccupyArgs(
+                image=self._region("image").pointer,
+                occupied=flags.pointer + 4 * start,
+                shape=Extent.of(self._box.shape),
+                tiling=tiling,
+                transform=TransformArg.of(transform),
+                channels=self._channels,
+            )
+            self._launch("occupy", args)
+        found = np.empty(count, np.int32)
+        self._device.download(flags, found)
+        return found
+
+    def run_network(self, one: DevicePass) -> None:
+        """Compute the logits of every window of a pass, one after another in memory."""
+        memory, half = self._memory, self._engine.half
+        self._workspace.load_importance(one.plan.window)  # first, as it may wait
+        voxels = prod(one.plan.window)
+        image_bytes = (2 if half else 4) * self._channels * voxels
+        images = self._region("images")
+        shape = (memory.batch, self._channels, *one.plan.window)
+        for start in range(0, len(one.windows), memory.chunk):
+            count = min(memory.chunk, len(one.windows) - start)
+            self._gather(one, start, count)
+            for first in range(0, count, memory.batch):
+                taken = Region.of(images, first * image_bytes, memory.batch * image_bytes)
+                self._infer(taken, start + first, shape)
+
+    def _gather(self, one: DevicePass, start: int, count: int) -> None:
+        """Copy windows of the transformed image to the engine's input."""
+        args = kernels.GatherArgs(
+            image=self._region("image").pointer,
+            batch=self._region("images").pointer,
+            windows=one.which.pointer + 4 * start,
+            shape=Extent.of(self._box.shape),
+            tiling=one.tiling,
+            transform=TransformArg.of(one.transform),
+            channels=self._channels,
+            half=int(self._engine.half),
+        )
+        self._device.launch("gather", count * self._channels * prod(one.plan.window), args)
+
+    def _infer(self, images: Region, place: int, shape: tuple[int, ...]) -> None:
+        """Run one batch, and store its logits from index `place` of the windows on."""
+        count = shape[0] * self._classes * prod(shape[2:])
+        logit_bytes = 2 if self._engine.half else 4
+        logits = self._region("logits")
+        offset = place * self._classes * prod(shape[2:])
+        narrow = self._memory.half_logits and not self._engine.half
+        if narrow:
+            given = Region.of(self._region("wide"), 0, logit_bytes * count)
+        else:
+            given = Region.of(logits, logit_bytes * offset, logit_bytes * count)
+        self._engine.enqueue(images, given, shape)
+        if narrow:
+            kept = logits.pointer + 2 * offset
+            self._device.launch("narrow", count, kernels.NarrowArgs(given.pointer, kept))
+
+    def blend(self, one: DevicePass, index: int, passes: int) -> None:
+        """Blend the windows of a pass, and combine the result with the previous passes.
+
+        The last pass writes the classes.
+        """
+        args = kernels.BlendArgs(
+            logits=self._region("logits").pointer,
+            importance=self._region("importance").pointer,
+            places=one.places.pointer,
+            scores=self._region("scores").pointer if passes > 1 else None,
+            classes=self._region("classes").pointer,
+            not_finite=self._results.number(_NOT_FINITE),
+            shape=Extent.of(self._box.shape),
+            tiling=one.tiling,
+            transform=TransformArg.of(one.transform),
+            count=self._classes,
+            half=int(self._memory.half_logits),
+            vote=int(self._plan.fuse == "vote"),
+            first=int(index == 0),
+            last=int(index == passes - 1),
+        )
+        self._launch("blend", args)
+
+    def clean_up(self) -> None:
+        """Remove small components."""
+        if self._plan.min_voxels <= 1:
+            return
+        args = kernels.LabelArgs(
+            classes=self._region("classes").pointer,
+            parents=self._region("parents").pointer,
+            sizes=self._region("sizes").pointer,
+            removed=self._results.number(_REMOVED),
+            shape=Extent.of(self._box.shape),
+            min_voxels=self._plan.min_voxels,
+        )
+        for name in kernels.LABELLING:
+            self._launch(name, args)
+
+    def restore(self, layout: Layout) -> Results:
+        """Write the labels of the whole volume.
+
+        Args:
+            layout: Layout, in the model's orientation, of the memory of the labels.
+        """
+        args = kernels.RestoreArgs(
+            classes=self._region("classes").pointer,
+            labels=self._results.labels.pointer,
+            counts=self._results.number(_COUNTS),
+            layout=LayoutArg.of(layout),
+            shape=Extent.of(self._box.shape),
+            origin=Extent.of(self._box.start),
+            values=(ctypes.c_ubyte * kernels.MOST_CLASSES)(*self._plan.task.label_values),
+        )
+        self._launch("restore", args)
+        return self._results

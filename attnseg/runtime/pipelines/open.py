@@ -1,0 +1,103 @@
+"""Opening of a model: the engine that runs it here, and the pipeline for that engine.
+
+The CUDA pipeline is imported only for an engine on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnseg.runtime.engines.base import Engine
+from attnseg.runtime.engines.select import (
+    GPU_ENGINES,
+    EngineRequest,
+    Refusal,
+    candidates,
+    select_engine,
+)
+from attnseg.runtime.errors import ConfigError, EngineError, Setting
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.options import Plan
+from attnseg.runtime.pipelines.base import Pipeline, check_classes
+from attnseg.runtime.pipelines.host import HostPipeline
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline, and the reasons why faster engines are not used.
+
+    Attributes:
+        pipeline: Pipeline of the model.
+        refusals: Engine files of the bundle that are unavailable here, or the failure of the
+            requested GPU.
+    """
+
+    pipeline: Pipeline
+    refusals: tuple[Refusal | EngineError, ...] = ()
+
+
+def _on_cpu(request: EngineRequest) -> EngineRequest:
+    """The request for the CPU, without engine, precision and limit, which were for the GPU."""
+    return replace(request, engine="auto", precision="auto", device="cpu", max_memory_bytes=None)
+
+
+def _pipeline(engine: Engine, plan: Plan, open_second: Callable[[], Pipeline]) -> Pipeline:
+    """Pipeline for an engine: on its device if every step has kernels, otherwise on the host."""
+    if not hasattr(engine, "enqueue"):  # it runs on host arrays
+        if plan.engine.max_memory_bytes is not None and plan.fallback is None:
+            raise ConfigError(
+                f"a limit of device memory is for a GPU, and {engine.info.name} runs on the CPU",
+                "leave {} out, or give {} to see why no GPU is used",
+                Setting("max_memory_bytes"),
+                Setting("device", "cuda"),
+            )
+        return HostPipeline(engine, plan)
+    from attnseg.runtime.pipelines.cuda import CudaPipeline, can_run
+
+    on_device: Any = engine
+    if on_device.classes is not None:
+        check_classes(on_device.classes, plan.task)
+    if not can_run(plan):
+        return HostPipeline(engine, plan)
+    pipeline = CudaPipeline(on_device, plan)
+    if plan.fallback is None:
+        return pipeline
+    from attnseg.runtime.pipelines.fallback import FallbackPipeline
+
+    return FallbackPipeline(pipeline, open_second)
+
+
+def open_pipeline(bundle: Bundle, plan: Plan, engine: Engine | None = None) -> Opened:
+    """Open a model.
+
+    Args:
+        bundle: The model.
+        plan: Everything between a volume and its labels.
+        engine: Engine that runs the network; None for the one that the plan requests.
+
+    Raises:
+        ConfigError: The plan limits the memory of a GPU, and the model runs on the CPU.
+        BundleError: The network's classes are not those of the manifest.
+        EngineError: No engine is installed, or the requested one cannot run the model.
+    """
+
+    def on_cpu() -> Pipeline:
+        selected = select_engine(bundle, _on_cpu(plan.engine))
+        return HostPipeline(selected.engine, plan)
+
+    if engine is not None:
+        return Opened(_pipeline(engine, plan, on_cpu))
+    try:
+        selected = select_engine(bundle, plan.engine)
+    except EngineError as error:
+        on_gpu = any(c.engine in GPU_ENGINES for c in candidates(bundle, plan.engine))
+        if plan.fallback is None or not on_gpu:
+            raise
+        refused = error.detached()
+    else:
+        prebuilt = tuple(r for r in selected.refusals if r.prebuilt)
+        refusals = () if selected.candidate.prebuilt else prebuilt
+        return Opened(_pipeline(selected.engine, plan, on_cpu), refusals)
+    return Opened(on_cpu(), (refused,))

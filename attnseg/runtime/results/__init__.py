@@ -1,0 +1,1 @@
+"""Result files: report, picture, output folder."""
