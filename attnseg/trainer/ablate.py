@@ -1,7 +1,7 @@
 """The paper's ablation (section 4): attention and multi-scale module, each off and on.
 
-Each of the four rows is a training run of its own with the same settings, cases and seed,
-then an evaluation on the validation cases.
+Each of the four rows is a separate training run with the same settings, cases and seed,
+followed by an evaluation on the validation cases.
 """
 
 from __future__ import annotations
@@ -12,63 +12,67 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.outputs import write_files
+from attnseg.evaluation.evaluate import evaluate
+from attnseg.evaluation.scores import CaseScores, column
+from attnseg.evaluation.tables import markdown_table
+from attnseg.runtime.errors import TrainingError, TrainingSetting
+from attnseg.runtime.results.output import write_results
 from attnseg.runtime.segmenter import Segmenter
-from attnseg.trainer.cases import DataSet
 from attnseg.trainer.checkpoint import checkpoint_config, load_checkpoint, load_run
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.evaluate import CaseScores, column, evaluate, markdown_table
+from attnseg.trainer.data_set import DataSet
 from attnseg.trainer.loop import CACHE, train
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import cost_of
-from attnseg.trainer.paper import ABLATION, Cost, variant_network
+from attnseg.trainer.variants import ABLATION, Cost, variant_network
 
 log = logging.getLogger(__name__)
 
 TABLE = "ablation.md"
 
 OpenModel = Callable[[Path], AbstractContextManager[Segmenter]]
-"""Opens a checkpoint as the runtime runs it."""
+"""Function that opens a checkpoint as a segmenter of the runtime."""
 
 
 def _check_network(network: NetworkConfig) -> None:
     if network.architecture != "attnresunet" or network.attention == "none":
         raise TrainingError(
-            "the ablation is of attnresunet with an attention; leave attention=none out"
+            "the ablation needs attnresunet with attention",
+            "leave {} out",
+            TrainingSetting("attention", "none"),
         )
 
 
 def _train_row(data: DataSet, config: TrainConfig, run: Path, cache: Path) -> Path:
-    """The best checkpoint of a row, trained from where an earlier call left off."""
-    started = (run / "last.pt").exists()
-    if started:
-        state = load_run(run)
-        stored = checkpoint_config(state)
-        channels, classes = len(data.task.channels), len(data.task.labels)
-        network = replace(config.network, in_channels=channels, classes=classes)
-        if stored != replace(config, network=network) or state["split"] != data.split:
+    """Train a row, or continue an earlier call's run, and return its best checkpoint."""
+    stored = load_run(run) if (run / "last.pt").exists() else None
+    if stored is not None:
+        task = data.task.task
+        network = replace(config.network, in_channels=len(task.channels), classes=len(task.labels))
+        wanted = replace(config, network=network)
+        if checkpoint_config(stored) != wanted or stored["split"] != data.split:
             raise TrainingError(
-                f"{run}: was trained with other settings or another split; give the same, or "
-                "choose another folder"
+                f"{run}: was trained with other settings or another split",
+                "give the same, or choose another folder",
             )
-    return train(data, config, run, resume=started, cache=cache)
+    return train(data, config, run, stored, cache=cache)
 
 
 def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenModel) -> str:
-    """Train and evaluate the four rows; a second call goes on where the first was stopped.
+    """Train and evaluate the four rows; a second call continues where the first was stopped.
 
     Args:
-        data: cases and their split; the rows are evaluated on its validation part.
-        config: of every row, but for what the ablation switches.
-        output: folder: a run for each row, with its evaluation in it, and `ablation.md`.
-        open_model: opens a checkpoint for the evaluation.
+        data: Cases and their split; the rows are evaluated on its validation part.
+        config: Configuration of every row, except attention and multi-scale module.
+        output: Folder for `ablation.md` and one run per row, which holds its own evaluation.
+        open_model: Function that opens a checkpoint for the evaluation.
 
     Returns:
         The text of `ablation.md`.
 
     Raises:
-        TrainingError: as for `train`, or a row was trained with other settings before.
+        TrainingError: See `train`; or the network has no attention, or an existing row was
+            trained with other settings or another split.
     """
     _check_network(config.network)
     scores = {}
@@ -81,7 +85,7 @@ def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenMod
             cases = data.part("validation")
             scores[name] = evaluate(cases, segmenter, data.task, run / "evaluation").scores
     text = _table(data, config, output, scores)
-    write_files(output, {TABLE: text.encode()})
+    write_results(output, {TABLE: text.encode()})
     return text
 
 
@@ -90,7 +94,7 @@ def _both(own: float, paper: float | None, digits: int) -> str:
 
 
 def _table(data: DataSet, config: TrainConfig, output: Path, scores: dict[str, CaseScores]) -> str:
-    regions = list(data.task.regions)
+    regions = list(data.task.task.regions)
     header = [
         "",
         "M params (paper)",

@@ -1,6 +1,6 @@
-"""Augmentation with the paper's ranges (section 3.3), on batches and on their device.
+"""Augmentation with the paper's ranges (section 3.3), of batches, on their device.
 
-Rotation and elastic deformation are one resampling, so that images are blurred once.
+Rotation and elastic deformation are applied in one resampling, so images are blurred only once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from attnseg.trainer.config import TrainConfig
 
 
 def margin_voxels(config: TrainConfig) -> int:
-    """Voxels to cut around a patch so that rotation and deformation see no edge."""
+    """Margin around a patch, in voxels per side, that rotation and deformation may read from."""
     half = config.patch / 2
-    angle = math.radians(min(config.rotation_degrees, 45.0))  # where a corner reaches farthest
+    angle = math.radians(min(config.rotation_degrees, 45.0))  # corners reach farthest at 45
     turn = half * (math.cos(angle) + math.sin(angle) - 1)
     return math.ceil(turn + 2 * config.elastic_voxels)
 
@@ -27,7 +27,7 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
 
 
 def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """A rotation matrix, the product of one turn around each axis."""
+    """Random `(3, 3)` rotation matrix, the product of one rotation about each axis."""
     limit = math.radians(config.rotation_degrees)
     matrix = torch.eye(3)
     for axis, angle in enumerate(_uniform((3,), -limit, limit, generator).tolist()):
@@ -40,7 +40,7 @@ def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
 
 
 def _displacement(config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Smooth displacement in voxels, `(3, P, P, P)` for patch P."""
+    """Smooth random displacement in voxels, `(3, P, P, P)` float32 for patch size P."""
     patch, spacing = config.patch, config.elastic_spacing_voxels
     pieces = math.ceil((patch - 1) / spacing)
     shape = (1, 3, pieces + 1, pieces + 1, pieces + 1)
@@ -51,9 +51,9 @@ def _displacement(config: TrainConfig, generator: torch.Generator, device: torch
 
 
 def _sampling_grid(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """Where each output voxel reads, `(P, P, P, 3)` in the units of `grid_sample`.
+    """Sampling position of each output voxel, `(P, P, P, 3)` in the coordinates of `grid_sample`.
 
-    Random numbers are drawn on the CPU, the rest is computed on the device of `images`.
+    Random numbers are drawn on the CPU; everything else is computed on the device of `images`.
     """
     device = images.device
     steps = torch.arange(config.patch, dtype=torch.float32, device=device)
@@ -63,7 +63,7 @@ def _sampling_grid(images: Tensor, config: TrainConfig, generator: torch.Generat
     position = position + _displacement(config, generator, device)
     sizes = [s - 1 for s in images.shape[2:]]
     scale = 2 / torch.tensor(sizes, device=device).view(3, 1, 1, 1)
-    return (position * scale).flip(0).movedim(0, -1)  # grid_sample wants the last axis first
+    return (position * scale).flip(0).movedim(0, -1)  # grid_sample expects the last axis first
 
 
 def _deform(
@@ -76,7 +76,7 @@ def _deform(
 
 
 def _change_intensities(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """Gamma, then scale, per modality; voxels that are 0 (background) stay 0."""
+    """Apply random gamma and scale per modality; voxels that are 0 (background) stay 0."""
     shape = (*images.shape[:2], 1, 1, 1)
     device = images.device
     gamma = _uniform(shape, *config.gamma, generator).to(device)
@@ -102,16 +102,16 @@ def _mirror(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
 def augment(
     images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Deform, change intensities, and mirror if asked.
+    """Deform, change intensities, and mirror if `config.mirror` is set.
 
     Args:
-        images: `(B, C, X, Y, Z)` float32, `margin_voxels` larger on each side than the patch.
+        images: `(B, C, X, Y, Z)` float32, `margin_voxels` larger than the patch on each side.
         labels: `(B, X, Y, Z)` class indices.
-        config: ranges.
-        generator: source of every random choice, on the CPU.
+        config: Configuration with the ranges of the augmentation.
+        generator: Random number generator on the CPU.
 
     Returns:
-        Images `(B, C, P, P, P)` and labels `(B, P, P, P)` int64 of the patch size P.
+        Images `(B, C, P, P, P)` float32 and labels `(B, P, P, P)` int64 of patch size P.
     """
     images, labels = _deform(images, labels, config, generator)
     images = _change_intensities(images, config, generator)

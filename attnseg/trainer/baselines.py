@@ -1,15 +1,15 @@
-"""The networks that the paper compares with, behind the same configuration.
+"""The networks that the paper compares with, built from the same configuration.
 
 - `UNet3d`: Cicek et al., "3D U-Net: learning dense volumetric segmentation from sparse
   annotation" (MICCAI 2016), with padded convolutions. At their widths (64, 128, 256 and 512)
-  it has the 19 069 955 parameters that they state, which leave out those of the batch norms
+  it has the 19 069 955 parameters that they state, a count that excludes the batch norms
   and the biases of the transposed convolutions.
 - `DeepMedic`: Kamnitsas et al., "Efficient multi-scale 3D CNN with fully connected CRF"
   (Medical Image Analysis 2017): two pathways of eight 3x3x3 layers, one of them on a coarser
-  image, two 1x1x1 layers and the classifier: eleven in all. Theirs shrinks its patch and
-  subsamples by 3; this one pads and averages by 4, so that it takes the others' windows.
+  image, two 1x1x1 layers and the classifier: eleven layers. The original shrinks its patch and
+  subsamples by 3; this one pads and averages by 4, so it accepts the same windows as the others.
 
-The third, ResNet-UNet, is `AttentionResNetUNet` without attention and multi-scale module.
+The third network, ResNet-UNet, is `AttentionResNetUNet` without attention and multi-scale module.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _chain(*channels: int, kernel: int = 3) -> nn.Sequential:
 
 
 class UNet3d(nn.Module):
-    """3-D U-Net (Cicek 2016). Channels double before each pooling, so none is a bottleneck."""
+    """3-D U-Net (Cicek 2016). Channels double before each pooling, to avoid bottlenecks."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every setting of a training run, with the paper's protocol (section 3.3) as defaults."""
+"""Settings of a training run, with the paper's protocol (section 3.3) as defaults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.grid import LARGEST_GRID
-from attnseg.runtime.normalise import Foreground
+from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.resample import LARGEST_GRID
 from attnseg.trainer.model import NetworkConfig
 
 Schedule = Literal["plateau", "cosine"]
@@ -21,53 +21,53 @@ Precision = Literal["bf16", "fp16", "fp32"]
 class TrainConfig:
     """Settings of a training run.
 
-    The paper states: loss, optimiser, learning rate, weight decay, schedule, batch, epochs,
-    patch, rotation, elastic grid, intensity scale and gamma. What it does not state is ours:
-    steps per epoch, tumour share, elastic displacement, mirrors, and everything that is off
-    by default.
+    The paper states loss, optimiser, learning rate, weight decay, schedule, batch size, epochs,
+    patch, rotation, elastic grid, intensity scale and gamma. It does not state steps per epoch,
+    tumour share, elastic displacement, mirroring, and everything that is off by default; those
+    values are chosen here.
 
     Attributes:
-        network: the network's shape; its channels and classes are set by the task.
-        patch: edge of the cubic training patch, and of the inference window, in voxels.
-        overlap: share of a window in common with the next when validating.
-        batch_size: patches per step.
-        epochs: passes; each has `steps_per_epoch` steps and ends with a validation.
-        steps_per_epoch: optimiser steps in an epoch; 0 for one patch per case and epoch.
-        tumour_share: share of patches centred on a tumour voxel; the rest lie anywhere.
-        learning_rate: of the optimiser.
-        weight_decay: per step, times the learning rate.
-        optimiser: `adamw` decays the weights themselves (Loshchilov 2019); `adam` adds the decay
-            to the gradient, as the paper's words can be read, which switches the deepest
-            stages of its network off (docs/training.md).
-        schedule: `plateau` halves the rate after `patience` epochs without a lower
-            validation loss; `cosine` takes it to zero over the run.
-        patience: epochs, for `plateau`.
-        factor: of the rate, for `plateau`.
-        cross_entropy_weight: share of cross-entropy in the loss; the rest is Dice.
-        dice_epsilon: added to numerator and denominator of the Dice loss.
-        rotation_degrees: largest angle around each axis.
-        elastic_spacing_voxels: grid of the elastic deformation.
-        elastic_voxels: standard deviation of the displacement at its knots.
-        intensity_scale: largest relative change of a modality's intensities.
-        gamma: range of the exponent on the intensities scaled to 0..1.
-        mirror: flip each axis, and swap X and Y, with probability 0.5 each.
-        resize: voxels along X, Y and Z that every volume is resampled to; empty for its own.
-        spacing_mm: voxel size that every volume is resampled to; empty for its own.
-        foreground: voxels that the normalisation takes its statistics from: `nonzero`, `all`,
-            or what the `task` says (BraTS: nonzero, `dataset.json`: all).
-        histogram_matching: match to landmarks learned from the training cases.
-        ema_decay: of an exponential moving average of the weights, which is then what is
-            validated and kept as best; 0 for none.
-        clip_norm: largest norm of the gradient, which is scaled down to it; 0 for no limit.
-        validation_share: share of the subjects held out when no split is given.
-        folds: of a cross-validation, which then makes the split; 0 for none.
-        fold: that is held out, from 0.
-        synthetic_cases: phantoms of `attnseg.synthetic` mixed into the training cases.
-        precision: `bf16` or `fp16` run the network in mixed precision, the latter with
-            gradient scaling; `fp32` does not.
-        deterministic: ask PyTorch for algorithms that give the same bits on every run, where
-            it has them (on a CPU with the same number of threads it does anyway).
-        seed: of the split, the initial weights, the patches and the augmentation.
+        network: Configuration of the network; its channels and classes are set by the task.
+        patch: Edge of the cubic training patch and of the inference window, in voxels.
+        overlap: Overlap of neighbouring windows in the validation, as a share of the window.
+        batch_size: Patches per step and process.
+        epochs: Number of epochs of `steps_per_epoch` steps; each ends with a validation.
+        steps_per_epoch: Optimiser steps per epoch; 0 for one patch per training case.
+        tumour_share: Share of patches centred on a tumour voxel; the others are anywhere.
+        learning_rate: Initial learning rate of the optimiser.
+        weight_decay: Weight decay per step, multiplied by the learning rate.
+        optimiser: `adamw` for decoupled weight decay (Loshchilov 2019); `adam` adds the decay
+            to the gradient, another reading of the paper, which drives the weights of the
+            deepest stages to zero (docs/training.md).
+        schedule: `plateau` multiplies the rate by `factor` after `patience` epochs without a
+            lower validation loss; `cosine` anneals it to zero over the run.
+        patience: Epochs that `plateau` waits for a lower validation loss.
+        factor: Factor by which `plateau` reduces the learning rate.
+        cross_entropy_weight: Weight of the cross-entropy in the loss; the rest is Dice.
+        dice_epsilon: Term added to numerator and denominator of the Dice loss.
+        rotation_degrees: Largest rotation angle about each axis.
+        elastic_spacing_voxels: Knot spacing of the elastic deformation.
+        elastic_voxels: Standard deviation of the displacement at the knots.
+        intensity_scale: Largest relative change of a modality's intensities.
+        gamma: Range of the exponent applied to intensities scaled to [0, 1].
+        mirror: Whether to flip each axis, and swap X and Y, with probability 0.5 each.
+        resize: Shape (X, Y, Z) that every volume is resampled to; empty to keep its own.
+        spacing_mm: Voxel size (X, Y, Z) that volumes are resampled to; empty to keep their own.
+        foreground: Voxels over which the normalisation computes its statistics: `nonzero`,
+            `all`, or `task` for the task's own choice (BraTS: nonzero, `dataset.json`: all).
+        histogram_matching: Whether to match to landmarks learned from the training cases.
+        ema_decay: Decay of an exponential moving average of the weights, which is then
+            validated and deployed instead of them; 0 for none.
+        clip_norm: Largest norm of the gradient, which is scaled down to it; 0 for no limit.
+        validation_share: Share of the subjects held out when no split is given.
+        folds: Number of cross-validation folds that define the split; 0 for none.
+        fold: Index of the fold that is held out, from 0.
+        synthetic_cases: Number of phantoms of `attnseg.synthetic` added to the training cases.
+        precision: `bf16` or `fp16` for mixed precision, the latter with gradient scaling, or
+            `fp32`.
+        deterministic: Whether to request deterministic algorithms where PyTorch has them (on
+            a CPU with a fixed number of threads, results are reproducible without).
+        seed: Seed of the split, the initial weights, the patches and the augmentation.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -111,7 +111,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     def _rules(self) -> dict[str, tuple[str, bool]]:
-        """What each field must be, and whether it is."""
+        """Rule of each field in words, and whether the field satisfies it."""
         stride, lowest = self.network.stride, 2 * self.network.stride
         gamma = self.gamma
         return {
@@ -170,7 +170,7 @@ class TrainConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in checkpoints and logs."""
+        """Return plain values, as stored in checkpoints."""
         return {
             **asdict(self),
             "network": self.network.to_dict(),
@@ -190,12 +190,13 @@ class TrainConfig:
         return cls(**values)
 
     def with_settings(self, settings: dict[str, str]) -> TrainConfig:
-        """A copy with fields set from text, as `--set learning_rate=1e-3` gives them.
+        """Return a copy with fields set from text, as in `learning_rate=1e-3`.
 
-        `widths`, `bottleneck`, `attention` and `multi_scale` are those of the network.
+        `widths`, `bottleneck`, `attention` and `multi_scale` are fields of the network.
 
         Raises:
-            ConfigError: a field does not exist, is no plain value, or the text is none for it.
+            ConfigError: A field does not exist or cannot be set from text, or its text cannot
+                be parsed.
         """
         own = {f.name for f in fields(self)} - {"network"}
         changes: dict[str, Any] = {}
@@ -204,7 +205,7 @@ class TrainConfig:
             if name not in own and name not in _NETWORK_SETTINGS:
                 choices = (*sorted(own), *_NETWORK_SETTINGS)
                 near = get_close_matches(name, choices, 1) or choices
-                raise ConfigError(f"unknown training field {name}; choose {', '.join(near)}")
+                raise ConfigError(f"unknown training field {name}", f"choose {', '.join(near)}")
             if name in own:
                 changes[name] = _parse(name, text, getattr(self, name))
             else:

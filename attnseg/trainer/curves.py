@@ -1,18 +1,19 @@
-"""The learning curves of a run, as a picture."""
+"""Learning curves of a run, as a PNG file."""
 
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from attnseg.runtime.files import write_file
 
 
 def draw_curves(log: Path, picture: Path, title: str) -> None:
     """Draw a run's `log.csv`: losses on the left, Dice per region on the right, by epoch.
 
-    Nothing is drawn for a log without epochs.
+    Nothing is written if the log has no epochs.
     """
     with log.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream, restval="")
@@ -32,9 +33,4 @@ def draw_curves(log: Path, picture: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    partial = picture.with_name(picture.name + ".part")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, picture)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(picture, lambda stream: figure.savefig(stream, format="png", dpi=120))

@@ -1,7 +1,7 @@
-"""Labelled cases to training patches.
+"""From labelled cases to training patches.
 
-Each case is normalised once by the runtime's own code, cropped to the brain box and kept as
-a float16 array on disk, read through a memory map: 27 MB a case, whatever the machine's memory.
+Each case is normalised once by the runtime's own code, cropped to the foreground box, and stored
+as a float16 array on disk, which is memory-mapped: about 27 MB per case, independent of RAM.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from attnseg.runtime.errors import ConfigError, ScanError, TrainingError
-from attnseg.runtime.grid import Grid, resample, resample_volume
-from attnseg.runtime.normalise import DECILES, Landmarks, Normalisation, z_score_percentiles
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.volume import read_volume
+from attnseg.data.labelled import LabelledCase, find_labelled_cases, read_classes
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.files import write_file
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.resample import resample
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.cases import LabelledCase, find_labelled_cases, read_classes
-from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.task import BRATS, Task
+from attnseg.trainer.preparation import Preparation, naming
 
 
 @dataclass(frozen=True)
@@ -42,120 +41,28 @@ class TrainingCase:
     classes: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """How cases become training cases: by the task's channels, a grid, and a normalisation.
-
-    Attributes:
-        task: what is segmented.
-        grid: that volumes are resampled to, or None.
-        normalisation: of the intensities.
-    """
-
-    task: Task
-    grid: Grid | None
-    normalisation: Normalisation
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in checkpoints and in the metadata of weights."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`; what was stored before there were tasks is of BraTS."""
-        own = {key: values.get(key) for key in ("task", "grid", "normalisation")}
-        return TypeAdapter(cls).validate_python({**own, "task": own["task"] or BRATS})
-
-
-def config_grid(config: TrainConfig) -> Grid | None:
-    """The grid that a configuration asks for, None for the cases' own."""
-    if config.resize:
-        x, y, z = config.resize
-        return Grid(shape=(x, y, z))
-    if config.spacing_mm:
-        i, j, k = config.spacing_mm
-        return Grid(spacing_mm=(i, j, k))
-    return None
-
-
-def learn_preparation(
-    cases: Sequence[LabelledCase], task: Task, config: TrainConfig
-) -> Preparation:
-    """The preparation that `config` asks for, its landmarks learned from the training `cases`.
-
-    Raises:
-        TrainingError: a case cannot be read, or the images have too few grey values.
-    """
-    grid = config_grid(config)
-    foreground = task.foreground if config.foreground == "task" else config.foreground
-    plain = Preparation(task, grid, Normalisation(foreground))
-    if not config.histogram_matching:
-        return plain
-    return Preparation(task, grid, Normalisation(foreground, learn_landmarks(cases, plain)))
-
-
-def learn_landmarks(cases: Sequence[LabelledCase], preparation: Preparation) -> Landmarks:
-    """Mean percentiles of the z-scores over `cases`, per channel; errors as the caller's."""
-    rows = []
-    foreground = preparation.normalisation.foreground
-    for labelled in cases:
-        with _naming(labelled):
-            volume = read_volume(labelled.case.files).oriented(preparation.task.orientation)
-            volume = resample_volume(volume, preparation.grid)
-            rows.append([z_score_percentiles(c, foreground) for c in volume.channels])
-    mean = np.mean(rows, axis=0)
-    values = tuple(tuple(round(float(v), 6) for v in row) for row in mean)
-    try:
-        return Landmarks(DECILES, values)
-    except ConfigError as error:
-        raise TrainingError(
-            "the images have too few grey values for histogram matching; train with "
-            "--set histogram_matching=false"
-        ) from error
-
-
-@contextmanager
-def _naming(labelled: LabelledCase) -> Iterator[None]:
-    """Turn what goes wrong with a case into an error that names it."""
-    try:
-        yield
-    except ScanError as error:
-        raise TrainingError(f"case {labelled.name}: {error}") from error
-
-
 def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
-    orientation = preparation.task.orientation
-    with _naming(labelled):
-        classes = read_classes(labelled, preparation.task).oriented(orientation).channels[0]
-        volume = read_volume(labelled.case.files).oriented(orientation)
-        scan = prepare(volume, preparation.grid, preparation.normalisation)
-    classes = resample(classes, scan.grid_shape, nearest=True)[scan.box]
+    preprocessing = preparation.preprocessing
+    with naming(labelled):
+        classes = read_classes(labelled, preparation.task).oriented(preprocessing.orientation)
+        scan = preprocess(read_volume(labelled.case.files), preprocessing)
+    placed = resample(classes.channels[0], scan.grid_shape, nearest=True)[scan.box.slices()]
     image = scan.image.astype(np.float16)
-    return TrainingCase(labelled.name, image, np.ascontiguousarray(classes))
+    return TrainingCase(labelled.name, image, np.ascontiguousarray(placed))
 
 
 def _cache_key(labelled: LabelledCase, preparation: Preparation) -> str:
-    """Changes with the preparation and with every file of the case."""
+    """Hash of the preparation and of path, time and size of every file of the case."""
     files = (*dict.fromkeys(labelled.case.files), labelled.label)
     stamps = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files]
     return hashlib.sha256(f"{stamps}{preparation}".encode()).hexdigest()[:12]
 
 
-def _save_array(file: Path, array: NDArray[Any]) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.part")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def cached_case(labelled: LabelledCase, preparation: Preparation, cache: Path) -> TrainingCase:
-    """The prepared case, from `cache` where it is there for the same files and preparation.
+    """Return the prepared case, from `cache` if it holds it for the same files and preparation.
 
     Raises:
-        TrainingError: the case cannot be used, or the cache cannot be written.
+        TrainingError: The case is not usable, or the cache cannot be written.
     """
     stem = f"{labelled.name}-{_cache_key(labelled, preparation)}"
     files = (cache / f"{stem}-image.npy", cache / f"{stem}-classes.npy")
@@ -163,32 +70,32 @@ def cached_case(labelled: LabelledCase, preparation: Preparation, cache: Path) -
         prepared = _prepare(labelled, preparation)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            _save_array(files[0], prepared.image)
-            _save_array(files[1], prepared.classes)
+            write_file(files[0], partial(np.save, arr=prepared.image))
+            write_file(files[1], partial(np.save, arr=prepared.classes))
         except OSError as error:
             raise TrainingError(
-                f"{cache}: cannot be written to ({error.strerror or error}); free some space"
+                f"{cache}: cannot be written to ({error.strerror or error})", "free some space"
             ) from error
     image, classes = (np.load(file, mmap_mode="r") for file in files)
     return TrainingCase(labelled.name, image, classes)
 
 
 def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledCase]:
-    """Write `count` phantoms below `folder`, those that are not there yet, and list them."""
+    """Return `count` phantoms below `folder`, after writing those that do not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {f"synthetic-{seed}": seed for seed in range(first_seed, first_seed + count)}
     for name, seed in names.items():
         if not (folder / name).exists():
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
                 made = write_case(make_case(seed), Path(scratch), name)
-                with suppress(OSError):  # another run that shares the cache was first
+                with suppress(OSError):  # another run that shares the cache has written it
                     os.replace(made, folder / name)
     found = find_labelled_cases(folder).cases if count else {}
     return [found[name] for name in names]
 
 
 def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[Any]:
-    """Cube of `size` voxels at `start` of the last three axes; zeros beyond the array."""
+    """Cut a cube of `size` voxels from `start` on along the last three axes, zero-padded."""
     out = np.zeros((*array.shape[:-3], size, size, size), array.dtype)
     source: list[Any] = [...]
     target: list[Any] = [...]
@@ -201,7 +108,7 @@ def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[An
 
 
 class PatchSampler:
-    """Draws patches from the training cases; the same seed draws the same patches."""
+    """Draws patches from the training cases, reproducibly for a seed."""
 
     def __init__(
         self, cases: Sequence[TrainingCase], size: int, tumour_share: float, classes: int
@@ -218,7 +125,7 @@ class PatchSampler:
         ]
 
     def _centre(self, index: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """A tumour voxel of a random class, or with the other share any voxel of the box."""
+        """Draw a tumour voxel of a random class with probability `tumour_share`, else any voxel."""
         shape = self._cases[index].classes.shape
         present = [voxels for voxels in self._voxels[index] if len(voxels)]
         if present and rng.random() < self._tumour_share:
@@ -227,9 +134,9 @@ class PatchSampler:
         return rng.integers(0, shape)
 
     def draw(self, rng: np.random.Generator) -> tuple[str, Tensor, Tensor]:
-        """One patch: case name, image `(C, S, S, S)` float32, classes `(S, S, S)` int64.
+        """Draw a patch: case name, image `(C, S, S, S)` float32, classes `(S, S, S)` int64.
 
-        Patches that would leave the box are moved inside where it is large enough.
+        A patch that would leave the image is moved inside along each axis that is long enough.
         """
         index = int(rng.integers(len(self._cases)))
         case = self._cases[index]
@@ -243,7 +150,7 @@ class PatchSampler:
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches of several cases: images `(B, C, S, S, S)`, labels `(B, S, S, S)`."""
+    """Patches: case names, images `(B, C, S, S, S)` float32, labels `(B, S, S, S)` int64."""
 
     names: tuple[str, ...]
     images: Tensor
@@ -251,9 +158,10 @@ class Batch:
 
 
 class BatchFeed:
-    """Draws the next batch in the background while the network works on this one.
+    """Draws the next batch in the background while the network processes the current one.
 
-    `state` is that of the random generator as if no batch beyond the last had been drawn.
+    Attributes:
+        state: State of the random generator after the last batch that `take` returned.
     """
 
     def __init__(self, sampler: PatchSampler, batch_size: int, rng: np.random.Generator) -> None:
@@ -271,7 +179,7 @@ class BatchFeed:
         return batch, self._rng.bit_generator.state
 
     def take(self) -> Batch:
-        """The next batch."""
+        """Return the next batch."""
         batch, self.state = self._next.result()
         self._next = self._pool.submit(self._draw)
         return batch

@@ -1,6 +1,7 @@
-"""One process, or several that train together through torch.distributed.
+"""Devices of a training run: one process, or several through torch.distributed.
 
-Started by `torchrun --nproc-per-node N -m attnseg train ...`: NCCL on GPUs, gloo on CPUs.
+Several are started by `torchrun --nproc-per-node N -m attnseg train ...`: NCCL on GPUs, Gloo on
+CPUs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from attnseg.runtime.errors import AttnsegError, TrainingError
 
 @dataclass(frozen=True)
 class Devices:
-    """This process among those that train together.
+    """Device of this process, and its place among the processes that train together.
 
     Attributes:
-        device: that it computes on.
-        rank: its number, 0 for the one that writes and prints.
-        count: of processes.
+        device: Device that this process computes on.
+        rank: Rank of this process; 0 writes and prints.
+        count: Number of processes.
     """
 
     device: torch.device
@@ -35,7 +36,7 @@ class Devices:
 
     @property
     def name(self) -> str:
-        """Of the hardware, for manifests."""
+        """Name of the hardware, as recorded in manifests."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
@@ -48,7 +49,7 @@ class Devices:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, in the order of their ranks."""
+        """Gather the `value` of every process, in rank order."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -57,27 +58,27 @@ class Devices:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait at the end for every process; what stopped one of them stops all, in its words."""
+        """Wait for every process at the end; an error in one is raised in all."""
         error: AttnsegError | None = None
         try:
             yield
         except AttnsegError as problem:
             error = problem
-        words = [problem for problem in self.gather(error and str(error)) if problem]
+        others = [parts for parts in self.gather(error and error.args) if parts]
         if error:
             raise error
-        if words:
-            raise TrainingError(words[0])
+        if others:
+            raise TrainingError(*others[0])
 
 
 def first_process() -> bool:
-    """Whether this process writes and prints, for callers that have no `Devices` at hand."""
+    """Whether this process writes and prints, for callers without `Devices`."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
 def open_devices() -> Iterator[Devices]:
-    """The devices as `torchrun` says in the environment; without it, this process alone."""
+    """Open the devices that `torchrun` describes in the environment, else this process alone."""
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available()
     if count == 1:
@@ -87,7 +88,7 @@ def open_devices() -> Iterator[Devices]:
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # The processes meet while the slowest still prepares cases, which may take hours.
+    # The others wait while the slowest process prepares its cases, which may take hours.
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     try:
         yield Devices(device, rank, count)

@@ -1,16 +1,17 @@
-"""Attention weights of a case: what each skip connection lets through (the paper's figure 2).
+"""Attention weights of a case: how much each skip connection passes on (the paper's figure 2).
 
-A weight belongs to a channel and a window, because attention averages over the window it
-sees. Drawn are its mean over the case's windows and the range of their middle four fifths.
+There is one weight per channel and window, because attention averages over the window. The
+picture shows the mean over the case's windows and the range from the 10th to the 90th percentile.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.scans import Case
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.executor import WindowOptions, pad_image
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.volume import Volume
-from attnseg.trainer.data import Preparation
+from attnseg.runtime.results.output import write_results
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.windows import WindowOptions, pad_image
 from attnseg.trainer.model import AttentionResNetUNet
 from attnseg.trainer.networks import Network
+from attnseg.trainer.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class StageWeights:
     """Attention weights of one stage.
 
     Attributes:
-        stage: of the encoder, from 1, whose skip is weighed.
-        weights: `(windows, channels)`, 0 to 1.
+        stage: Index, from 1, of the encoder stage whose skip connection is weighted.
+        weights: `(windows, channels)` float32, 0 to 1.
     """
 
     stage: int
@@ -45,13 +49,13 @@ def check_attention(network: Network) -> None:
     kind = network.config.attention
     if not isinstance(network, AttentionResNetUNet) or kind == "none":
         raise ConfigError(
-            f"the model has no attention ({network.config.architecture}, {kind}); give one with "
-            "gap, se or cbam"
+            f"the model has no attention ({network.config.architecture}, {kind})",
+            "give one with gap, se or cbam",
         )
 
 
 def _attention_of(network: Network) -> list[nn.Module]:
-    """The attention of each stage, first stage first."""
+    """Attention module of each stage, first stage first."""
     check_attention(network)
     assert isinstance(network, AttentionResNetUNet)
     return [stage.attention for stage in reversed(network.decoder)]  # type: ignore[misc]
@@ -59,7 +63,7 @@ def _attention_of(network: Network) -> list[nn.Module]:
 
 @contextmanager
 def _recorded(modules: list[nn.Module], rows: list[list[NDArray[np.float32]]]) -> Iterator[None]:
-    """Append each module's weights to its list of `rows`, once per forward pass."""
+    """Append each module's weights, `(C,)`, to its list in `rows` on every forward pass."""
 
     def hook(into: list[NDArray[np.float32]]):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -77,25 +81,27 @@ def _recorded(modules: list[nn.Module], rows: list[list[NDArray[np.float32]]]) -
 
 
 def attention_weights(
-    network: Network, preparation: Preparation, options: WindowOptions, volume: Volume
+    network: Network, preparation: Preparation, windows: WindowOptions, volume: Volume
 ) -> list[StageWeights]:
-    """Run a case window by window and keep the attention weights.
+    """Run a case window by window and collect the attention weights.
 
     Args:
-        network: in evaluation mode, on the CPU.
-        preparation: of its inputs.
-        options: of the sliding window.
-        volume: the case.
+        network: Network in evaluation mode, on the CPU.
+        preparation: Preparation of the network's inputs.
+        windows: Size and overlap of the windows; windows of zeros are skipped.
+        volume: Volume of the case, one channel per modality.
+
+    Returns:
+        Weights of each stage, first stage first.
 
     Raises:
-        ConfigError: the network has no attention.
-        VolumeError: the case cannot be normalised.
+        ConfigError: The network has no attention.
+        VolumeError: The case cannot be normalised.
     """
     modules = _attention_of(network)
     rows: list[list[NDArray[np.float32]]] = [[] for _ in modules]
-    turned = volume.oriented(preparation.task.orientation)
-    image = prepare(turned, preparation.grid, preparation.normalisation).image
-    plan = options.plan(image.shape[1:])
+    image = preprocess(volume, preparation.preprocessing).image
+    plan = windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
     with torch.inference_mode(), _recorded(modules, rows):
         for window in plan.windows:
@@ -106,7 +112,7 @@ def attention_weights(
 
 
 def draw_weights(stages: list[StageWeights], title: str) -> bytes:
-    """A PNG file: one row per stage, one bar per channel, heaviest first."""
+    """Draw a PNG file: one row per stage, one bar per channel, largest mean first."""
     figure = Figure(figsize=(9, 1.8 * len(stages) + 0.6), layout="constrained")
     for axes, stage in zip(
         figure.subplots(len(stages), 1, squeeze=False)[:, 0], stages, strict=True
@@ -120,7 +126,7 @@ def draw_weights(stages: list[StageWeights], title: str) -> bytes:
         axes.axhline(0.5, color="#999999", linewidth=0.8, linestyle="--")
         axes.set(ylim=(0, 1), ylabel=f"stage {stage.stage}", xlim=(-0.7, len(mean) - 0.3))
         axes.set_xticks([])
-    axes.set_xlabel("channels, heaviest first; lines: middle four fifths of the windows")
+    axes.set_xlabel("channels, largest mean first; lines: 10th to 90th percentile of the windows")
     figure.suptitle(title)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
@@ -128,7 +134,7 @@ def draw_weights(stages: list[StageWeights], title: str) -> bytes:
 
 
 def encode_weights_table(stages: list[StageWeights]) -> bytes:
-    """A CSV file with a row per stage and channel."""
+    """Return a CSV file in UTF-8 with one row per stage and channel."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(("stage", "channel", "mean", "p10", "p90", "windows"))
@@ -139,3 +145,28 @@ def encode_weights_table(stages: list[StageWeights]) -> bytes:
             cells = (f"{value:.5f}" for value in values)
             writer.writerow((stage.stage, channel, *cells, len(stage.weights)))
     return stream.getvalue().encode()
+
+
+def explain_cases(
+    cases: Sequence[Case],
+    network: Network,
+    preparation: Preparation,
+    windows: WindowOptions,
+    output: Path,
+) -> Iterator[str]:
+    """Write `CASE_attention.png` and `CASE_attention.csv` of each case, and yield its name.
+
+    Raises:
+        ConfigError: The network has no attention.
+        VolumeError: A case cannot be read or normalised.
+        OutputError: A file cannot be written.
+    """
+    for case in cases:
+        volume = read_volume(case.files)
+        stages = attention_weights(network, preparation, windows, volume)
+        files = {
+            f"{case.name}_attention.png": draw_weights(stages, case.name),
+            f"{case.name}_attention.csv": encode_weights_table(stages),
+        }
+        write_results(output, files)
+        yield case.name

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: noted, and acted on when the state is whole."""
+"""Ctrl-C and SIGTERM during training: recorded, and acted on when the state is consistent."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from types import FrameType
 
 
 class Interrupt:
-    """Whether the run was asked to stop."""
+    """Record of a request to stop.
+
+    Attributes:
+        asked: Whether a stop was requested.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """A signal handler. A second signal of the kind raises `KeyboardInterrupt` at once."""
+        """Handle a signal; a second one of the same kind raises `KeyboardInterrupt` at once."""
         self.asked = True
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def noted_interrupts() -> Iterator[Interrupt]:
-    """Note SIGINT and SIGTERM instead of stopping; in the main thread only, as Python asks."""
+    """Record SIGINT and SIGTERM instead of stopping.
+
+    Has no effect outside the main thread, where Python installs no signal handlers.
+    """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

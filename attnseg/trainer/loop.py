@@ -1,4 +1,4 @@
-"""The training loop: one run from its first step to its last, resumable at any step."""
+"""Training loop: one run from its first step to its last, resumable at any step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,39 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attnseg.runtime.errors import TrainingError
+from attnseg.data.labelled import check_labels
+from attnseg.data.task import BRATS
+from attnseg.runtime.errors import Setting, TrainingError, TrainingSetting
+from attnseg.runtime.files import remove_partial
 from attnseg.trainer.augment import augment, margin_voxels
-from attnseg.trainer.cases import DataSet, check_labels
 from attnseg.trainer.checkpoint import (
     checkpoint_config,
     checkpoint_preparation,
     initial_weights,
-    load_run,
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import (
-    BatchFeed,
-    PatchSampler,
-    Preparation,
-    TrainingCase,
-    cached_case,
-    learn_preparation,
-    synthetic_cases,
-)
+from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases
+from attnseg.trainer.data_set import DataSet
 from attnseg.trainer.devices import Devices, open_devices
+from attnseg.trainer.engine import mixed_precision
 from attnseg.trainer.interrupt import Interrupt, noted_interrupts
 from attnseg.trainer.logs import LOG, cut_log, draw_log, log_epoch
 from attnseg.trainer.loss import segmentation_loss
-from attnseg.trainer.networks import Network, build_network, count_parameters
-from attnseg.trainer.task import BRATS
-from attnseg.trainer.validate import mixed_precision, validate
+from attnseg.trainer.networks import build_network, count_parameters
+from attnseg.trainer.preparation import Preparation, learn_preparation
+from attnseg.trainer.run import (
+    Run,
+    new_run,
+    set_cosine_rate,
+    start_from,
+    steps_per_epoch,
+    update_average,
+)
+from attnseg.trainer.validate import validate
 
 SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
 CACHE = "cache"
@@ -59,150 +62,8 @@ _LOCK = ".lock"
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Run:
-    """Everything that a checkpoint has to hold to go on as if nothing had happened."""
-
-    config: TrainConfig
-    data: DataSet
-    preparation: Preparation
-    devices: Devices
-    model: Network
-    average: Network | None
-    optimiser: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
-    scaler: torch.amp.GradScaler
-    rng: np.random.Generator
-    generator: torch.Generator
-    steps_per_epoch: int
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)  # of the steps of the epoch so far
-    best: float = -1.0
-    validation: dict[str, float] | None = None
-    seconds: float = 0.0  # of the epochs that are finished
-    epoch_seconds: float = 0.0
-
-    def state(self, rng_state: Any) -> dict[str, Any]:
-        """What to save. Called in every process, as each has random states of its own."""
-        return {
-            "config": self.config.to_dict(),
-            "data": self.data.name,
-            **self.preparation.to_dict(),
-            "split": self.data.split,
-            "device": self.devices.name,
-            "model": self.model.state_dict(),
-            "average": self.average and self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": self.devices.gather((rng_state, self.generator.get_state())),
-            "epoch": self.epoch,
-            "losses": self.losses,
-            "best": self.best,
-            "validation": None if self.losses else self.validation,  # of these very weights
-            "seconds": self.seconds,
-            "epoch_seconds": self.epoch_seconds,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Raise `TrainingError` for a state that is not of such a run."""
-        count = len(state.get("random", ()))
-        if count and count != self.devices.count:
-            raise TrainingError(
-                f"last.pt: was trained by {count} processes, not {self.devices.count}; resume it "
-                "with as many"
-            )
-        try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise TrainingError(f"last.pt: does not fit its own configuration ({error})") from error
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        rng_state, generator_state = state["random"][self.devices.rank]
-        self.rng.bit_generator.state = rng_state
-        self.generator.set_state(generator_state)
-        self.epoch, self.best = state["epoch"], state["best"]
-        self.losses = list(state["losses"])
-        self.validation = state["validation"]
-        self.seconds, self.epoch_seconds = state["seconds"], state.get("epoch_seconds", 0.0)
-
-    @property
-    def deployed(self) -> Network:
-        """The weights that are validated and shipped."""
-        return self.model if self.average is None else self.average
-
-    @property
-    def step(self) -> int:
-        """Steps done since the start."""
-        return self.epoch * self.steps_per_epoch + len(self.losses)
-
-
-def _steps_per_epoch(config: TrainConfig, cases: int, devices: Devices) -> int:
-    return config.steps_per_epoch or math.ceil(cases / (config.batch_size * devices.count))
-
-
-def _place(network: Network, device: torch.device) -> Network:
-    placed: Network = network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return placed
-
-
-def _start(
-    config: TrainConfig, data: DataSet, preparation: Preparation, devices: Devices, steps: int
-) -> _Run:
-    torch.manual_seed(config.seed)
-    model = _place(build_network(config.network), devices.device)
-    average = _place(build_network(config.network), devices.device) if config.ema_decay else None
-    if average:
-        average.load_state_dict(model.state_dict())
-    kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
-    optimiser = kind(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    return _Run(
-        config,
-        data,
-        preparation,
-        devices,
-        model,
-        average,
-        optimiser,
-        torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimiser, factor=config.factor, patience=config.patience
-        ),
-        torch.amp.GradScaler(devices.device.type, enabled=config.precision == "fp16"),
-        np.random.default_rng([config.seed, devices.rank]),
-        torch.Generator().manual_seed(config.seed + devices.rank),
-        steps,
-    )
-
-
-def _update_average(run: _Run) -> None:
-    """Move the average towards the model; slower at first, as so few steps cannot fill it."""
-    if run.average is None:
-        return
-    decay = min(run.config.ema_decay, (2 + run.step) / (11 + run.step))
-    pairs = zip(run.average.state_dict().values(), run.model.state_dict().values(), strict=True)
-    for kept, new in pairs:
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)
-
-
-def _set_cosine_rate(run: _Run) -> None:
-    if run.config.schedule != "cosine":
-        return
-    share = run.step / (run.config.epochs * run.steps_per_epoch)
-    for group in run.optimiser.param_groups:
-        group["lr"] = run.config.learning_rate * (1 + math.cos(math.pi * share)) / 2
-
-
-def _agree(run: _Run, loss: float, stop: bool) -> tuple[float, bool]:
-    """The mean loss over all processes, and whether one of them was asked to stop."""
+def _agree(run: Run, loss: float, stop: bool) -> tuple[float, bool]:
+    """Return the mean loss over all processes, and whether any was requested to stop."""
     if run.devices.count == 1:
         return loss, stop
     values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=run.devices.device)
@@ -210,8 +71,8 @@ def _agree(run: _Run, loss: float, stop: bool) -> tuple[float, bool]:
     return float(values[0]) / run.devices.count, bool(values[1] > 0)
 
 
-def _train_step(run: _Run, network: nn.Module, feed: BatchFeed, interrupt: Interrupt) -> bool:
-    """One batch, one optimiser step; whether to stop after it. The loss goes to `run.losses`."""
+def _train_step(run: Run, network: nn.Module, feed: BatchFeed, interrupt: Interrupt) -> bool:
+    """Train on one batch, append the loss to `run.losses`, and return whether to stop."""
     config, device = run.config, run.devices.device
     batch = feed.take()
     images, labels = batch.images.to(device), batch.labels.to(device)
@@ -227,18 +88,19 @@ def _train_step(run: _Run, network: nn.Module, feed: BatchFeed, interrupt: Inter
     if not math.isfinite(value):
         where = "on patches of " + ", ".join(dict.fromkeys(batch.names))
         raise TrainingError(
-            f"the loss became {value} {where if not math.isfinite(own) else 'in another process'}; "
-            "lower the learning rate, set clip_norm=1, or check these cases"
+            f"the loss became {value} {where if not math.isfinite(own) else 'in another process'}",
+            "lower the learning rate, give {}, or check these cases",
+            TrainingSetting("clip_norm", 1),
         )
     run.optimiser.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if config.clip_norm:
         run.scaler.unscale_(run.optimiser)
         nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm)
-    _set_cosine_rate(run)
+    set_cosine_rate(run)
     run.scaler.step(run.optimiser)
     run.scaler.update()
-    _update_average(run)
+    update_average(run)
     run.losses.append(value)
     return stop
 
@@ -253,15 +115,15 @@ def _progress_bar(devices: Devices) -> Progress:
     )
 
 
-def _save(run: _Run, files: Sequence[Path], feed: BatchFeed) -> None:
+def _save(run: Run, files: Sequence[Path], feed: BatchFeed) -> None:
     state = run.state(feed.state)
     if run.devices.first:
         for file in files:
             save_checkpoint(file, state)
 
 
-def _train_epoch(run: _Run, network: nn.Module, feed: BatchFeed, interrupt: Interrupt) -> bool:
-    """The steps left of the epoch; whether the run was asked to stop after one of them."""
+def _train_epoch(run: Run, network: nn.Module, feed: BatchFeed, interrupt: Interrupt) -> bool:
+    """Run the remaining steps of the epoch, and return whether a stop was requested."""
     stop = False
     with _progress_bar(run.devices) as bar:
         title = f"epoch {run.epoch + 1}/{run.config.epochs}"
@@ -272,7 +134,7 @@ def _train_epoch(run: _Run, network: nn.Module, feed: BatchFeed, interrupt: Inte
     return stop
 
 
-def _finish_epoch(run: _Run, output: Path, feed: BatchFeed, validation: dict[str, float]) -> None:
+def _finish_epoch(run: Run, output: Path, feed: BatchFeed, validation: dict[str, float]) -> None:
     """Step the schedule, log the epoch, write `best.pt` if it is the best, and `last.pt`."""
     row = {
         "epoch": run.epoch + 1,
@@ -286,12 +148,12 @@ def _finish_epoch(run: _Run, output: Path, feed: BatchFeed, validation: dict[str
     run.epoch, run.losses = run.epoch + 1, []
     run.seconds, run.epoch_seconds = run.seconds + run.epoch_seconds, 0.0
     run.validation = validation
-    score = float(np.mean([validation[region] for region in run.preparation.task.regions]))
+    score = float(np.mean([validation[region] for region in run.preparation.task.task.regions]))
     improved = score > run.best
     run.best = max(run.best, score)
     if run.devices.first:
         log_epoch(output, row)
-    # last.pt comes last: a run that stops before it takes the validation again.
+    # last.pt is written last: a run that stops before that repeats the validation.
     _save(run, [output / "best.pt", output / "last.pt"][0 if improved else 1 :], feed)
 
 
@@ -302,9 +164,9 @@ def _training_cases(
     cache: Path,
     devices: Devices | None = None,
 ) -> tuple[list[TrainingCase], list[TrainingCase]]:
-    """Prepared cases of the training part, with the phantoms, and of the validation part.
+    """Return prepared cases for training, with the phantoms, and for validation.
 
-    With `devices`, only the share of this process.
+    With `devices`, return only the share of this process.
     """
     phantoms = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
     training, validation = (
@@ -318,21 +180,23 @@ def _training_cases(
 
 
 def _check_patch(config: TrainConfig, device: torch.device) -> None:
-    # oneDNN's weight gradient of such convolutions in bfloat16 is noise (seen in torch 2.13).
+    # oneDNN's bfloat16 weight gradient of such convolutions is noise (observed in torch 2.13).
     network = config.network
     two_left = network.architecture != "deepmedic" and config.patch // network.stride == 2
     if device.type == "cpu" and config.precision == "bf16" and two_left:
         raise TrainingError(
             f"patches of {config.patch} leave 2 voxels at the bottom of the network, where PyTorch "
-            "computes wrong gradients in bf16 on a CPU; set precision=fp32 or a larger patch"
+            "computes wrong gradients in bf16 on a CPU",
+            "give {} or a larger patch",
+            TrainingSetting("precision", "fp32"),
         )
 
 
 def _check_phantoms(config: TrainConfig, data: DataSet) -> None:
-    if config.synthetic_cases and data.task.channels != BRATS.channels:
+    if config.synthetic_cases and data.task.task.channels != BRATS.task.channels:
         raise TrainingError(
-            f"{data.name}: synthetic_cases are brain scans, which this task does not take; leave "
-            "them out"
+            f"{data.name}: synthetic_cases are brain scans, which this task does not take",
+            "leave them out",
         )
 
 
@@ -342,8 +206,8 @@ def _run_for(
     stored: dict[str, Any] | None,
     devices: Devices,
     cache: Path,
-) -> tuple[_Run, list[TrainingCase], list[TrainingCase]]:
-    """The run as it starts or goes on, its training cases and its validation cases."""
+) -> tuple[Run, list[TrainingCase], list[TrainingCase]]:
+    """Return the run, new or restored, its training cases and its validation cases."""
     with devices.together():
         if stored:
             preparation = checkpoint_preparation(stored)
@@ -353,11 +217,11 @@ def _run_for(
             preparation = learn_preparation(data.part("train"), data.task, config)
         if devices.first:
             synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
-    with devices.together():  # each prepares a share, then all read the whole
+    with devices.together():  # each prepares its share, then all read all cases
         _training_cases(data, preparation, config, cache, devices)
     training, validation = _training_cases(data, preparation, config, cache)
-    steps = _steps_per_epoch(config, len(training), devices)
-    run = _start(config, data, preparation, devices, steps)
+    steps = steps_per_epoch(config, len(training), devices)
+    run = new_run(config, data, preparation, devices, steps)
     if stored:
         run.restore(stored)
     return run, training, validation
@@ -367,38 +231,42 @@ def train(
     data: DataSet,
     config: TrainConfig,
     output: Path,
-    resume: bool = False,
+    stored: dict[str, Any] | None = None,
     initial: Path | None = None,
     cache: Path | None = None,
 ) -> Path:
     """Train a network.
 
-    Under `torchrun` every process calls this alike; the batch is then `batch_size` each.
+    Under `torchrun` every process makes the same call and draws its own `batch_size` patches.
 
     Args:
-        data: cases and their split.
-        config: every setting; channels and classes of the network are set by the task.
-        output: folder for `last.pt`, `best.pt`, `log.csv`, `curves.png` and the events for
-            TensorBoard.
-        resume: go on from `last.pt`, with the configuration, split and random state in it.
-        initial: checkpoint or `weights.safetensors` to start from instead of random weights.
-        cache: folder for prepared cases, which several runs may share; None for one in `output`.
+        data: Cases and their split.
+        config: Settings of the run; channels and classes of the network are set by the task.
+        output: Folder for `last.pt`, `best.pt`, `log.csv`, `curves.png` and the TensorBoard
+            events.
+        stored: Checkpoint in `output` to resume from, as `load_run` returns it; its
+            configuration and split replace `config` and the split of `data`. None for a new run.
+        initial: Checkpoint or `weights.safetensors` to start from instead of random weights.
+        cache: Folder for prepared cases, which several runs may share; None for one in `output`.
 
     Returns:
-        The file of the best checkpoint, by mean Dice over the regions on the validation part.
+        File of the checkpoint with the highest mean Dice over regions on the validation part.
 
     Raises:
-        TrainingError: `output` holds another run, a case cannot be used, the loss is not
-            finite, `initial` is of another network, or a checkpoint cannot be written.
-        KeyboardInterrupt: the run was asked to stop, by Ctrl-C or SIGTERM; it was saved, so
-            that `resume` goes on with the next step.
+        TrainingError: `output` holds another run, a case is not usable, the loss is not
+            finite, `initial` does not fit the network, or a checkpoint cannot be written.
+        KeyboardInterrupt: The run was stopped by Ctrl-C or SIGTERM, after saving a checkpoint
+            to resume from.
     """
-    if not resume and any((output / name).exists() for name in ("last.pt", "best.pt")):
-        raise TrainingError(f"{output}: holds a run already; add --resume or choose another folder")
-    stored = load_run(output) if resume else None
+    if stored is None and any((output / name).exists() for name in ("last.pt", "best.pt")):
+        raise TrainingError(
+            f"{output}: holds a run already",
+            "give {} or choose another folder",
+            Setting("resume", True),
+        )
     if stored:
         config, data = checkpoint_config(stored), data.with_split(stored["split"])
-    task = data.task
+    task = data.task.task
     network = replace(config.network, in_channels=len(task.channels), classes=len(task.labels))
     config = replace(config, network=network)
     _check_phantoms(config, data)
@@ -412,7 +280,7 @@ def train(
         if devices.first:
             cut_log(output, run.epoch)
         if weights and not stored:
-            _start_from(run, weights)
+            start_from(run, weights)
         with noted_interrupts() as interrupt:
             _train_epochs(run, training, validation, output, interrupt)
     return output / "best.pt"
@@ -420,7 +288,7 @@ def train(
 
 @contextmanager
 def _run_folder(output: Path, devices: Devices) -> Iterator[None]:
-    """The folder of a run, for this run alone; gone again if it stays empty."""
+    """Create and lock the folder of a run; remove it again if it stays empty."""
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / _LOCK, timeout=0)
     try:
@@ -428,10 +296,11 @@ def _run_folder(output: Path, devices: Devices) -> Iterator[None]:
             try:
                 if devices.first:
                     lock.acquire()
+                    remove_partial(output)  # of a run that was killed
             except Timeout as error:
                 raise TrainingError(
-                    f"{output}: is being trained by another process; wait for it, or choose "
-                    "another folder"
+                    f"{output}: is being trained by another process",
+                    "wait for it, or choose another folder",
                 ) from error
         yield
     finally:
@@ -444,12 +313,12 @@ def _run_folder(output: Path, devices: Devices) -> Iterator[None]:
 
 
 def _announcement(
-    run: _Run, training: Sequence[TrainingCase], validation: Sequence[TrainingCase]
+    run: Run, training: Sequence[TrainingCase], validation: Sequence[TrainingCase]
 ) -> str:
     config, millions = run.config, count_parameters(run.model) / 1e6
     plan = f"{config.epochs} epochs of {run.steps_per_epoch} steps"
     if run.epoch >= config.epochs:
-        plan = f"all {config.epochs} epochs are done; to train on, start a new run with --init"
+        plan = f"all {config.epochs} epochs are done; to train on, start a new run from best.pt"
     elif run.step:
         plan += f", of which {run.step} steps are done"
     return (
@@ -458,14 +327,8 @@ def _announcement(
     )
 
 
-def _start_from(run: _Run, weights: Mapping[str, Tensor]) -> None:
-    run.model.load_state_dict(weights)
-    if run.average is not None:
-        run.average.load_state_dict(weights)
-
-
 def _train_epochs(
-    run: _Run,
+    run: Run,
     training: Sequence[TrainingCase],
     validation: Sequence[TrainingCase],
     output: Path,
@@ -478,36 +341,42 @@ def _train_epochs(
     patch = config.patch + 2 * margin_voxels(config)
     sampler = PatchSampler(training, patch, config.tumour_share, config.network.classes)
     feed = BatchFeed(sampler, config.batch_size, run.rng)
-    regions = run.preparation.task.class_regions
     try:
         while run.epoch < config.epochs:
             with _counted_seconds(run):
                 stop = _train_epoch(run, network, feed, interrupt)
-            _save(run, [output / "last.pt"], feed)  # whatever happens in the validation
+            _save(run, [output / "last.pt"], feed)  # before the validation, which may fail
             if stop:
                 raise KeyboardInterrupt
             _share_weights(run)
             with _counted_seconds(run):
-                scores = validate(run.deployed, validation, config, devices, regions, interrupt)
+                scores = validate(
+                    run.deployed,
+                    validation,
+                    config,
+                    devices=devices,
+                    regions=run.preparation.task.class_regions,
+                    interrupt=interrupt,
+                )
             _finish_epoch(run, output, feed, scores)
             if any(devices.gather(interrupt.asked)) and run.epoch < config.epochs:
                 raise KeyboardInterrupt
     finally:
         feed.close()
-        del network  # a traceback would keep it beyond the group it belongs to, and hang
+        del network  # held by a traceback, it would outlive its process group and hang
         if devices.first and (output / LOG).exists():
             draw_log(output)
 
 
 @contextmanager
-def _counted_seconds(run: _Run) -> Iterator[None]:
+def _counted_seconds(run: Run) -> Iterator[None]:
     began = time.perf_counter()
     yield
     run.epoch_seconds += time.perf_counter() - began
 
 
-def _share_weights(run: _Run) -> None:
-    """Give every process the first one's weights; batch norms count their own batches."""
+def _share_weights(run: Run) -> None:
+    """Copy rank 0's weights to every process: batch norm statistics differ between them."""
     if run.devices.count > 1:
         for value in run.deployed.state_dict().values():
             distributed.broadcast(value, 0)

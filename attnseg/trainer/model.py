@@ -1,8 +1,8 @@
 """AttentionResNetUNet: residual encoder, attention on the skips, multi-scale decoder.
 
-Source: the Attention-ResNetUNet paper, section 3.1. The paper prints neither widths nor
-strides in full; the widths here are reconstructed so that parameters (3.49 M) and work
-(12.75 GMAC for 4x64x64x64) come nearest to its totals (3.6 M and 13.1 G). Say so wherever
+Source: the Attention-ResNetUNet paper, section 3.1. The paper states neither widths nor
+strides in full; the widths here are reconstructed so that parameters (3.49 M) and cost
+(12.75 GMAC for 4x64x64x64) come closest to its totals (3.6 M and 13.1 G). Say so wherever
 one of these numbers is quoted.
 """
 
@@ -23,20 +23,21 @@ Attention = Literal["none", "gap", "se", "cbam"]
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Every choice that shapes a network.
+    """Architecture of a network.
 
     Attributes:
-        in_channels: modalities, the C of a `(B, C, X, Y, Z)` batch.
-        classes: output classes, background included.
-        widths: channels of the encoder stages, first to last; of `deepmedic`, of the eight
-            layers of each pathway.
-        bottleneck: channels below the last stage; of `deepmedic`, of its two 1x1x1 layers.
-        attention: weight of each skip: `gap` is the paper's formula, without parameters; `se`
-            is squeeze-and-excitation (Hu 2018) and `cbam` the convolutional block attention
-            module (Woo 2018), both with reduction 4; `none` passes it on.
-        multi_scale: dilated convolutions in the decoder, else a residual block.
-        architecture: `attnresunet` is this module's network; `unet3d` and `deepmedic` are the
-            baselines of `attnseg.trainer.baselines`.
+        in_channels: Number of modalities, the C of a `(B, C, X, Y, Z)` batch.
+        classes: Number of output classes, including the background.
+        widths: Channels of the encoder stages, first to last; for `deepmedic`, channels of the
+            eight layers of each pathway.
+        bottleneck: Channels below the last stage; for `deepmedic`, channels of its two 1x1x1
+            layers.
+        attention: Attention on the skip connections: `gap` is the paper's formula, without
+            parameters; `se` is squeeze-and-excitation (Hu 2018) and `cbam` the convolutional
+            block attention module (Woo 2018), both with reduction 4; `none` is the identity.
+        multi_scale: Whether the decoder has dilated convolutions instead of residual blocks.
+        architecture: `attnresunet` for the network of this module; `unet3d` or `deepmedic` for
+            the baselines of `attnseg.trainer.baselines`.
     """
 
     in_channels: int = 4
@@ -67,18 +68,18 @@ class NetworkConfig:
         plain = self.attention == "none" and not self.multi_scale
         if self.architecture != "attnresunet" and not plain:
             raise ConfigError(
-                f"{self.architecture} has no attention and no multi-scale module; leave them out"
+                f"{self.architecture} has no attention and no multi-scale module", "leave them out"
             )
         if self.architecture == "deepmedic" and len(self.widths) != 8:
             raise ConfigError(f"deepmedic needs 8 widths, got {self.widths}")
 
     @property
     def stride(self) -> int:
-        """Factor that each spatial size must be a multiple of, in voxels."""
+        """Number of voxels that each spatial size must be a multiple of."""
         return 4 if self.architecture == "deepmedic" else 1 << len(self.widths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in checkpoints and manifests."""
+        """Return plain values, as stored in checkpoints and manifests."""
         return {**asdict(self), "widths": list(self.widths)}
 
     @classmethod
@@ -96,12 +97,22 @@ PRESETS: dict[str, NetworkConfig] = {
     "wide16": NetworkConfig(widths=(16, 32, 64, 128), bottleneck=192),
 }
 
-# The rows of the paper's table. It prints no sizes for the first two: their widths are scaled
-# so that a window costs about as much as in the paper's network (12.6 GMAC).
+# Rows of the paper's table. It states no sizes for the first two: their widths are scaled so
+# that a window costs about as much as in the paper's network (12.6 GMAC).
 MODELS: dict[str, NetworkConfig] = {
-    "unet3d": NetworkConfig(4, 4, (16, 32, 64), 128, "none", False, "unet3d"),
+    "unet3d": NetworkConfig(
+        widths=(16, 32, 64),
+        bottleneck=128,
+        attention="none",
+        multi_scale=False,
+        architecture="unet3d",
+    ),
     "deepmedic": NetworkConfig(
-        4, 4, (12, 12, 14, 14, 14, 14, 18, 18), 54, "none", False, "deepmedic"
+        widths=(12, 12, 14, 14, 14, 14, 18, 18),
+        bottleneck=54,
+        attention="none",
+        multi_scale=False,
+        architecture="deepmedic",
     ),
     "resunet": NetworkConfig(attention="none", multi_scale=False),
     "attnresunet": NetworkConfig(),
@@ -109,44 +120,48 @@ MODELS: dict[str, NetworkConfig] = {
 
 
 class DilatedConv(nn.Conv3d):
-    """A 3x3x3 convolution with dilation that trains at a CPU's full speed.
+    """A dilated 3x3x3 convolution that trains at full speed on a CPU.
 
-    oneDNN takes three times as long for the gradient of a dilated convolution. While training
-    on a CPU, the dilation d is therefore taken apart into d**3 plain convolutions on
-    interleaved grids, which are the same sums (Chen 2017, "Rethinking atrous convolution",
-    section 3.1, cites the trick as space-to-batch).
+    oneDNN takes three times as long for the gradient of a dilated convolution. When training
+    on a CPU, dilation d is therefore computed as d**3 plain convolutions on interleaved grids,
+    which are the same sums (space-to-batch; Chen 2017, "Rethinking atrous convolution",
+    section 3.1).
     """
 
     def forward(self, h: Tensor) -> Tensor:
         """`(B, in_channels, X, Y, Z)` to `(B, out_channels, X, Y, Z)`."""
         d = self.dilation[0]
-        # On grids of 2x2x2, oneDNN's bfloat16 weight gradient is wrong (torch 2.13).
+        # On 2x2x2 grids, oneDNN's bfloat16 weight gradient is wrong (torch 2.13).
         fits = all(n % d == 0 and n // d >= 4 for n in h.shape[2:])
         if not (self.training and fits and h.device.type == "cpu"):
             return super().forward(h)
         b, x, y, z, c = h.movedim(1, -1).shape
         grids = (b, x // d, d, y // d, d, z // d, d, c)
-        apart = h.movedim(1, -1).reshape(grids).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        apart = apart.reshape(b * d**3, x // d, y // d, z // d, c).movedim(-1, 1)
+        apart = h.movedim(1, -1).reshape(grids).permute((0, 2, 4, 6, 1, 3, 5, 7))
+        apart = apart.reshape((b * d**3, x // d, y // d, z // d, c)).movedim(-1, 1)
         out = nn.functional.conv3d(apart, self.weight, self.bias, padding=1).movedim(1, -1)
-        together = out.reshape(b, d, d, d, x // d, y // d, z // d, -1)
-        together = together.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, x, y, z, -1)
+        together = out.reshape((b, d, d, d, x // d, y // d, z // d, -1))
+        together = together.permute((0, 4, 1, 5, 2, 6, 3, 7)).reshape((b, x, y, z, -1))
         return together.movedim(-1, 1)
 
 
 def network_settings(model: str | None, preset: str | None) -> NetworkConfig:
-    """The network that a row of the paper's table, or a preset of its own model, stands for.
+    """Return the network of a row of the paper's table, or of a preset of its own model.
+
+    Args:
+        model: Key of `MODELS`; None for `attnresunet`.
+        preset: Key of `PRESETS`; None for the default widths.
 
     Raises:
-        ConfigError: one does not exist, or both were given and disagree.
+        ConfigError: A name does not exist, or model and preset contradict each other.
     """
     for what, name, choices in (("model", model, MODELS), ("preset", preset, PRESETS)):
         if name is not None and name not in choices:
-            raise ConfigError(f"{what} {name} does not exist; choose {', '.join(choices)}")
+            raise ConfigError(f"{what} {name} does not exist", f"choose {', '.join(choices)}")
     if preset is None:
         return MODELS[model or "attnresunet"]
     if model not in (None, "attnresunet"):
-        raise ConfigError(f"preset {preset} is of attnresunet, not of {model}; leave one out")
+        raise ConfigError(f"preset {preset} is for attnresunet, not for {model}", "leave one out")
     return PRESETS[preset]
 
 
@@ -157,7 +172,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, dilation: int = 
 
 
 class ResidualBlock(nn.Module):
-    """`h + ReLU(W2 * ReLU(BN(W1 * h + b1)) + b2)`, `h` projected where channels change."""
+    """`h + ReLU(W2 * ReLU(BN(W1 * h + b1)) + b2)`; `h` is projected if the channels change."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -207,7 +222,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Cbam(nn.Module):
-    """Convolutional block attention module (Woo 2018): first channels, then places."""
+    """Convolutional block attention module (Woo 2018): first channel, then spatial attention."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -242,10 +257,10 @@ def _attention(kind: Attention, channels: int) -> nn.Module:
 
 
 class MultiScale(nn.Module):
-    """Parallel 3x3x3 convolutions of dilation 1, 2 and 4, fused by 1x1x1 and added to `h`.
+    """Parallel 3x3x3 convolutions with dilation 1, 2 and 4, fused by 1x1x1 and added to `h`.
 
-    The paper's text does not name the sum. Without it the network learns far slower
-    (docs/results.md), and the residual block whose place the module takes has one.
+    The paper does not mention the sum. Without it the network learns far more slowly
+    (docs/results.md), and the residual block that the module replaces has one.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -264,7 +279,7 @@ class MultiScale(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Upsample by a transposed convolution, join the weighted skip, refine."""
+    """Upsample by a transposed convolution, concatenate the weighted skip, refine."""
 
     def __init__(self, channels_in: int, channels_out: int, config: NetworkConfig) -> None:
         super().__init__()
@@ -274,7 +289,7 @@ class DecoderStage(nn.Module):
         self.refine = refine(2 * channels_out, channels_out)
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor:
-        """`h` at half the size of `skip`; returns the size and channels of `skip`."""
+        """`h` at half the size of `skip` to a tensor of the shape of `skip`."""
         refined: Tensor = self.refine(torch.cat([self.up(h), self.attention(skip)], dim=1))
         return refined
 
@@ -282,7 +297,7 @@ class DecoderStage(nn.Module):
 def encode(
     image: Tensor, stages: Iterable[nn.Module], pool: nn.Module
 ) -> tuple[list[Tensor], Tensor]:
-    """What each stage of an encoder gives, first to last, and the last of it pooled."""
+    """Return the output of each encoder stage, first to last, and the last one pooled."""
     skips = []
     h = image
     for stage in stages:

@@ -1,4 +1,4 @@
-"""From a configuration to its network, and what the network costs."""
+"""Networks from their configurations, and their cost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from attnseg.trainer.baselines import DeepMedic, UNet3d
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig, ResidualBlock
-from attnseg.trainer.paper import Cost
+from attnseg.trainer.variants import Cost
 
 Network = AttentionResNetUNet | UNet3d | DeepMedic
 
 
 def build_network(config: NetworkConfig) -> Network:
-    """A network with fresh weights; it has the attribute `config`, and outputs logits."""
+    """Build a network with random weights; it has the attribute `config` and outputs logits."""
     kinds = {"attnresunet": AttentionResNetUNet, "unet3d": UNet3d, "deepmedic": DeepMedic}
     network: Network = kinds[config.architecture](config)
     _initialise(network)
@@ -24,13 +24,14 @@ def build_network(config: NetworkConfig) -> Network:
 
 
 def _initialise(network: Network) -> None:
-    """He's initialisation (He 2015), which the paper does not state.
+    """Apply He initialisation (He 2015), which the paper does not state.
 
-    PyTorch's own shrinks what a layer says threefold, and so the deep stages' say in the result.
+    PyTorch's default shrinks the output of each layer threefold, and with it the contribution of
+    the deep stages.
     """
     for module in network.modules():
         if isinstance(module, nn.ConvTranspose3d):
-            _fill(module, module.in_channels)  # its kernel is its stride: a sum over channels
+            _fill(module, module.in_channels)  # kernel equals stride: a sum over channels only
         elif isinstance(module, nn.Conv3d) and module is not network.head:
             _fill(module, module.weight[0].numel() / 2)  # half of the inputs after a ReLU are 0
     for module in network.modules():
@@ -39,14 +40,14 @@ def _initialise(network: Network) -> None:
 
 
 def _fill(layer: nn.Conv3d | nn.ConvTranspose3d, inputs: float) -> None:
-    """Weights that keep the size of the signal over a sum of so many inputs; no bias."""
+    """Draw weights so that a sum over `inputs` values keeps their variance; zero the bias."""
     nn.init.normal_(layer.weight, std=inputs**-0.5)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable values."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -67,7 +68,7 @@ def _count_macs_into(model: nn.Module, total: list[int]) -> Iterator[None]:
 
 
 def count_macs(model: Network, window: int = 64) -> int:
-    """Multiply-accumulates of all convolutions for one cubic window of `window` voxels."""
+    """Count multiply-accumulates of all convolutions for one window of `window`**3 voxels."""
     total = [0]
     with torch.no_grad(), _count_macs_into(model, total):
         model(torch.zeros(1, model.config.in_channels, window, window, window))
@@ -75,6 +76,6 @@ def count_macs(model: Network, window: int = 64) -> int:
 
 
 def cost_of(config: NetworkConfig) -> Cost:
-    """Millions of parameters, and GMAC for one window of 64 voxels."""
+    """Parameters in millions, and GMAC for one window of 64**3 voxels."""
     network = build_network(config)
     return Cost(count_parameters(network) / 1e6, count_macs(network) / 1e9)

@@ -1,4 +1,4 @@
-"""Phantoms, a tiny run, and what runs are compared by."""
+"""Phantom cases, a tiny training run, and helpers to compare runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from attnseg.cli import main
+from attnseg.cli.app import main
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.cases import DataSet, open_data_set
 from attnseg.trainer.checkpoint import load_checkpoint
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data_set import DataSet, open_data_set
 
 SETTINGS = {
     "widths": "4,8",
@@ -26,7 +26,7 @@ SETTINGS = {
 }
 TINY = TrainConfig().with_settings(SETTINGS)
 SCORES = {"loss": 1.0, "WT": 0.5, "TC": 0.5, "ET": 0.5}
-"""What a validation may be said to have given, where it is not the matter."""
+"""Result of a mocked validation, for tests that do not depend on it."""
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.data.task import BRATS
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.volume import Volume
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer import ablate as module
 from attnseg.trainer.ablate import ablate
-from attnseg.trainer.cases import DataSet, find_labelled_cases
 from attnseg.trainer.checkpoint import checkpoint_config, load_checkpoint
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data_set import DataSet
 from attnseg.trainer.model import NetworkConfig
-from attnseg.trainer.paper import ABLATION, variant_network
-from attnseg.trainer.task import BRATS
+from attnseg.trainer.variants import ABLATION, variant_network
 
 TINY = TrainConfig(
     network=NetworkConfig(widths=(2, 4), bottleneck=4),
@@ -46,8 +47,8 @@ def open_empty(_: Path) -> Iterator[SimpleNamespace]:
     """A model that finds nothing."""
     yield SimpleNamespace(
         bundle=Bundle.default(),
-        engine_info=EngineInfo("fake", "1", "fp32", "cpu"),
-        settings={},
+        engine=EngineInfo("fake", "1", "fp32", "cpu"),
+        plan=SimpleNamespace(settings=dict),
         segment=lambda volume: SimpleNamespace(labels=empty(volume), warnings=()),
     )
 
@@ -86,13 +87,13 @@ def test_an_ablation_that_was_stopped_goes_on_where_it_was(
     trained = []
     real = module.train
 
-    def stop_at_the_third(data, config, run, **options):
+    def stop_at_the_third(data, config, run, stored, **options):
         if len(trained) == 2 and run.name == "multi-scale":
             trained.append("stopped")
             raise KeyboardInterrupt
-        if not options["resume"]:
+        if stored is None:
             trained.append(run.name)
-        return real(data, config, run, **options)
+        return real(data, config, run, stored, **options)
 
     monkeypatch.setattr(module, "train", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -110,5 +111,5 @@ def test_other_settings_in_the_same_folder_are_refused(data: DataSet, tmp_path: 
 
 def test_an_ablation_of_nothing_is_refused(data: DataSet, tmp_path: Path) -> None:
     plain = replace(TINY, network=replace(TINY.network, attention="none"))
-    with pytest.raises(TrainingError, match="the ablation is of attnresunet with an attention"):
+    with pytest.raises(TrainingError, match="the ablation needs attnresunet with attention"):
         ablate(data, plain, tmp_path, open_empty)

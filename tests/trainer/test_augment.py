@@ -47,7 +47,7 @@ def test_image_and_labels_move_together() -> None:
     images = labels[:, None].float().expand(-1, 4, -1, -1, -1)
     changed, moved = run(config, images, labels)
     assert changed.shape == (2, 4, 16, 16, 16)
-    # Where the image is not blurred at the border, it says the same as the labels.
+    # Away from blurred label borders, the image agrees with the labels.
     clear = (changed - 0.5).abs() > 0.45
     assert clear.float().mean() > 0.6
     assert torch.equal((changed > 0.5)[clear], (moved == 1)[:, None].expand_as(clear)[clear])
@@ -72,7 +72,7 @@ def test_gamma_keeps_the_ends_of_the_range() -> None:
     for reduce in (torch.amin, torch.amax):
         before, after = reduce(images, (2, 3, 4)), reduce(changed, (2, 3, 4))
         torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
-    assert (changed.mean() - images.mean()) > 0.05  # an exponent below 1 lifts what lies between
+    assert (changed.mean() - images.mean()) > 0.05  # an exponent below 1 raises intermediate values
 
 
 def test_mirrors_reorder_voxels_and_labels_alike() -> None:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.normalise import Normalisation
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.volume import Volume
+from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.synthetic import make_case
 from attnseg.trainer.baselines import DeepMedic, UNet3d
 from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.model import MODELS, Cbam, DilatedConv, NetworkConfig, network_settings
 from attnseg.trainer.networks import build_network, count_macs, count_parameters
+from tests.conftest import PLAIN
 
 TINY_WIDTHS = dict.fromkeys(MODELS, ((8, 16), 16)) | {"deepmedic": ((4,) * 8, 8)}
 TINY = {
@@ -92,8 +92,8 @@ def test_each_network_gives_logits_of_the_inputs_size(name: str) -> None:
 def patch() -> tuple[Tensor, Tensor]:
     """One normalised patch of a phantom, with the whole of its tumour."""
     case = make_case(11, (64, 72, 56))
-    scan = prepare(Volume(case.images, case.affine), None, Normalisation())
-    labels = np.array([0, 1, 2, 0, 3])[case.labels[scan.box]]
+    scan = preprocess(Volume(case.images, case.affine), PLAIN)
+    labels = np.array([0, 1, 2, 0, 3])[case.labels[scan.box.slices()]]
     centre = np.argwhere(labels > 0).mean(axis=0).astype(int)
     low = [min(max(0, c - 12), n - 24) for c, n in zip(centre, labels.shape, strict=True)]
     box = tuple(slice(start, start + 24) for start in low)
@@ -139,7 +139,7 @@ def test_models_and_presets_are_found_by_name() -> None:
     for model, preset, message in (
         ("vnet", None, "model vnet does not exist; choose unet3d, deepmedic, resunet"),
         (None, "huge", "preset huge does not exist; choose paper, wide16"),
-        ("unet3d", "paper", "preset paper is of attnresunet, not of unet3d"),
+        ("unet3d", "paper", "preset paper is for attnresunet, not for unet3d"),
     ):
         with pytest.raises(ConfigError, match=message):
             network_settings(model, preset)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from attnseg.data.task import BRATS
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.normalise import Normalisation
 from attnseg.trainer.checkpoint import (
     checkpoint_preparation,
     initial_weights,
@@ -22,7 +22,7 @@ from attnseg.trainer.checkpoint import (
 )
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import build_network
-from attnseg.trainer.task import BRATS
+from tests.conftest import PLAIN
 
 SMALL = NetworkConfig(widths=(2, 4), bottleneck=4)
 
@@ -71,7 +71,7 @@ def test_the_error_of_a_full_disk_says_what_to_do(
         save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
     message = str(caught.value)
     assert "No space left on device" in message
-    assert message.endswith("free some space and use --resume")
+    assert message.endswith("free some space, then give resume=True")
     assert "\n" not in message
     assert list(tmp_path.iterdir()) == []
 
@@ -107,8 +107,7 @@ def test_a_checkpoint_from_before_tasks_is_of_brats() -> None:
     state = {"normalisation": {"foreground": "nonzero", "landmarks": None}}
     preparation = checkpoint_preparation(state)
     assert preparation.task is BRATS
-    assert preparation.grid is None
-    assert preparation.normalisation == Normalisation()
+    assert preparation.preprocessing == PLAIN
 
 
 def test_initial_weights_are_the_average_where_there_is_one(tmp_path: Path) -> None:

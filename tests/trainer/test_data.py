@@ -10,36 +10,29 @@ import numpy as np
 import pytest
 import torch
 
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.data.task import BRATS
+from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.grid import Grid, resample
-from attnseg.runtime.normalise import Normalisation, brain_box, normalise
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.volume import read_volume
+from attnseg.runtime.steps.foreground import foreground_box
+from attnseg.runtime.steps.normalise import ZScore, normalise
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.resample import Grid, resample
 from attnseg.synthetic import make_case
-from attnseg.trainer.cases import find_labelled_cases
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import (
-    BatchFeed,
-    PatchSampler,
-    Preparation,
-    TrainingCase,
-    cached_case,
-    config_grid,
-    learn_landmarks,
-    learn_preparation,
-    synthetic_cases,
-)
-from attnseg.trainer.task import BRATS
+from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases
+from attnseg.trainer.preparation import Preparation, config_grid, learn_landmarks, learn_preparation
+from tests.conftest import PLAIN
 
-PLAIN = Preparation(BRATS, None, Normalisation())
+PREPARATION = Preparation(BRATS, PLAIN)
 
 
 def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    prepared = cached_case(case, PLAIN, tmp_path)
+    prepared = cached_case(case, PREPARATION, tmp_path)
     channels = [np.asarray(nib.load(f).dataobj) for f in case.case.files]
-    box = brain_box(channels)
-    expected = normalise([c[box] for c in channels], Normalisation())
+    box = foreground_box(channels).slices()
+    expected = normalise([c[box] for c in channels], PLAIN.normalisation)
     np.testing.assert_allclose(prepared.image, expected, atol=4e-3)
     labels = np.asarray(nib.load(case.label).dataobj)[box]
     np.testing.assert_array_equal(prepared.classes, np.array([0, 1, 2, 0, 3])[labels])
@@ -47,13 +40,13 @@ def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_pat
 
 def test_a_scan_in_another_orientation_is_prepared_alike(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    expected = cached_case(case, PLAIN, tmp_path / "a")
+    expected = cached_case(case, PREPARATION, tmp_path / "a")
     codes = nib.orientations.axcodes2ornt("RSA")
     for file in (*case.case.files, case.label):
         image = nib.load(file)
         turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), codes)
         nib.save(image.as_reoriented(turn), file)
-    turned = cached_case(case, PLAIN, tmp_path / "b")
+    turned = cached_case(case, PREPARATION, tmp_path / "b")
     np.testing.assert_array_equal(turned.image, expected.image)
     np.testing.assert_array_equal(turned.classes, expected.classes)
 
@@ -63,30 +56,30 @@ def test_the_cache_is_used_for_the_same_normalisation_only(
 ) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
     cache = tmp_path / "cache"
-    cached_case(case, PLAIN, cache)
+    cached_case(case, PREPARATION, cache)
     files = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
-    cached_case(case, PLAIN, cache)
+    cached_case(case, PREPARATION, cache)
     assert {f: f.stat().st_mtime_ns for f in cache.iterdir()} == files
-    matched = Normalisation("nonzero", learn_landmarks([case], PLAIN))
-    cached_case(case, replace(PLAIN, normalisation=matched), cache)
+    matched = replace(PLAIN, normalisation=learn_landmarks([case], PLAIN))
+    cached_case(case, Preparation(BRATS, matched), cache)
     assert len(list(cache.iterdir())) == 2 * len(files)
 
 
 def test_a_changed_label_file_is_read_again(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    assert cached_case(case, PLAIN, tmp_path / "cache").classes.any()
+    assert cached_case(case, PREPARATION, tmp_path / "cache").classes.any()
     image = nib.load(case.label)
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), case.label)
-    assert not cached_case(case, PLAIN, tmp_path / "cache").classes.any()
+    assert not cached_case(case, PREPARATION, tmp_path / "cache").classes.any()
 
 
 def test_a_case_that_cannot_be_used_is_named(small_scan: Path, tmp_path: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
     image = nib.load(case.case.files[1])
     nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), case.case.files[1])
-    with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
-        cached_case(case, PLAIN, tmp_path / "cache")
-    with pytest.raises(TrainingError, match=r"case small: .* no value but 7"):
+    with pytest.raises(TrainingError, match=r"case small: channel 2 is constant .7."):
+        cached_case(case, PREPARATION, tmp_path / "cache")
+    with pytest.raises(TrainingError, match=r"case small: channel 2 is constant .7."):
         learn_landmarks([case], PLAIN)
 
 
@@ -95,11 +88,12 @@ def test_a_case_is_prepared_on_the_grid_with_its_labels(
     small_scan: Path, tmp_path: Path, grid: Grid
 ) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    prepared = cached_case(case, replace(PLAIN, grid=grid), tmp_path)
-    seen = prepare(read_volume(case.case.files), grid, Normalisation())
+    placed = replace(PLAIN, grid=grid)
+    prepared = cached_case(case, Preparation(BRATS, placed), tmp_path)
+    seen = preprocess(read_volume(case.case.files), placed)
     np.testing.assert_allclose(prepared.image, seen.image, atol=4e-3)
     labels = np.asarray(nib.load(case.label).dataobj)
-    moved = resample(labels, seen.grid_shape, nearest=True)[seen.box]
+    moved = resample(labels, seen.grid_shape, nearest=True)[seen.box.slices()]
     np.testing.assert_array_equal(prepared.classes, np.array([0, 1, 2, 0, 3])[moved])
     assert set(np.unique(prepared.classes)) == {0, 1, 2, 3}
 
@@ -119,22 +113,24 @@ def test_the_foreground_is_the_tasks_unless_the_config_names_one(
 ) -> None:
     config = TrainConfig(foreground=foreground, histogram_matching=False)
     preparation = learn_preparation([], replace(BRATS, foreground=task), config)
-    assert preparation.normalisation == Normalisation(expected)
+    assert preparation.preprocessing == replace(
+        PLAIN, crop=expected, normalisation=(ZScore(expected),) * 4
+    )
 
 
 def test_landmarks_are_the_mean_over_the_training_cases(small_scan: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
     first = learn_landmarks([case], PLAIN)
-    for file in case.case.files[:1]:  # the z-scores of t1 turn round
+    for file in case.case.files[:1]:  # invert the z-scores of t1
         image = nib.load(file)
         array = np.asarray(image.dataobj)
         turned = np.where(array > 0, array.max() + 1 - array, 0).astype(np.int16)
         nib.save(nib.Nifti1Image(turned, image.affine), file)
     second = learn_landmarks([case], PLAIN)
-    learned = learn_preparation([case, case], BRATS, TrainConfig()).normalisation.landmarks
+    learned = learn_preparation([case, case], BRATS, TrainConfig()).preprocessing.normalisation
     assert learned == second
-    np.testing.assert_allclose(second.values[0], -np.array(first.values[0])[::-1], atol=1e-5)
-    assert second.values[1:] == first.values[1:]
+    np.testing.assert_allclose(second[0].values, -np.array(first[0].values)[::-1], atol=1e-5)
+    assert second[1:] == first[1:]
 
 
 def test_images_of_few_grey_values_are_refused_with_advice(small_scan: Path) -> None:
@@ -143,7 +139,7 @@ def test_images_of_few_grey_values_are_refused_with_advice(small_scan: Path) -> 
     few = (np.asarray(image.dataobj) > 0) * np.int16(1)
     few[40:] *= 2
     nib.save(nib.Nifti1Image(few, image.affine), case.case.files[0])
-    with pytest.raises(TrainingError, match=r"too few grey values .* histogram_matching=false"):
+    with pytest.raises(TrainingError, match=r"too few grey values .* histogram_matching=False"):
         learn_landmarks([case], PLAIN)
 
 

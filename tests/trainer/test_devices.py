@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnseg.runtime.errors import ScanError, TrainingError
+from attnseg.runtime.errors import ScanError, Setting, TrainingError
 from attnseg.trainer.devices import Devices, open_devices
 from tests.trainer.conftest import SETTINGS, assert_same_end, log_rows, train_command
 
@@ -24,8 +24,8 @@ PROCESS = """
 import contextlib, faulthandler, hashlib, json, os, signal, sys, time
 from pathlib import Path
 from attnseg.trainer import loop
-from attnseg.trainer.cases import open_data_set
-from attnseg.trainer.checkpoint import load_checkpoint
+from attnseg.trainer.data_set import open_data_set
+from attnseg.trainer.checkpoint import load_checkpoint, load_run
 from attnseg.trainer.config import TrainConfig
 
 faulthandler.dump_traceback_later(150)  # if they wait for each other, where
@@ -66,7 +66,7 @@ while not saved.exists():
 state = load_checkpoint(Path(output, "last.pt"))
 told["stopped"] = [state["epoch"], len(state["losses"])]
 os.environ["MASTER_PORT"] = second_port
-loop.train(data, config, Path(output), resume=True)
+loop.train(data, config, Path(output), load_run(Path(output)))
 Path(output, f"rank{rank}.json").write_text(json.dumps(told))
 """
 
@@ -100,7 +100,7 @@ def run_two(phantoms: Path, output: Path) -> list[dict[str, Any]]:
     try:
         until = time.monotonic() + 200
         while time.monotonic() < until and None in (codes := [p.poll() for p in processes]):
-            if any(codes):  # the other would wait for ever
+            if any(codes):  # the other would wait forever
                 break
             time.sleep(0.05)
     finally:
@@ -127,8 +127,8 @@ def test_two_processes_have_the_same_weights_from_different_patches(
     first, second = told
     assert len(first["weights"]) == 2
     assert first["weights"] == second["weights"]
-    assert first["drawn"] != second["drawn"]  # the places
-    assert len({*first["patches"], *second["patches"]}) == 12  # and the augmentation
+    assert first["drawn"] != second["drawn"]  # patch positions differ
+    assert len({*first["patches"], *second["patches"]}) == 12  # and so does the augmentation
 
 
 def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
@@ -161,9 +161,13 @@ def test_one_process_is_alone() -> None:
 def test_what_stops_one_process_stops_the_others_in_its_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Devices, "gather", lambda _, own: [own, "case b: is damaged"])
+    other = ScanError("case b: is damaged", "train with {}", Setting("epochs", 3))
+    monkeypatch.setattr(Devices, "gather", lambda _, own: [own, other.args])
     devices = Devices(torch.device("cpu"), 0, 2)
-    with pytest.raises(TrainingError, match="case b: is damaged"), devices.together():
+    with (
+        pytest.raises(TrainingError, match="case b: is damaged; train with epochs=3"),
+        devices.together(),
+    ):
         pass
     with pytest.raises(ScanError, match="case a: is absent"), devices.together():
         raise ScanError("case a: is absent")

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
+from attnseg.data.task import BRATS
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.executor import WindowOptions
-from attnseg.runtime.normalise import Normalisation
-from attnseg.runtime.volume import Volume
-from attnseg.trainer.data import Preparation
+from attnseg.runtime.steps.windows import WindowOptions
 from attnseg.trainer.explain import attention_weights, draw_weights, encode_weights_table
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import build_network
-from attnseg.trainer.task import BRATS
+from attnseg.trainer.preparation import Preparation
+from tests.conftest import PLAIN
 
-PLAIN = Preparation(BRATS, None, Normalisation())
+PREPARATION = Preparation(BRATS, PLAIN)
 WINDOWS = WindowOptions((8, 8, 8), 0.0, 4)
 
 
@@ -40,7 +40,7 @@ def constant_network(value: float) -> torch.nn.Module:
 
 
 def test_weights_are_the_sigmoid_of_the_mean_by_hand(volume: Volume) -> None:
-    stages = attention_weights(constant_network(2.0), PLAIN, WINDOWS, volume)
+    stages = attention_weights(constant_network(2.0), PREPARATION, WINDOWS, volume)
     assert [stage.stage for stage in stages] == [1, 2]
     assert [stage.weights.shape for stage in stages] == [(2, 2), (2, 4)]  # windows, channels
     np.testing.assert_allclose(stages[0].weights, 0.880797, atol=1e-6)  # sigmoid(2)
@@ -51,7 +51,7 @@ def test_weights_are_the_sigmoid_of_the_mean_by_hand(volume: Volume) -> None:
 def test_learned_attention_has_weights_too(volume: Volume, attention: str) -> None:
     torch.manual_seed(0)
     config = NetworkConfig(widths=(16, 32), bottleneck=4, attention=attention)
-    stages = attention_weights(build_network(config).eval(), PLAIN, WINDOWS, volume)
+    stages = attention_weights(build_network(config).eval(), PREPARATION, WINDOWS, volume)
     for stage in stages:
         assert ((stage.weights >= 0) & (stage.weights <= 1)).all()
         assert np.ptp(stage.weights, axis=1).min() > 0  # channels differ
@@ -60,11 +60,11 @@ def test_learned_attention_has_weights_too(volume: Volume, attention: str) -> No
 def test_a_model_without_attention_is_refused(volume: Volume) -> None:
     network = build_network(NetworkConfig(widths=(2, 4), bottleneck=4, attention="none"))
     with pytest.raises(ConfigError, match="the model has no attention"):
-        attention_weights(network, PLAIN, WINDOWS, volume)
+        attention_weights(network, PREPARATION, WINDOWS, volume)
 
 
 def test_the_table_and_the_picture_hold_every_stage(volume: Volume) -> None:
-    stages = attention_weights(constant_network(2.0), PLAIN, WINDOWS, volume)
+    stages = attention_weights(constant_network(2.0), PREPARATION, WINDOWS, volume)
     table = list(csv.DictReader(io.StringIO(encode_weights_table(stages).decode())))
     assert [(row["stage"], row["channel"]) for row in table] == [
         *(("1", str(c)) for c in range(2)),

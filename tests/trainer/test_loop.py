@@ -22,22 +22,24 @@ from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from attnseg.export.checkpoint import encode_weights, load_trained
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.export.source.checkpoint import encode_weights, load_trained
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.grid import Grid
+from attnseg.runtime.steps.resample import Grid
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer import logs, loop
-from attnseg.trainer.cases import DataSet, find_labelled_cases, open_data_set
 from attnseg.trainer.checkpoint import (
     checkpoint_weights,
     load_checkpoint,
-    run_split,
+    load_run,
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.data_set import DataSet, open_data_set
 from attnseg.trainer.loop import train
 from attnseg.trainer.model import MODELS, NetworkConfig
 from attnseg.trainer.networks import build_network
+from attnseg.trainer.start import start_run
 from tests.trainer.conftest import (
     SCORES,
     SETTINGS,
@@ -91,7 +93,7 @@ def averaged(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations cost more than steps; for tests that they do not matter to."""
-    monkeypatch.setattr(loop, "validate", lambda *_: SCORES)
+    monkeypatch.setattr(loop, "validate", lambda *_, **__: SCORES)
 
 
 def act_at(
@@ -100,11 +102,11 @@ def act_at(
     """Do something at the given call of a function of the loop."""
     real, calls = getattr(loop, name), []
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **named: Any) -> Any:
         calls.append(None)
         if len(calls) == number:
             action()
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(loop, name, wrapped)
 
@@ -130,7 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         with pytest.raises(StoppedError):
             train(data, whole.config, tmp_path)
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == finished
-    train(data, whole.config, tmp_path, resume=True)
+    train(data, whole.config, tmp_path, load_run(tmp_path))
     assert_same_end(tmp_path, whole.output)
 
 
@@ -146,7 +148,7 @@ def test_a_signal_in_an_epoch_saves_the_steps_done_and_resumes_to_the_same_end(
         act_at(patch, "augment", 5, send(number))
         result = call(*train_command(phantoms, tmp_path, whole.settings))
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "stopped; what was finished is kept"
+    assert result.stderr.splitlines()[-1] == "stopped; repeat the command with --resume to continue"
     state = load_checkpoint(tmp_path / "last.pt")
     assert (state["epoch"], len(state["losses"])) == (1, 2)
     assert len(log_rows(tmp_path)) == 1
@@ -167,7 +169,7 @@ def test_a_run_stopped_in_its_first_epoch_resumes_to_the_same_end(
     state = load_checkpoint(tmp_path / "last.pt")
     assert (state["epoch"], len(state["losses"])) == (0, step)
     assert state["validation"] is None
-    train(data, plain.config, tmp_path, resume=True)
+    train(data, plain.config, tmp_path, load_run(tmp_path))
     assert_same_end(tmp_path, plain.output)
 
 
@@ -180,7 +182,7 @@ def test_a_run_stopped_while_validating_resumes_to_the_same_end(
             train(data, plain.config, tmp_path)
     state = load_checkpoint(tmp_path / "last.pt")
     assert (state["epoch"], len(state["losses"])) == (1, 3)  # its steps need not be done again
-    train(data, plain.config, tmp_path, resume=True)
+    train(data, plain.config, tmp_path, load_run(tmp_path))
     assert_same_end(tmp_path, plain.output)
 
 
@@ -195,7 +197,7 @@ def test_a_signal_at_the_end_of_a_validation_stops_after_the_epoch(
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
     assert signal.getsignal(signal.SIGINT) is before
     act_at(monkeypatch, "validate", 1, send(signal.SIGINT))  # of the last epoch: nothing is left
-    assert train(data, config, tmp_path, resume=True).exists()
+    assert train(data, config, tmp_path, load_run(tmp_path)).exists()
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 2
 
 
@@ -211,7 +213,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_end(
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.5))
         process.kill()
-    train(data, plain.config, tmp_path, resume=True)
+    train(data, plain.config, tmp_path, load_run(tmp_path))
     assert_same_end(tmp_path, plain.output)
 
 
@@ -228,7 +230,7 @@ def test_a_run_that_stops_while_saving_resumes_to_the_same_end(
         with pytest.raises(StoppedError):
             train(data, plain.config, tmp_path)
     assert len(log_rows(tmp_path)) == 2
-    train(data, plain.config, tmp_path, resume=True)
+    train(data, plain.config, tmp_path, load_run(tmp_path))
     assert_same_end(tmp_path, plain.output)
 
 
@@ -253,7 +255,7 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint_and_gives_one_line(
     assert result.exit_code == 1
     (line,) = [x for x in result.stderr.splitlines() if x.startswith("error:")]
     assert "No space left on device" in line
-    assert line.endswith("free some space and use --resume")
+    assert line.endswith("free some space, then give --resume")
     assert result.stderr.endswith(f"{line}\n")
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
     assert not list(tmp_path.glob("*.part"))
@@ -265,7 +267,9 @@ def test_a_log_that_cannot_be_written_says_what_to_do(
     data: DataSet, tmp_path: Path, no_validation: None
 ) -> None:
     (tmp_path / "tensorboard").write_bytes(b"not a folder")
-    with pytest.raises(TrainingError, match=r"could not be written to .*use --resume") as caught:
+    with pytest.raises(
+        TrainingError, match=r"could not be written to .* give resume=True"
+    ) as caught:
         train(data, ONE_STEP, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -288,8 +292,23 @@ def test_a_resumed_run_keeps_its_own_configuration_split_and_weights(
             train(data, plain.config, tmp_path)
     other = data.with_split({"train": ["case13"], "validation": ["case11"]})
     config = replace(TINY, learning_rate=9, epochs=99)
-    train(other, config, tmp_path, resume=True, initial=averaged)
+    train(other, config, tmp_path, load_run(tmp_path), initial=averaged)
     assert_same_end(tmp_path, plain.output)
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(
+    plain: Whole, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def load(file: Any, *args: Any, **options: Any) -> Any:
+        read.append(Path(file).name)
+        return torch_load(file, *args, **options)
+
+    torch_load = torch.load
+    monkeypatch.setattr(torch, "load", load)
+    assert start_run(phantoms, plain.output, resume=True) == plain.output / "best.pt"
+    assert read == ["last.pt"]
 
 
 def test_another_number_of_processes_cannot_resume_a_run(plain: Whole, data: DataSet) -> None:
@@ -298,16 +317,18 @@ def test_another_number_of_processes_cannot_resume_a_run(plain: Whole, data: Dat
     state = load_checkpoint(file)
     try:
         save_checkpoint(file, {**state, "random": state["random"] * 2})
-        message = r"was trained by 2 processes, not 1; resume it with as many"
+        message = r"was trained by 2 processes, not 1; resume it with the same number"
         with pytest.raises(TrainingError, match=message):
-            train(data, plain.config, plain.output, resume=True)
+            train(data, plain.config, plain.output, load_run(plain.output))
     finally:
         file.write_bytes(stored)
 
 
 def test_a_finished_run_has_nothing_to_resume(plain: Whole, data: DataSet) -> None:
     before = (plain.output / "last.pt").read_bytes()
-    assert train(data, plain.config, plain.output, resume=True) == plain.output / "best.pt"
+    assert (
+        train(data, plain.config, plain.output, load_run(plain.output)) == plain.output / "best.pt"
+    )
     assert (plain.output / "last.pt").read_bytes() == before
 
 
@@ -354,7 +375,7 @@ def test_the_log_is_drawn_and_told_to_tensorboard(plain: Whole) -> None:
 
 def test_a_folder_with_a_run_is_not_trained_over(plain: Whole, data: DataSet) -> None:
     before = (plain.output / "last.pt").read_bytes()
-    with pytest.raises(TrainingError, match="holds a run already; add --resume"):
+    with pytest.raises(TrainingError, match="holds a run already; give resume=True"):
         train(data, TINY, plain.output)
     assert (plain.output / "last.pt").read_bytes() == before
 
@@ -394,16 +415,16 @@ def test_a_run_says_what_it_is_about_to_do(
 ) -> None:
     with caplog.at_level("INFO", logger="attnseg"):
         train(data, ONE_STEP, tmp_path)
-        train(data, ONE_STEP, tmp_path, resume=True)
+        train(data, ONE_STEP, tmp_path, load_run(tmp_path))
     first, *_, last = [m for m in caplog.messages if "training and" in m]
     cases = r"\d+ training and \d+ validation cases, 0\.\d\d M parameters"
     assert re.fullmatch(rf"{cases}, .*: 1 epochs of 1 steps", first)
-    assert last.endswith("all 1 epochs are done; to train on, start a new run with --init")
+    assert last.endswith("all 1 epochs are done; to train on, start a new run from best.pt")
 
 
 def test_resume_needs_a_checkpoint(data: DataSet, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"last\.pt: does not exist, so there is no run"):
-        train(data, TINY, tmp_path, resume=True)
+        train(data, TINY, tmp_path, load_run(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_cases(data: DataSet, tmp_path: Path) -> None:
@@ -478,7 +499,7 @@ def test_the_plateau_schedule_halves_after_its_patience_resumed_or_not(
             act_at(patch, "_train_epoch", finished + 1, stop)
             with pytest.raises(StoppedError):
                 train(data, config, tmp_path)
-    train(data, config, tmp_path, resume=bool(finished))
+    train(data, config, tmp_path, load_run(tmp_path) if finished else None)
     rates = [float(row["learning_rate"]) for row in log_rows(tmp_path)]
     # The first epoch sets the mark; two without a better one are one more than the patience.
     assert rates == [1e-3, 1e-3, 1e-3, 5e-4, 5e-4]
@@ -524,7 +545,7 @@ def test_bf16_on_a_cpu_refuses_patches_that_leave_two_voxels(
 ) -> None:
     network = replace(MODELS[model], widths=(4, 8), bottleneck=8)
     config = replace(TINY, network=network, patch=8, precision="bf16")
-    message = "patches of 8 leave 2 voxels at the bottom .* set precision=fp32 or a larger patch"
+    message = "patches of 8 leave 2 voxels at the bottom .* give precision=.fp32. or a larger patch"
     with pytest.raises(TrainingError, match=message):
         train(data, config, tmp_path)
     assert not (tmp_path / "last.pt").exists()
@@ -590,9 +611,9 @@ def test_a_run_on_a_grid_records_it_for_the_bundle(
     config = replace(ONE_STEP, **change)
     best = train(open_data_set(phantoms, data.split, config), config, tmp_path)
     preparation = load_trained(best).preparation
-    assert preparation.grid == grid
+    assert preparation.preprocessing.grid == grid
     assert preparation.task.spacing_mm == (grid.spacing_mm or (1, 1, 1))
-    assert preparation.normalisation.landmarks is not None
+    assert preparation.preprocessing.normalisation[0].percentile_count
     (image,) = tmp_path.glob("cache/case13-*-image.npy")
     box = np.load(image).shape[1:]
     assert all(n // 2 < inside <= n for inside, n in zip(box, shape, strict=True))
@@ -605,16 +626,14 @@ def test_a_run_with_a_split_resumes_beside_unlabelled_cases(
         write_case(make_case(11, (64, 72, 56)), tmp_path / "data", name, truth=name != "c")
     split = {"train": ["a"], "validation": ["b"]}
     train(open_data_set(tmp_path / "data", split, ONE_STEP), ONE_STEP, tmp_path / "run")
-    stored = run_split(tmp_path / "run")
-    assert stored == split
-    data = open_data_set(tmp_path / "data", stored, TrainConfig())
-    assert train(data, TrainConfig(), tmp_path / "run", resume=True).exists()
+    assert load_run(tmp_path / "run")["split"] == split
+    assert start_run(tmp_path / "data", tmp_path / "run", resume=True).exists()
 
 
 def test_an_exported_average_is_what_was_validated(averaged: Path) -> None:
     state, model = load_checkpoint(averaged), load_trained(averaged)
     for name, value in model.network.state_dict().items():
         assert torch.equal(value, state["average"][name].reshape(value.shape)), name
-    assert model.preparation.normalisation.landmarks is not None
+    assert model.preparation.preprocessing.normalisation[0].percentile_count
     assert model.validation.dice["WT"] == pytest.approx(state["validation"]["WT"], abs=1e-4)
     assert model.training.train_cases == ("case11", "case12")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,11 @@ class Sign(nn.Module):
         return torch.cat([-image, image], dim=1)
 
 
+def scored(cases: list[TrainingCase], regions: dict[str, Any], interrupt: Interrupt) -> Any:
+    network: Any = Sign()
+    return validate(network, cases, CONFIG, devices=ALONE, regions=regions, interrupt=interrupt)
+
+
 def slab_case(name: str, seen: int, true: int) -> TrainingCase:
     """The first `seen` of ten slices look like class 1, the first `true` of them are."""
     image, classes = np.full((1, 10, 8, 8), -20, np.float16), np.zeros((10, 8, 8), np.uint8)
@@ -35,28 +42,44 @@ def slab_case(name: str, seen: int, true: int) -> TrainingCase:
 
 def test_scores_are_the_mean_over_whole_cases() -> None:
     cases = [slab_case("a", 4, 4), slab_case("b", 2, 6)]
-    scores = validate(Sign(), cases, CONFIG, ALONE, {"slab": (1,)}, Interrupt())
+    scores = validate(
+        Sign(), cases, CONFIG, devices=ALONE, regions={"slab": (1,)}, interrupt=Interrupt()
+    )
     assert set(scores) == {"loss", "slab"}
     assert scores["slab"] == pytest.approx((1 + 2 * 2 / (2 + 6)) / 2)
-    # Of b, 4 slices of 10 are wrong by a difference of 40 in the logits.
+    # In case b, 4 of 10 slices are wrong by a logit difference of 40.
     assert scores["loss"] == pytest.approx((0.5 * 0.5 + 0.5 * 0.4 * 40) / 2, rel=1e-3)
 
 
 def test_a_region_joins_classes() -> None:
-    assert validate(Sign(), [slab_case("a", 3, 5)], CONFIG, ALONE, {"all": (0, 1)}, Interrupt())[
-        "all"
-    ] == pytest.approx(1)
+    assert validate(
+        Sign(),
+        [slab_case("a", 3, 5)],
+        CONFIG,
+        devices=ALONE,
+        regions={"all": (0, 1)},
+        interrupt=Interrupt(),
+    )["all"] == pytest.approx(1)
 
 
 def test_numbers_that_are_not_finite_are_refused_with_the_case() -> None:
     case = slab_case("case7", 4, 4)
     case.image[0, 0, 0, 0] = np.inf
-    with pytest.raises(TrainingError, match="case case7: validation gave numbers that are not"):
-        validate(Sign(), [case], CONFIG, ALONE, {"slab": (1,)}, Interrupt())
+    with pytest.raises(TrainingError, match=r"case case7: the logits .* are not finite in fp32"):
+        validate(
+            Sign(), [case], CONFIG, devices=ALONE, regions={"slab": (1,)}, interrupt=Interrupt()
+        )
 
 
 def test_an_interrupt_stops_after_the_case() -> None:
     interrupt = Interrupt()
     interrupt.asked = True
     with pytest.raises(KeyboardInterrupt):
-        validate(Sign(), [slab_case("a", 4, 4)] * 2, CONFIG, ALONE, {"slab": (1,)}, interrupt)
+        validate(
+            Sign(),
+            [slab_case("a", 4, 4)] * 2,
+            CONFIG,
+            devices=ALONE,
+            regions={"slab": (1,)},
+            interrupt=interrupt,
+        )

@@ -2,10 +2,10 @@
 
 Sources: Menze et al., "The Multimodal Brain Tumor Image Segmentation Benchmark" (2015), and
 Bakas et al., "Identifying the best machine learning algorithms for brain tumor segmentation"
-(2018), for the scores of a whole region and for what an empty mask scores; the BraTS 2023
-evaluation (github.com/rachitsaluja/BraTS-2023-Metrics) for the lesion-wise Dice.
+(2018), for the scores of a whole region and of empty masks; the BraTS 2023 evaluation
+(github.com/rachitsaluja/BraTS-2023-Metrics) for the lesion-wise Dice.
 
-Every array is `(X, Y, Z)`; `prediction` and `truth` have one shape.
+Every array is `(X, Y, Z)`; `prediction` and `truth` have the same shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 
 from attnseg.runtime.errors import TrainingError
 
-EMPTY_HD95_MM = 373.13  # the diagonal of 240x240x155 voxels of 1 mm; BraTS 2023 took 374
+EMPTY_HD95_MM = 373.13  # diagonal of 240x240x155 voxels of 1 mm; BraTS 2023 uses 374
 
 _NEIGHBOURS_26 = ndimage.generate_binary_structure(3, 3)
 _NEIGHBOURS_18 = ndimage.generate_binary_structure(3, 2)
@@ -31,14 +31,16 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a predicted mask scores against the true one.
+    """Scores of a predicted mask against the true one.
 
     Attributes:
-        dice: as `dice`.
-        hd95_mm: as `hd95_mm`; lower is better, unlike the others.
-        sensitivity: as `sensitivity`.
-        specificity: as `specificity`.
-        lesion_wise_dice: as `lesion_wise_dice`, with its usual dilation.
+        dice: Dice coefficient, see `dice`.
+        hd95_mm: 95th percentile of the surface distances in mm, see `hd95_mm`; unlike for the
+            other scores, lower is better.
+        sensitivity: True positive rate, see `sensitivity`.
+        specificity: True negative rate, see `specificity`.
+        lesion_wise_dice: Mean Dice over lesions, see `lesion_wise_dice`, with its default
+            dilation.
     """
 
     dice: float
@@ -51,23 +53,23 @@ class Scores:
 def _check_shapes(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
     if prediction.shape != truth.shape:
         raise TrainingError(
-            f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}; "
-            "bring both onto one grid"
+            f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}",
+            "resample one to the grid of the other",
         )
 
 
 def _joint_box(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[slice, ...]:
-    """Smallest box of all voxels that are not 0 in either; one voxel if there are none."""
+    """Smallest box around the non-zero voxels of both; one voxel if there are none."""
     joint = (prediction != 0) | (truth != 0)
     hits = [np.flatnonzero(joint.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
     return tuple(slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(1) for h in hits)
 
 
 def dice(prediction: Mask, truth: Mask) -> float:
-    """Dice of two masks: 1 when both are empty, 0 when one is.
+    """Dice coefficient of two masks: 1 if both are empty, 0 if only one is.
 
     Raises:
-        TrainingError: the shapes differ.
+        TrainingError: The shapes differ.
     """
     _check_shapes(prediction, truth)
     size = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
@@ -77,12 +79,15 @@ def dice(prediction: Mask, truth: Mask) -> float:
 def region_dice(
     prediction: NDArray[Any], truth: NDArray[Any], regions: Mapping[str, Sequence[int]]
 ) -> dict[str, float]:
-    """Dice per region.
+    """Dice coefficient of each region.
 
     Args:
-        prediction: `(X, Y, Z)` labels.
-        truth: the same shape and labels.
-        regions: name to the labels that make it up, such as `{"WT": [1, 2, 4]}`.
+        prediction: `(X, Y, Z)` predicted labels.
+        truth: `(X, Y, Z)` true labels.
+        regions: Labels of each region by name, such as `{"WT": [1, 2, 4]}`.
+
+    Raises:
+        TrainingError: The shapes differ.
     """
     return {
         name: dice(np.isin(prediction, labels), np.isin(truth, labels))
@@ -93,11 +98,11 @@ def region_dice(
 def sensitivity(prediction: Mask, truth: Mask) -> float:
     """Share of the truth that was predicted.
 
-    With an empty truth there is nothing to find, so nothing was missed: 1, whatever was
-    predicted. (BraTS 2023's code gives 0 there unless the prediction is empty too.)
+    An empty truth scores 1, whatever was predicted. (BraTS 2023's code returns 0 there unless
+    the prediction is empty too.)
 
     Raises:
-        TrainingError: the shapes differ.
+        TrainingError: The shapes differ.
     """
     _check_shapes(prediction, truth)
     size = int(np.count_nonzero(truth))
@@ -105,18 +110,18 @@ def sensitivity(prediction: Mask, truth: Mask) -> float:
 
 
 def specificity(prediction: Mask, truth: Mask) -> float:
-    """Share of the voxels outside the truth that were left out of the prediction.
+    """Share of the voxels outside the truth that are outside the prediction too.
 
-    With a truth that fills the array there is nothing to leave out: 1.
+    A truth that fills the array scores 1.
 
     Raises:
-        TrainingError: the shapes differ.
+        TrainingError: The shapes differ.
     """
     return _specificity(prediction, truth, truth.size)
 
 
 def _specificity(prediction: Mask, truth: Mask, voxels: int) -> float:
-    """Specificity in an array of `voxels` voxels, from which the masks may be cropped."""
+    """Specificity in an array of `voxels` voxels; the masks may be crops of it."""
     _check_shapes(prediction, truth)
     negatives = voxels - int(np.count_nonzero(truth))
     false_positives = int(np.count_nonzero(prediction > truth))
@@ -124,7 +129,7 @@ def _specificity(prediction: Mask, truth: Mask, voxels: int) -> float:
 
 
 def _surface(mask: Mask) -> Mask:
-    """Voxels of the mask with one of their 6 neighbours outside it or outside the array."""
+    """Voxels of the mask with at least one of 6 neighbours outside it or outside the array."""
     padded = np.pad(mask, 1)
     inner = mask.copy()
     for axis in range(mask.ndim):
@@ -136,28 +141,28 @@ def _surface(mask: Mask) -> Mask:
 
 
 def _grid_tree(points_mm: NDArray[np.floating[Any]]) -> cKDTree:
-    # Halving cells, not points: on a voxel grid, where coordinates repeat, medians cost more
-    # to find than they save, threefold between concentric spheres.
+    # Split cells at their midpoint: on a voxel grid, where coordinates repeat, median splits cost
+    # more than they save (three times the run time between concentric spheres).
     return cKDTree(points_mm, balanced_tree=False, compact_nodes=False)
 
 
 def hd95_mm(prediction: Mask, truth: Mask, spacing_mm: Sequence[float]) -> float:
     """95th percentile, in mm, of the distances between the surfaces of two masks.
 
-    The distances of both directions are pooled before the percentile is taken, as
-    `medpy.metric.binary.hd95` does. BraTS 2023 instead takes the larger percentile of the two
-    directions, of distances weighted by surface area.
+    The distances of both directions are pooled before computing the percentile, as in
+    `medpy.metric.binary.hd95`. BraTS 2023 instead uses the larger of the two directions'
+    percentiles, of distances weighted by surface area.
 
     Args:
-        prediction: `(X, Y, Z)` mask.
-        truth: `(X, Y, Z)` mask.
-        spacing_mm: voxel size along X, Y and Z.
+        prediction: `(X, Y, Z)` predicted mask.
+        truth: `(X, Y, Z)` true mask.
+        spacing_mm: Voxel size along X, Y and Z.
 
     Returns:
-        The distance; 0 when both masks are empty, `EMPTY_HD95_MM` when one is.
+        Distance in mm; 0 if both masks are empty, `EMPTY_HD95_MM` if only one is.
 
     Raises:
-        TrainingError: the shapes differ.
+        TrainingError: The shapes differ.
     """
     _check_shapes(prediction, truth)
     box = _joint_box(prediction, truth)
@@ -171,10 +176,10 @@ def hd95_mm(prediction: Mask, truth: Mask, spacing_mm: Sequence[float]) -> float
 
 
 def _lesions(truth: Mask, dilation_voxels: int) -> NDArray[np.int32]:
-    """Number of the lesion around every voxel, 0 where there is none: the dilated truth's."""
+    """Number the lesions, the components of the dilated truth: int32, 0 for background."""
     if dilation_voxels < 0:
         raise TrainingError(f"dilation_voxels must be 0 or more, got {dilation_voxels}")
-    if dilation_voxels:  # scipy takes 0 iterations as "until nothing changes"
+    if dilation_voxels:  # scipy repeats until nothing changes for 0 iterations
         truth = ndimage.binary_dilation(truth, _NEIGHBOURS_18, dilation_voxels)
     numbers: NDArray[np.int32] = ndimage.label(truth, _NEIGHBOURS_26)[0]
     return numbers
@@ -183,7 +188,7 @@ def _lesions(truth: Mask, dilation_voxels: int) -> NDArray[np.int32]:
 def _match_lesions(
     components: NDArray[np.int32], truth: Mask, lesions: NDArray[np.int32]
 ) -> Iterator[tuple[float, NDArray[np.int32]]]:
-    """Per lesion, its Dice and the numbers of the predicted components that reach into it."""
+    """Yield, per lesion, its Dice and the numbers of the predicted components that overlap it."""
     sizes = np.bincount(components.ravel())
     for number, box in enumerate(ndimage.find_objects(lesions), start=1):
         around = lesions[box] == number
@@ -197,24 +202,24 @@ def _match_lesions(
 def lesion_wise_dice(prediction: Mask, truth: Mask, dilation_voxels: int = 3) -> float:
     """Mean Dice over the lesions of the truth and the false components of the prediction.
 
-    As in BraTS 2023's published code: parts of the truth whose dilations touch are one lesion;
-    a lesion, undilated, is scored against all predicted components (26 neighbours), whole, that
-    reach into its dilation, so one component may serve several lesions; a component that reaches
-    into none scores 0. Unlike it: no lesion is left out for its volume (the challenge drops
-    those of up to 50 mm3 from the mean, of up to 2 mm3 for metastases), and there is no
-    lesion-wise HD95.
+    As in BraTS 2023's published code, parts of the truth whose dilations touch are one lesion.
+    The undilated lesion is scored against all whole predicted components (26 neighbours) that
+    overlap its dilation, so one component may match several lesions; a component that matches
+    none scores 0. Unlike in that code, no lesion is excluded for its volume (the challenge
+    excludes lesions of up to 50 mm3, for metastases of up to 2 mm3), and there is no lesion-wise
+    HD95.
 
     Args:
-        prediction: `(X, Y, Z)` mask.
-        truth: `(X, Y, Z)` mask.
-        dilation_voxels: iterations of the dilation with 18 neighbours. The challenge takes 3
-            for gliomas, 1 for meningiomas and metastases.
+        prediction: `(X, Y, Z)` predicted mask.
+        truth: `(X, Y, Z)` true mask.
+        dilation_voxels: Iterations of the dilation with 18 neighbours. The challenge uses 3
+            for gliomas, and 1 for meningiomas and metastases.
 
     Returns:
-        The mean; 1 when both masks are empty, 0 when one is.
+        Mean Dice; 1 if both masks are empty, 0 if only one is.
 
     Raises:
-        TrainingError: the shapes differ, or `dilation_voxels` is negative.
+        TrainingError: The shapes differ, or `dilation_voxels` is negative.
     """
     _check_shapes(prediction, truth)
     box = _joint_box(prediction, truth)
@@ -228,7 +233,7 @@ def lesion_wise_dice(prediction: Mask, truth: Mask, dilation_voxels: int = 3) ->
 
 
 def _score(prediction: Mask, truth: Mask, spacing_mm: Sequence[float], voxels: int) -> Scores:
-    """Scores in an array of `voxels` voxels, from which the masks may be cropped."""
+    """Scores in an array of `voxels` voxels; the masks may be crops of it."""
     return Scores(
         dice=dice(prediction, truth),
         hd95_mm=hd95_mm(prediction, truth, spacing_mm),
@@ -239,15 +244,15 @@ def _score(prediction: Mask, truth: Mask, spacing_mm: Sequence[float], voxels: i
 
 
 def score(prediction_mask: Mask, truth_mask: Mask, spacing_mm: Sequence[float]) -> Scores:
-    """All scores of one mask.
+    """Compute all scores of one mask.
 
     Args:
-        prediction_mask: `(X, Y, Z)` mask.
-        truth_mask: `(X, Y, Z)` mask.
-        spacing_mm: voxel size along X, Y and Z.
+        prediction_mask: `(X, Y, Z)` predicted mask.
+        truth_mask: `(X, Y, Z)` true mask.
+        spacing_mm: Voxel size along X, Y and Z.
 
     Raises:
-        TrainingError: the shapes differ.
+        TrainingError: The shapes differ.
     """
     return _score(prediction_mask, truth_mask, spacing_mm, truth_mask.size)
 
@@ -258,21 +263,21 @@ def score_structures(
     structures: Mapping[str, Sequence[int]],
     spacing_mm: Sequence[float],
 ) -> dict[str, Scores]:
-    """All scores of every structure.
+    """Compute all scores of every structure.
 
     Args:
-        prediction: `(X, Y, Z)` labels, 0 is background.
-        truth: the same shape and labels.
-        structures: name to the labels that make it up, such as `{"WT": [1, 2, 4]}`.
-        spacing_mm: voxel size along X, Y and Z.
+        prediction: `(X, Y, Z)` predicted labels; 0 is background.
+        truth: `(X, Y, Z)` true labels.
+        structures: Labels of each structure by name, such as `{"WT": [1, 2, 4]}`.
+        spacing_mm: Voxel size along X, Y and Z.
 
     Raises:
-        TrainingError: the shapes differ, or a structure holds the background.
+        TrainingError: The shapes differ, or a structure includes the background.
     """
     _check_shapes(prediction, truth)
     for name, labels in structures.items():
         if 0 in labels:
-            raise TrainingError(f"structure {name} holds label 0, the background; leave it out")
+            raise TrainingError(f"structure {name} holds label 0, the background", "leave it out")
     box = _joint_box(prediction, truth)
     return {
         name: _score(

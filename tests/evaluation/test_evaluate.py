@@ -12,20 +12,18 @@ import pytest
 from PIL import Image
 
 from attnseg import Bundle
+from attnseg.data.labelled import LabelledCase, find_labelled_cases
+from attnseg.data.task import BRATS
+from attnseg.evaluation.cases import cases_to_evaluate
+from attnseg.evaluation.evaluate import evaluate
+from attnseg.evaluation.metrics import EMPTY_HD95_MM, Scores
+from attnseg.evaluation.scores import column, compare, read_scores
+from attnseg.runtime.case.nifti import read_labels, read_volume
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import ScanError, TrainingError, VolumeError
-from attnseg.runtime.volume import Volume, read_labels, read_volume
+from attnseg.runtime.errors import EngineError, ScanError, TrainingError, VolumeError
+from attnseg.runtime.task import Label, Task
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.cases import LabelledCase, find_labelled_cases
-from attnseg.trainer.evaluate import (
-    cases_to_evaluate,
-    column,
-    compare,
-    evaluate,
-    read_scores,
-)
-from attnseg.trainer.metrics import EMPTY_HD95_MM, Scores
-from attnseg.trainer.task import BRATS
 
 SHAPE = (40, 44, 36)
 
@@ -38,8 +36,8 @@ class FakeSegmenter:
     ) -> None:
         self._warnings = warnings
         self.bundle = Bundle.default()
-        self.engine_info = EngineInfo("fake", "1", "fp32", "cpu")
-        self.settings = {"tta": "none"}
+        self.engine = EngineInfo("fake", "1", "fp32", "cpu")
+        self.plan = SimpleNamespace(settings=lambda: {"tta": "none"})
         self._labels_of = labels_of
 
     def segment(self, volume: Volume) -> SimpleNamespace:
@@ -90,7 +88,7 @@ def test_an_empty_result_scores_as_in_brats(cases, tmp_path: Path) -> None:
 
 
 def test_a_region_is_scored_whatever_its_classes_are(cases, truth, tmp_path: Path) -> None:
-    # Everything found as oedema: the whole tumour is right, its core is missed.
+    # Everything predicted as oedema: the whole tumour is correct, its core is missed.
     one = FakeSegmenter(lambda volume: np.where(truth(volume) > 0, 2, 0).astype(np.uint8))
     result = evaluate(cases, one, BRATS, tmp_path)
     assert column(result.scores, "WT", "dice").tolist() == [1.0] * 4
@@ -122,7 +120,7 @@ def test_the_worst_cases_are_drawn_with_the_truth_below(cases, truth, tmp_path: 
     above, below = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert above.shape == below.shape
     coloured = [np.count_nonzero(np.ptp(part, axis=2) > 60) for part in (above, below)]
-    assert coloured[1] > 2 * coloured[0]  # outlines of the truth; above, the legend alone
+    assert coloured[1] > 2 * coloured[0]  # outlines of the truth; legend only above
 
 
 def test_the_summary_has_the_papers_row_beside(cases, truth, tmp_path: Path) -> None:
@@ -132,16 +130,29 @@ def test_the_summary_has_the_papers_row_beside(cases, truth, tmp_path: Path) -> 
     assert "0.915, 6.9 mm |" in summary
 
 
-def test_a_case_that_fails_is_named_and_the_others_are_scored(cases, truth, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (VolumeError("case1_t1.nii.gz: holds only zeros"), "case1_t1.nii.gz: holds only zeros"),
+        (EngineError("the GPU failed"), "the GPU failed"),
+        (MemoryError(), "not enough memory"),
+        (ZeroDivisionError("bug"), "bug"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_case_that_fails_is_named_and_the_others_are_scored(
+    cases, truth, tmp_path: Path, error: Exception, reason: str
+) -> None:
     def labels_of(volume: Volume) -> np.ndarray:
         if truth(volume) is truth(read_volume(cases[0].case.files)):
-            raise VolumeError("case1_t1.nii.gz: holds only zeros")
+            raise error
         return truth(volume)
 
     result = evaluate(cases, FakeSegmenter(labels_of), BRATS, tmp_path)
-    assert result.failed == {cases[0].name: "case1_t1.nii.gz: holds only zeros"}
+    assert list(result.failed) == [cases[0].name]
+    assert reason in str(result.failed[cases[0].name])
     assert len(result.scores) == 3
-    assert f"Failed: {cases[0].name}: case1_t1.nii.gz" in result.summary
+    assert f"Failed: {cases[0].name}: " in result.summary
 
 
 def test_warnings_are_kept_by_case(cases, truth, tmp_path: Path) -> None:
@@ -196,8 +207,8 @@ def test_cases_that_the_model_was_trained_on_are_left_out(
 ) -> None:
     scans = find_labelled_cases(cases[0].case.folder.parent)
     manifest = Bundle.default().manifest
-    training = manifest.training.model_copy(update={"train_cases": ("case1", "case3")})
-    manifest = manifest.model_copy(update={"training": training})
+    training = replace(manifest.training, train_cases=("case1", "case3"))
+    manifest = replace(manifest, training=training)
     names = {
         which: [c.name for c in cases_to_evaluate(scans, manifest, which)]
         for which in ("held-out", "trained-on", "all")
@@ -205,14 +216,16 @@ def test_cases_that_the_model_was_trained_on_are_left_out(
     assert names["held-out"] == ["case2", "case4"]
     assert names["trained-on"] == ["case1", "case3"]
     assert len(names["all"]) == 4
-    everything = training.model_copy(update={"train_cases": tuple(names["all"])})
-    with pytest.raises(TrainingError, match="trained on all 4; give other data, or --cases all"):
-        cases_to_evaluate(scans, manifest.model_copy(update={"training": everything}), "held-out")
+    everything = replace(training, train_cases=tuple(names["all"]))
+    with pytest.raises(TrainingError, match="trained on all 4; give other data, or cases='all'"):
+        cases_to_evaluate(scans, replace(manifest, training=everything), "held-out")
 
 
 def test_data_of_another_task_is_refused(cases: list[LabelledCase]) -> None:
     scans = find_labelled_cases(cases[0].case.folder.parent)
-    other = replace(scans, task=replace(BRATS, labels=(("background", 0), ("liver", 1))))
+    organs = (Label("background", 0), Label("liver", 1))
+    task = Task(BRATS.task.channels, organs, {}, BRATS.task.display)
+    other = replace(scans, task=replace(BRATS, task=task))
     with pytest.raises(TrainingError, match=r"labels \[0, 1\] and 4 channels, the model labels"):
         cases_to_evaluate(other, Bundle.default().manifest, "all")
 

@@ -1,4 +1,4 @@
-"""Which cases are trained on and which are held out, by subject."""
+"""Split of cases into training and validation, by subject."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from attnseg.runtime.errors import TrainingError
 
 Split = dict[str, list[str]]
-"""Case names of `train` and of `validation`."""
+"""Case names under `train` and `validation`."""
 
 # BraTS-GLI-00005-001 is the second scan of subject 00005; so is BIDS' sub-05_ses-2.
 _SUBJECTS = (re.compile(r"^(BraTS-[\w-]+-\d+)-\d+$"), re.compile(r"^(sub-[^_]+)_.+$"))
 
 
 def subject_of(case: str) -> str:
-    """The subject of a case by its name, as BraTS 2021 on and BIDS write it; else the case."""
+    """Subject in a case name of BraTS 2021 and later or BIDS; else the case name itself."""
     for pattern in _SUBJECTS:
         if match := pattern.match(case):
             return match[1]
@@ -27,7 +27,7 @@ def subject_of(case: str) -> str:
 
 
 def _shuffled_subjects(names: Iterable[str], seed: int) -> list[list[str]]:
-    """The case names of each subject, in the seed's order of subjects."""
+    """Case names of each subject, subjects in a random order from `seed`."""
     subjects: dict[str, list[str]] = {}
     for name in sorted(names):
         subjects.setdefault(subject_of(name), []).append(name)
@@ -43,10 +43,15 @@ def _split(held_out: list[list[str]], rest: list[list[str]]) -> Split:
 
 
 def split_cases(names: Iterable[str], validation_share: float, seed: int) -> Split:
-    """Split cases by subject, at least one subject on each side, the same for a seed.
+    """Split cases by subject, reproducibly for a seed, with at least one subject on each side.
+
+    Args:
+        names: Names of the cases.
+        validation_share: Share of the subjects to hold out, between 0 and 1.
+        seed: Seed of the order of the subjects.
 
     Raises:
-        TrainingError: fewer than two subjects.
+        TrainingError: There are fewer than two subjects.
     """
     subjects = _shuffled_subjects(names, seed)
     if len(subjects) < 2:
@@ -58,16 +63,16 @@ def split_cases(names: Iterable[str], validation_share: float, seed: int) -> Spl
 
 
 def fold_cases(names: Iterable[str], folds: int, fold: int, seed: int) -> Split:
-    """The split of one fold of a cross-validation by subject; each subject is held out once.
+    """Split cases for one fold of a cross-validation; each subject is held out in one fold.
 
     Args:
-        names: of the cases.
-        folds: how many.
-        fold: which, from 0.
-        seed: of the order of the subjects.
+        names: Names of the cases.
+        folds: Number of folds.
+        fold: Index of the fold to hold out, from 0.
+        seed: Seed of the order of the subjects.
 
     Raises:
-        TrainingError: there are fewer subjects than folds.
+        TrainingError: There are fewer subjects than folds.
     """
     subjects = _shuffled_subjects(names, seed)
     if len(subjects) < folds:
@@ -80,28 +85,30 @@ def read_split(path: Path) -> Split:
     """Read a split file: JSON with the lists `train` and `validation` of case names.
 
     Raises:
-        TrainingError: the file is not such a split, a list is empty, or a name is in both.
+        TrainingError: The file is not a valid split, a list is empty or repeats a name, or
+            a subject is in both.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
     except OSError as error:
         raise TrainingError(
-            f"{path}: cannot be read ({error.strerror}); give JSON with lists train and validation"
+            f"{path}: cannot be read ({error.strerror})",
+            "give JSON with lists train and validation",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{path}: is not a split file; expected JSON with lists train and validation"
+            f"{path}: is not a split file", "expected JSON with lists train and validation"
         ) from error
     for part, listed in split.items():
         if not listed:
-            raise TrainingError(f"{path}: its {part} list is empty; name at least one case")
+            raise TrainingError(f"{path}: its {part} list is empty", "name at least one case")
         if twice := sorted(n for n in set(listed) if listed.count(n) > 1):
-            raise TrainingError(f"{path}: its {part} list names {twice[0]} twice; keep one")
+            raise TrainingError(f"{path}: its {part} list names {twice[0]} twice", "keep one")
     if both := sorted(set(split["train"]) & set(split["validation"])):
-        raise TrainingError(f"{path}: names {both[0]} in train and in validation; keep one")
+        raise TrainingError(f"{path}: names {both[0]} in train and in validation", "keep one")
     if both := sorted(set.intersection(*({subject_of(n) for n in p} for p in split.values()))):
         raise TrainingError(
-            f"{path}: has scans of subject {both[0]} in train and in validation; keep one"
+            f"{path}: has scans of subject {both[0]} in train and in validation", "keep one"
         )
     return split

@@ -21,9 +21,8 @@ from monai.metrics import (
 from monai.metrics.utils import get_edge_surface_distance
 from scipy import ndimage
 
-from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.scans import LABEL_SUFFIXES, find_cases
-from attnseg.trainer.metrics import (
+from attnseg.data.task import BRATS
+from attnseg.evaluation.metrics import (
     EMPTY_HD95_MM,
     Scores,
     dice,
@@ -35,7 +34,8 @@ from attnseg.trainer.metrics import (
     sensitivity,
     specificity,
 )
-from attnseg.trainer.task import BRATS
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, find_cases
+from attnseg.runtime.errors import TrainingError
 
 Voxel = tuple[int, int, int]
 MM = (1.0, 1.0, 1.0)
@@ -140,7 +140,7 @@ def test_two_single_voxels_are_as_far_apart_as_their_spacing_says(
 
 
 def test_the_distances_of_both_directions_are_pooled() -> None:
-    # Two voxels against one of them: forth 0 and 10 mm, back 0 mm, so the 95th percentile
+    # Two voxels against one of them: forward 0 and 10 mm, backward 0 mm, so the 95th percentile
     # of 0, 0, 10 lies at 0.95 * 2 = 1.9, nine tenths of the way from 0 to 10. The larger
     # percentile of the two directions would be 9.5.
     prediction, truth = mask_of((2, 2, 2), (12, 2, 2)), mask_of((2, 2, 2))
@@ -150,7 +150,7 @@ def test_the_distances_of_both_directions_are_pooled() -> None:
 def test_the_inside_of_a_mask_is_no_surface() -> None:
     cube = np.ones((3, 3, 3), bool)
     centre = mask_of((1, 1, 1), shape=(3, 3, 3))
-    # Forth: 6 faces at 1 mm, 12 edges at sqrt 2, 8 corners at sqrt 3; back: 1 mm.
+    # Forward: 6 faces at 1 mm, 12 edges at sqrt 2, 8 corners at sqrt 3; backward: 1 mm.
     distances = [1] * 6 + [2**0.5] * 12 + [3**0.5] * 8 + [1]
     assert hd95_mm(cube, centre, MM) == pytest.approx(np.percentile(distances, 95))
 
@@ -177,9 +177,9 @@ def test_hd95_of_any_small_masks_is_medpys(prediction: np.ndarray, truth: np.nda
         assert hd95_mm(prediction, truth, (1, 2, 3)) == pytest.approx(expected)
 
 
-# MONAI's own percentile is the larger one of the two directions, not that of both pooled. What
-# can be compared: its distances, pooled here, and its maximum, which bounds every percentile.
-# MONAI 1.5 and 1.6 warn of an argument that they pass themselves.
+# MONAI's percentile is the larger of the two directions, not that of the pooled distances. Its
+# distances, pooled here, and its maximum, which bounds every percentile, can be compared.
+# MONAI 1.5 and 1.6 warn about an argument that they pass themselves.
 @pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
 @given(blobs(), spacings)
 @settings(max_examples=30)
@@ -230,7 +230,7 @@ def test_parts_whose_dilations_touch_are_one_lesion(gap: int, lesions: int) -> N
 def test_a_component_serves_the_lesion_into_whose_dilation_it_reaches(
     gap: int, expected: float
 ) -> None:
-    # Near, it enlarges the lesion's prediction: 2 * 1 / (1 + 2). Far, it is a false one.
+    # Near, it adds to the lesion's prediction: 2 * 1 / (1 + 2). Far, it is a false positive.
     truth = mask_of((2, 2, 2))
     prediction = mask_of((2, 2, 2), (2 + gap, 2, 2))
     assert lesion_wise_dice(prediction, truth) == pytest.approx(expected)
@@ -323,7 +323,7 @@ def test_cropping_changes_no_score(
 
 def test_all_background_scores_full_marks() -> None:
     labels = np.zeros((4, 5, 6), np.int16)
-    scores = score_structures(labels, labels, BRATS.regions, BRATS.spacing_mm)
+    scores = score_structures(labels, labels, BRATS.task.regions, BRATS.spacing_mm)
     assert {name: astuple(s) for name, s in scores.items()} == dict.fromkeys(
         ("WT", "TC", "ET"), (1, 0, 1, 1, 1)
     )

@@ -1,4 +1,4 @@
-"""The `dataset.json` of the Medical Segmentation Decathlon: a task and its labelled cases.
+"""Reader of the Medical Segmentation Decathlon's `dataset.json`: a task and its cases.
 
 Source: Antonelli et al., "The Medical Segmentation Decathlon" (Nature Communications 2022),
 and the files themselves: `modality` and `labels` map numbers to names, `training` lists pairs of
@@ -13,16 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attnseg.data.task import LabelledTask
+from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.scans import Case, Channel
-from attnseg.trainer.task import Task
+from attnseg.runtime.task import Channel, Label, Task
 
 DATASET_JSON = "dataset.json"
 ANY_FILE = ("",)
 
 
 def _numbered(file: Path, stored: Mapping[str, Any], key: str) -> list[tuple[int, str]]:
-    """Number and name of each entry of a mapping such as `{"0": "background"}`, in order."""
+    """Number and name of each entry of a mapping such as `{"0": "background"}`, sorted."""
     try:
         return sorted((int(number), str(name)) for number, name in stored[key].items())
     except (KeyError, AttributeError, ValueError) as error:
@@ -31,7 +32,7 @@ def _numbered(file: Path, stored: Mapping[str, Any], key: str) -> list[tuple[int
         ) from error
 
 
-def _task(file: Path, stored: Mapping[str, Any]) -> Task:
+def _task(file: Path, stored: Mapping[str, Any]) -> LabelledTask:
     channels = _numbered(file, stored, "modality")
     labels = _numbered(file, stored, "labels")
     if not channels or len(labels) < 2 or labels[0][0] != 0 or labels[-1][0] > 255:
@@ -41,15 +42,17 @@ def _task(file: Path, stored: Mapping[str, Any]) -> Task:
     for what in (channels, labels):
         for own in zip(*what, strict=True):  # their numbers, then their names
             if twice := [v for v, count in Counter(own).items() if count > 1]:
-                raise TrainingError(f"{file}: gives {twice[0]} twice; give each its own")
-    return Task(
-        channels=tuple(Channel(name, ANY_FILE) for _, name in channels),
-        labels=tuple((name, value) for value, name in labels),
+                raise TrainingError(f"{file}: lists {twice[0]} twice", "make each entry unique")
+    return LabelledTask(
+        task=Task(
+            channels=tuple(Channel(name, ANY_FILE) for _, name in channels),
+            labels=tuple(Label(name, value) for value, name in labels),
+            regions={name: (value,) for value, name in labels[1:]},
+            display=tuple(name for _, name in channels[:2]),
+        ),
         aliases={},
-        regions={name: (value,) for value, name in labels[1:]},
         orientation="LPS",
-        spacing_mm=(1.0, 1.0, 1.0),  # the cases' own is put in its place
-        display=tuple(name for _, name in channels[:2]),
+        spacing_mm=(1.0, 1.0, 1.0),  # placeholder; `open_data_set` replaces it
         min_voxels=0,
         foreground="all",
         description=str(stored.get("name") or file.parent.resolve().name),
@@ -67,14 +70,14 @@ def _case(file: Path, pair: Any, channels: int) -> tuple[Case, Path]:
     return Case(name, image.parent, (image,) * channels), label
 
 
-def read_decathlon(file: Path) -> tuple[Task, list[tuple[Case, Path]]]:
-    """The task that a `dataset.json` describes, and its cases with their label files.
+def read_decathlon(file: Path) -> tuple[LabelledTask, list[tuple[Case, Path]]]:
+    """Read the task that a `dataset.json` describes, and its cases with their label files.
 
-    Statistics for the normalisation are taken over all voxels, because a background of 0 is
-    not promised; no clean-up is planned, because the sizes of lesions are not known.
+    The normalisation computes its statistics over all voxels, because a background of 0 is not
+    guaranteed; there is no clean-up, because the sizes of lesions are unknown.
 
     Raises:
-        TrainingError: the file is not such a description, or lists no case.
+        TrainingError: The file is not a valid `dataset.json`, or lists no case.
     """
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
@@ -85,9 +88,9 @@ def read_decathlon(file: Path) -> tuple[Task, list[tuple[Case, Path]]]:
             "labels and training"
         ) from error
     task = _task(file, stored)
-    cases = [_case(file, pair, len(task.channels)) for pair in pairs]
+    cases = [_case(file, pair, len(task.task.channels)) for pair in pairs]
     if not cases:
         raise TrainingError(f"{file}: lists no training case")
     if twice := [n for n, count in Counter(case.name for case, _ in cases).items() if count > 1]:
-        raise TrainingError(f"{file}: lists case {twice[0]} twice; keep one, or rename its files")
+        raise TrainingError(f"{file}: lists case {twice[0]} twice", "keep one, or rename its files")
     return task, cases

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnseg.data.split import Split, fold_cases, read_split, split_cases, subject_of
 from attnseg.runtime.errors import TrainingError
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.split import Split, fold_cases, read_split, split_cases, subject_of
 
 # Up to three scans each of two to twelve subjects, named as BraTS 2023 and BIDS name them.
 scans = st.lists(st.integers(1, 3), min_size=2, max_size=12).map(

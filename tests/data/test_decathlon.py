@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions
+from attnseg.data.decathlon import read_decathlon
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.evaluation.metrics import dice
 from attnseg.export.export import export_bundle
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.normalise import Normalisation
-from attnseg.runtime.scans import Channel, find_cases
-from attnseg.runtime.volume import read_volume
-from attnseg.trainer.cases import DataSet, find_labelled_cases, open_data_set
+from attnseg.runtime.steps.normalise import ZScore
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.task import Channel, Label
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.decathlon import read_decathlon
+from attnseg.trainer.data_set import DataSet, open_data_set
 from attnseg.trainer.loop import train
-from attnseg.trainer.metrics import dice
 from attnseg.trainer.model import NetworkConfig
 
 SHAPE = (40, 40, 20)
@@ -85,7 +88,7 @@ def test_an_exported_model_finds_both_organs_of_a_case_not_trained_on(
 ) -> None:
     image, truth = make_thorax(77)
     nib.save(nib.Nifti1Image(image, AFFINE), tmp_path / "thorax_77.nii.gz")
-    (case,) = find_cases(tmp_path, bundle.manifest.channels).cases
+    (case,) = find_cases(tmp_path, bundle.manifest.task.channels).cases
     segmenter = Segmenter(bundle, SegmentOptions(precision="fp32"))
     result = segmenter.segment(read_volume(case.files))
     assert case.name == "thorax_77"
@@ -96,17 +99,16 @@ def test_an_exported_model_finds_both_organs_of_a_case_not_trained_on(
 
 def test_the_manifest_is_that_of_the_task(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    assert manifest.channels == (Channel("CT", ("",)),)
-    assert [(x.name, x.value) for x in manifest.labels] == [
+    assert manifest.task.channels == (Channel("CT", ("",)),)
+    assert [(x.name, x.value) for x in manifest.task.labels] == [
         ("background", 0),
         ("lung", 1),
         ("heart", 2),
     ]
-    assert manifest.regions == {"lung": (1,), "heart": (2,)}
+    assert manifest.task.regions == {"lung": (1,), "heart": (2,)}
     assert manifest.spacing_mm == (1, 1, 2)
-    assert manifest.normalisation == Normalisation("all")
-    assert manifest.grid is None
-    assert manifest.display == ("CT",)
+    assert manifest.preprocessing == Preprocessing("LPS", None, "all", (ZScore("all"),))
+    assert manifest.task.display == ("CT",)
     assert manifest.inference.min_voxels == 0
     assert manifest.description == "Attention-ResNetUNet for Thorax"
     assert manifest.training is not None
@@ -139,15 +141,15 @@ def write_json(tmp_path: Path, **changes: Any) -> Path:
 def test_several_modalities_are_the_volumes_of_one_file(tmp_path: Path) -> None:
     modality = {"1": "T1w", "10": "T2w", "0": "FLAIR"}
     task, ((case, label),) = read_decathlon(write_json(tmp_path, modality=modality))
-    assert [c.name for c in task.channels] == ["FLAIR", "T1w", "T2w"]
-    assert task.display == ("FLAIR", "T1w")
+    assert [c.name for c in task.task.channels] == ["FLAIR", "T1w", "T2w"]
+    assert task.task.display == ("FLAIR", "T1w")
     assert case.files == (tmp_path / "imagesTr" / "a.nii.gz",) * 3
     assert label == tmp_path / "labelsTr" / "a.nii.gz"
 
 
 def test_label_values_need_not_follow_each_other(tmp_path: Path) -> None:
     task, _ = read_decathlon(write_json(tmp_path, labels={"5": "b", "0": "air", "2": "a"}))
-    assert task.labels == (("air", 0), ("a", 2), ("b", 5))
+    assert task.task.labels == (Label("air", 0), Label("a", 2), Label("b", 5))
     assert task.class_regions == {"a": (1,), "b": (2,)}
 
 
@@ -169,15 +171,15 @@ NONE = "is not a dataset.json of the Medical Segmentation Decathlon"
         ({"modality": ["CT"]}, "its modality is not a mapping of numbers to names"),
         ({"modality": {"first": "CT"}}, "its modality is not a mapping of numbers to names"),
         ({"modality": {}}, "needs one modality at least"),
-        ({"modality": {"0": "CT", "1": "CT"}}, "gives CT twice"),
+        ({"modality": {"0": "CT", "1": "CT"}}, "lists CT twice"),
         ({"labels": None}, "its labels is not a mapping of numbers to names"),
         ({"labels": {"background": 0, "lung": 1}}, "its labels is not a mapping of numbers"),
         ({"labels": {"0": "background"}}, "labels from 0 .background. to 255 at most"),
         ({"labels": {"1": "lung", "2": "heart"}}, "labels from 0 .background. to 255"),
         ({"labels": {"-1": "none", "0": "background"}}, "labels from 0 .background. to 255"),
         ({"labels": {"0": "background", "256": "lung"}}, "labels from 0 .background. to 255"),
-        ({"labels": {"0": "x", "1": "y", "2": "y"}}, "gives y twice"),
-        ({"labels": {"0": "x", "1": "y", "01": "z"}}, "gives 1 twice"),
+        ({"labels": {"0": "x", "1": "y", "2": "y"}}, "lists y twice"),
+        ({"labels": {"0": "x", "1": "y", "01": "z"}}, "lists 1 twice"),
         ({"training": []}, "lists no training case"),
         ({"training": ["a.nii.gz"]}, "not a pair of image and label"),
         ({"training": [{"image": "a.nii.gz"}]}, "not a pair of image and label"),

@@ -1,0 +1,1 @@
+"""Labelled data sets: search, reading and splitting."""

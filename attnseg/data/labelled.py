@@ -1,0 +1,145 @@
+"""Labelled cases: search in a folder, and checks before a long run.
+
+Two layouts are supported: cases as the runtime reads them, each with a label file beside its
+channels (BraTS 2018 to 2023), and the `dataset.json` of the Medical Segmentation Decathlon
+(Antonelli 2022), whose channels and labels define the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from attnseg.data.decathlon import DATASET_JSON, read_decathlon
+from attnseg.data.task import BRATS, LabelledTask
+from attnseg.runtime.case.nifti import read_labels
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases
+from attnseg.runtime.case.volume import Volume
+from attnseg.runtime.errors import AttnsegError, ScanError, Setting, TrainingError
+
+_LEAVE_OUT = ("add it, or leave the case out with a {}", Setting("split"))
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """A case and its file of expert labels."""
+
+    case: Case
+    label: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the case."""
+        return self.case.name
+
+
+@dataclass(frozen=True)
+class LabelledScans:
+    """Contents of a folder of labelled cases.
+
+    Attributes:
+        task: Task of the data set.
+        cases: Usable cases by name.
+        faults: Error of each unusable case by name.
+    """
+
+    task: LabelledTask
+    cases: Mapping[str, LabelledCase]
+    faults: Mapping[str, AttnsegError]
+
+    def refuse_faults(self, names: Iterable[str] | None = None) -> None:
+        """Raise `TrainingError` if a case is unusable, among all cases or only `names`."""
+        wanted = self.faults if names is None else set(names)
+        found = [fault for name, fault in self.faults.items() if name in wanted]
+        if found:
+            first, more = found[0], f" (and {len(found) - 1} more cases)" if found[1:] else ""
+            raise TrainingError(f"{first.cause}{more}", first.mend, *first.settings)
+
+
+def find_labelled_cases(root: Path) -> LabelledScans:
+    """Find all cases below `root`, each with its label file.
+
+    Args:
+        root: Folder of BraTS cases, or folder with a `dataset.json`.
+
+    Raises:
+        ScanError: No case was found.
+        TrainingError: The `dataset.json` is not valid.
+    """
+    if (root / DATASET_JSON).is_file():
+        return _find_decathlon(root / DATASET_JSON)
+    scans = find_cases(root, BRATS.task.channels)
+    faults: dict[str, AttnsegError] = dict(scans.problems)
+    labelled = {}
+    for case in scans.cases:
+        label = case.sibling(LABEL_SUFFIXES)
+        if label is None:
+            cause = f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz)"
+            faults[case.name] = TrainingError(cause, *_LEAVE_OUT)
+        else:
+            labelled[case.name] = LabelledCase(case, label)
+    return LabelledScans(BRATS, labelled, faults)
+
+
+def _find_decathlon(file: Path) -> LabelledScans:
+    task, pairs = read_decathlon(file)
+    labelled: dict[str, LabelledCase] = {}
+    faults: dict[str, AttnsegError] = {}
+    for case, label in pairs:
+        missing = [f for f in (case.files[0], label) if not f.is_file()]
+        if missing:
+            cause = f"{missing[0]}: does not exist, but {DATASET_JSON} names it"
+            faults[case.name] = TrainingError(cause, *_LEAVE_OUT)
+        else:
+            labelled[case.name] = LabelledCase(case, label)
+    return LabelledScans(task, labelled, faults)
+
+
+def check_labels(cases: Iterable[LabelledCase], task: LabelledTask) -> None:
+    """Read every label file, to find errors before a long run.
+
+    Raises:
+        TrainingError: Label files are not usable; the message describes the first in full.
+    """
+    faults: dict[str, AttnsegError] = {}
+    for labelled in cases:
+        try:
+            read_classes(labelled, task)
+        except (ScanError, TrainingError) as error:
+            faults[labelled.name] = error
+    if faults:
+        (_, first), *others = faults.items()
+        more = f" (also unusable: {', '.join(name for name, _ in others)})" if others else ""
+        raise TrainingError(first.cause + more, first.mend, *first.settings)
+
+
+def read_classes(labelled: LabelledCase, task: LabelledTask) -> Volume:
+    """Read expert labels as a volume of class indices, uint8.
+
+    Raises:
+        VolumeError: The file cannot be read, or its grid differs from the scan's.
+        TrainingError: A value is not a label of the task.
+    """
+    path, files = labelled.label, labelled.case.files
+    volume = read_labels(path, files[0], files.count(files[0]))
+    labels = volume.channels[0]
+    values = set(np.unique(labels).tolist())
+    classes = task.class_of_label
+    doubled = [a for a, value in task.aliases.items() if {a, value} <= values]
+    if not values <= set(classes) or doubled:
+        either = "".join(f" ({a} in place of {v}, not both)" for a, v in task.aliases.items())
+        raise TrainingError(
+            f"{path}: holds labels {_some(values)}", f"expected {sorted(classes)}{either}"
+        )
+    table = np.zeros(max(classes) + 1, np.uint8)
+    table[list(classes)] = list(classes.values())
+    return replace(volume, channels=[table[labels.astype(np.intp)]])
+
+
+def _some(values: set[int]) -> str:
+    """First eight values as text: an image mistaken for labels has thousands."""
+    first = sorted(values)[:8]
+    return f"{first}" if len(values) == len(first) else f"{str(first)[:-1]}, ...]"

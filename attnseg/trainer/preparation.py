@@ -1,0 +1,178 @@
+"""Preparation of cases for training, and its storage with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel
+
+from attnseg.data.labelled import LabelledCase
+from attnseg.data.task import BRATS, LabelledTask
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.errors import ConfigError, ScanError, TrainingError, TrainingSetting
+from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
+from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.normalise import (
+    DECILES,
+    LandmarkMatching,
+    Scheme,
+    ZScore,
+    z_score_percentiles,
+)
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.resample import Grid, resample_volume
+from attnseg.runtime.task import Channel, Label, Task
+from attnseg.trainer.config import TrainConfig
+
+
+class _TaskJson(BaseModel):
+    """Task, as stored in checkpoints and in the metadata of weights."""
+
+    channels: tuple[Channel, ...]
+    labels: tuple[tuple[str, int], ...]
+    aliases: dict[int, int]
+    regions: dict[str, tuple[int, ...]]
+    orientation: str
+    spacing_mm: tuple[float, float, float]
+    display: tuple[str, ...]
+    min_voxels: int
+    foreground: Foreground = "nonzero"
+    description: str = ""
+
+    def task(self) -> LabelledTask:
+        """Return the stored task."""
+        labels = tuple(Label(name, value) for name, value in self.labels)
+        return LabelledTask(
+            task=Task(self.channels, labels, self.regions, self.display),
+            aliases=self.aliases,
+            orientation=self.orientation,
+            spacing_mm=self.spacing_mm,
+            min_voxels=self.min_voxels,
+            foreground=self.foreground,
+            description=self.description,
+        )
+
+
+class _PreparationJson(BaseModel):
+    """Preparation, as stored; without a task, as in old checkpoints, the task is BraTS."""
+
+    task: _TaskJson | None = None
+    grid: Grid | None
+    normalisation: NormalisationJson
+
+
+def _task_to_dict(labelled: LabelledTask) -> dict[str, Any]:
+    task = labelled.task
+    return {
+        "channels": [asdict(channel) for channel in task.channels],
+        "labels": [[label.name, label.value] for label in task.labels],
+        "aliases": dict(labelled.aliases),
+        "regions": {name: list(values) for name, values in task.regions.items()},
+        "orientation": labelled.orientation,
+        "spacing_mm": list(labelled.spacing_mm),
+        "display": list(task.display),
+        "min_voxels": labelled.min_voxels,
+        "foreground": labelled.foreground,
+        "description": labelled.description,
+    }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Preparation of cases for training.
+
+    Attributes:
+        task: Task of the data set.
+        preprocessing: Steps applied to a case before the network.
+    """
+
+    task: LabelledTask
+    preprocessing: Preprocessing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as stored in checkpoints and in the metadata of weights."""
+        grid = self.preprocessing.grid
+        return {
+            "task": _task_to_dict(self.task),
+            "grid": None if grid is None else asdict(grid),
+            "normalisation": encode_normalisation(self.preprocessing.normalisation),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        own = {key: values.get(key) for key in ("task", "grid", "normalisation")}
+        stored = _PreparationJson.model_validate(own)
+        task = stored.task.task() if stored.task else BRATS
+        schemes = stored.normalisation.schemes(len(task.task.channels))
+        crop = stored.normalisation.foreground
+        return cls(task, Preprocessing(task.orientation, stored.grid, crop, schemes))
+
+
+def config_grid(config: TrainConfig) -> Grid | None:
+    """Grid that volumes are resampled to by a configuration; None for their own."""
+    if config.resize:
+        x, y, z = config.resize
+        return Grid(shape=(x, y, z))
+    if config.spacing_mm:
+        i, j, k = config.spacing_mm
+        return Grid(spacing_mm=(i, j, k))
+    return None
+
+
+def learn_preparation(
+    cases: Sequence[LabelledCase], task: LabelledTask, config: TrainConfig
+) -> Preparation:
+    """Return the preparation of `config`, with landmarks learned from the training `cases`.
+
+    Raises:
+        TrainingError: A case cannot be read, or the images have too few grey values.
+    """
+    foreground = task.foreground if config.foreground == "task" else config.foreground
+    schemes: tuple[Scheme, ...] = (ZScore(foreground),) * len(task.task.channels)
+    plain = Preprocessing(task.orientation, config_grid(config), foreground, schemes)
+    if not config.histogram_matching:
+        return Preparation(task, plain)
+    return Preparation(task, replace(plain, normalisation=learn_landmarks(cases, plain)))
+
+
+def learn_landmarks(
+    cases: Sequence[LabelledCase], preprocessing: Preprocessing
+) -> tuple[LandmarkMatching, ...]:
+    """Compute mean percentiles of the z-scores over `cases`, per channel.
+
+    Raises:
+        TrainingError: A case cannot be read, or the images have too few grey values.
+    """
+    rows, foreground = [], preprocessing.crop
+    for labelled in cases:
+        with naming(labelled):
+            volume = read_volume(labelled.case.files).oriented(preprocessing.orientation)
+            volume = resample_volume(volume, preprocessing.grid)
+            rows.append(z_score_percentiles(volume.channels, foreground))
+    mean = np.mean(rows, axis=0)
+    try:
+        return tuple(
+            LandmarkMatching(DECILES, tuple(round(float(v), 6) for v in row), foreground)
+            for row in mean
+        )
+    except ConfigError as error:
+        raise TrainingError(
+            "the images have too few grey values for histogram matching",
+            "train with {}",
+            TrainingSetting("histogram_matching", False),
+        ) from error
+
+
+@contextmanager
+def naming(labelled: LabelledCase) -> Iterator[None]:
+    """Re-raise a `ScanError` as a `TrainingError` that names the case."""
+    try:
+        yield
+    except ScanError as error:
+        cause = f"case {labelled.name}: {error.cause}"
+        raise TrainingError(cause, error.mend, *error.settings) from error

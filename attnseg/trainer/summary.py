@@ -1,0 +1,30 @@
+"""Parameters and computational cost of the networks, beside the paper's values."""
+
+from __future__ import annotations
+
+from attnseg.evaluation.paper import RESULTS
+from attnseg.trainer.model import MODELS, network_settings
+from attnseg.trainer.networks import cost_of
+from attnseg.trainer.variants import ABLATION, Cost, variant_network
+
+SUMMARY_HEADER = ("", "parameters, M", "paper", "GMAC, 64^3", "paper")
+
+
+def summary_rows(preset: str | None = None) -> list[tuple[str, ...]]:
+    """Rows under `SUMMARY_HEADER`: the ablation of a preset, and the baselines.
+
+    Raises:
+        ConfigError: The preset does not exist.
+    """
+    network = network_settings(None, preset)
+    rows = {
+        f"ablation: {name}": (variant_network(network, variant), variant.paper)
+        for name, variant in ABLATION.items()
+    }
+    rows |= {RESULTS[name].title: (MODELS[name], Cost()) for name in ("unet3d", "deepmedic")}
+    return [(title, *_cells(cost_of(config), paper)) for title, (config, paper) in rows.items()]
+
+
+def _cells(own: Cost, paper: Cost) -> list[str]:
+    values = ((own.parameters_m, 3), (paper.parameters_m, 1), (own.gmac, 2), (paper.gmac, 1))
+    return ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
