@@ -1,1 +1,1 @@
-"""The exporter: from a checkpoint to a bundle. Needs PyTorch and ONNX (`attnseg[export]`)."""
+"""Export of trained models to bundles. Requires PyTorch and ONNX (`attnseg[export]`)."""

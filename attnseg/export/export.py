@@ -1,11 +1,10 @@
-"""Model to bundle: export, compare every precision with the model, and only then write."""
+"""Export of a model to a bundle, written only after every precision passes the parity gate."""
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,70 +13,58 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.export.card import model_card
-from attnseg.export.measure import measure_engines, measure_graphs
-from attnseg.export.parity import (
-    Gate,
-    Measured,
-    ParityReport,
-    check_budget,
-    compare_layers,
-    first_wrong_layer,
-)
-from attnseg.export.precision import (
-    TensorRange,
-    audit_ranges,
-    check_convolutions,
-    convert_to_fp16,
-    nodes_at_risk,
-    simulate_fp16,
-)
-from attnseg.export.quantise import quantise
-from attnseg.export.samples import (
+from attnseg.export.documents.card import model_card
+from attnseg.export.documents.sbom import bill_of_materials
+from attnseg.export.engines.tensorrt import BuildOptions, BuildProgress, BuiltEngine
+from attnseg.export.engines.worker import build_apart
+from attnseg.export.gate.layers import first_wrong_layer
+from attnseg.export.gate.measure import measure_engines, measure_graphs
+from attnseg.export.gate.parity import Gate, Measured, ParityReport, check_budget
+from attnseg.export.gate.samples import (
     SampleSource,
     calibration_windows,
     make_golden,
     sample_windows,
     synthetic_sample,
 )
-from attnseg.export.sbom import bill_of_materials
-from attnseg.export.source import ONNX_FILE, open_source
-from attnseg.export.tensorrt import BuildOptions, Progress
-from attnseg.export.worker import build_apart
-from attnseg.runtime.bundle import (
-    Budget,
-    Bundle,
-    FileEntry,
-    Manifest,
-    Precision,
-    Role,
-    check_free,
-    file_entry,
-    write_bundle,
+from attnseg.export.graphs.fp16 import (
+    TensorRange,
+    audit_ranges,
+    check_convolutions,
+    convert_to_fp16,
+    nodes_at_risk,
 )
-from attnseg.runtime.golden import Golden, encode_golden
-from attnseg.runtime.segmenter import available_threads
-from attnseg.runtime.signature import Signer
+from attnseg.export.graphs.graph import Graph
+from attnseg.export.graphs.int8 import quantise
+from attnseg.export.source.checkpoint import check_file
+from attnseg.export.source.model import ONNX_FILE, Source, open_source
+from attnseg.runtime.geometry import Shape
+from attnseg.runtime.model.bundle import Bundle, BundleDraft, check_free, draft_bundle, file_entry
+from attnseg.runtime.model.golden import Golden, encode_golden
+from attnseg.runtime.model.manifest import Budget, Precision, Role
+from attnseg.runtime.model.signature import Signer
+from attnseg.runtime.options import available_threads
 
 FP16_FILE, INT8_FILE, WEIGHTS_FILE = "model-fp16.onnx", "model-int8.onnx", "weights.safetensors"
 GOLDEN_FILE, PARITY_FILE, CARD_FILE = "golden.npz", "parity.json", "README.md"
 SBOM_FILE = "sbom.cdx.json"
-AUDIT_WINDOWS = 8  # of the first sample
+AUDIT_WINDOWS = 8  # windows of the first sample, in the range audit
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What goes into a bundle besides the fp32 graph and the weights.
+    """Content of a bundle besides the fp32 graph and the weights.
 
     Attributes:
-        fp16: an fp16 graph too.
-        io: type of the fp16 graph's input and output.
+        fp16: Whether to add an fp16 graph.
+        io: Type of the fp16 graph's input and output.
         engines: TensorRT engines to build, from the fp16 graph if there is one.
-        budget: that every file has to keep.
-        words: name, description and intended use that differ from those stored with the model.
-        signer: signs the bundle.
-        spec: what the runtime has to know of an ONNX file.
-        calibration: scans for an int8 graph.
+        budget: Largest drift allowed for every file.
+        words: Name, description and intended use that replace those stored with the model.
+        signer: Signer of the bundle; None for no signature.
+        spec: JSON file that describes an ONNX file.
+        calibration: Folder of scans for an int8 graph; None for no such graph.
+        overwrite: Whether to replace a bundle that is there; only a complete one does.
     """
 
     fp16: bool = False
@@ -88,36 +75,61 @@ class ExportOptions:
     signer: Signer | None = None
     spec: Path | None = None
     calibration: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class ExportProgress:
-    """Listeners: `step` is told what comes next, `build` how far an engine is."""
+    """Callbacks: `step` receives the name of the next step, `build` the progress of a build."""
 
     step: Callable[[str], None] = lambda _: None
-    build: Progress | None = None
+    build: BuildProgress | None = None
 
 
 @dataclass(frozen=True)
-class _File:
-    content: bytes
-    entry: FileEntry
+class Exported:
+    """Result of an export.
+
+    Attributes:
+        bundle: The bundle as written.
+        report: Report of the parity gate.
+        in_fp32: Nodes of the fp16 graph that stayed in fp32.
+    """
+
+    bundle: Bundle
+    report: ParityReport
+    in_fp32: tuple[str, ...]
 
 
-_Files = dict[str, _File]
+@dataclass(frozen=True)
+class _Half:
+    """The fp16 graph of an export, if one was requested.
+
+    Attributes:
+        graph: The fp16 graph; None if none was requested.
+        ranges: Ranges of all tensors of the fp32 graph.
+        in_fp32: Names of the nodes that stayed in fp32.
+    """
+
+    graph: Graph | None = None
+    ranges: tuple[TensorRange, ...] = ()
+    in_fp32: tuple[str, ...] = ()
 
 
-def _file(role: Role, content: bytes, precision: Precision | None = None) -> _File:
-    return _File(content, file_entry(role, content, precision))
-
-
-def _audit(
-    content: bytes, windows: NDArray[np.float32], threads: int
-) -> tuple[list[TensorRange], list[str]]:
-    """Ranges of all tensors, and the nodes that must stay in fp32."""
+def _make_half(graph: Graph, windows: NDArray[np.float32], io: str) -> _Half:
+    """Convert a graph to fp16, except nodes that may overflow on `windows` `(N, C, X, Y, Z)`."""
     chosen = windows[:: max(1, len(windows) // AUDIT_WINDOWS)]
-    ranges = audit_ranges(content, (window[None] for window in chosen), threads)
-    return ranges, nodes_at_risk(content, ranges)
+    ranges = audit_ranges(graph, (window[None] for window in chosen), available_threads())
+    in_fp32 = nodes_at_risk(graph, ranges)
+    half = convert_to_fp16(graph, in_fp32, io)
+    check_convolutions(half, in_fp32)
+    return _Half(half, tuple(ranges), tuple(in_fp32))
+
+
+def _add(
+    draft: BundleDraft, name: str, role: Role, content: bytes, precision: Precision | None = None
+) -> None:
+    draft.add(name, content, file_entry(role, content, precision))
 
 
 def _engine_name(options: BuildOptions, precision: str) -> str:
@@ -126,60 +138,23 @@ def _engine_name(options: BuildOptions, precision: str) -> str:
 
 
 def _log_without_times(text: str) -> str:
-    """A build log that is the same each time, as the bundle's bytes are."""
+    """A build log without durations, so that bundles are reproducible byte for byte."""
     return re.sub(r"\d[\d.e+-]* ?(?=(?:seconds|ms)\b)", "- ", text)
 
 
 def _build_engines(
-    files: _Files,
-    window: tuple[int, int, int],
+    graphs: Mapping[Precision, Graph],
+    window: Shape,
     options: ExportOptions,
-    in_fp32: Sequence[str],
+    in_fp32: tuple[str, ...],
     progress: ExportProgress,
-) -> _Files:
-    """Engines from every graph of less than fp32, or from fp32 if it is the only one."""
-    graphs = [file for file in files.values() if file.entry.role == "onnx"]
-    chosen = [graph for graph in graphs if graph.entry.precision != "fp32"] or graphs
-    built: _Files = {}
-    for graph, wanted in product(chosen, options.engines):
+) -> Iterator[tuple[str, Precision, BuiltEngine]]:
+    """Build engines from every graph below fp32, or from the fp32 graph if it is the only one."""
+    chosen = {p: graph for p, graph in graphs.items() if p != "fp32"} or graphs
+    for (precision, graph), wanted in product(chosen.items(), options.engines):
         progress.step(f"{wanted.builder} engine for {wanted.target}")
-        engine = build_apart(graph.content, window, wanted, tuple(in_fp32), progress.build)
-        name = _engine_name(wanted, str(graph.entry.precision))
-        entry = file_entry("engine", engine.content, graph.entry.precision, engine.build)
-        built[name] = _File(engine.content, entry)
-        built[f"{name}.log"] = _file("log", _log_without_times(engine.log).encode())
-    return built
-
-
-def _wrong_layer(files: _Files, failed: Measured, golden: Golden, threads: int) -> str:
-    """In words: the first layer of an fp16 graph that is wrong, if one stands out."""
-    if failed.precision != "fp16":
-        return ""
-    errors = compare_layers(
-        files[ONNX_FILE].content, simulate_fp16(files[FP16_FILE].content), golden.image, threads
-    )
-    wrong = first_wrong_layer(errors)
-    if wrong is None:
-        return ""
-    return (
-        f"; the first wrong layer is {wrong.tensor} ({wrong.operator}), off by "
-        f"{wrong.difference:.1e} of its largest value"
-    )
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export gave.
-
-    Attributes:
-        bundle: as written.
-        report: of the parity gate.
-        in_fp32: nodes of the fp16 graph that stayed in fp32.
-    """
-
-    bundle: Bundle
-    report: ParityReport
-    in_fp32: tuple[str, ...]
+        engine = build_apart(graph, window, wanted, in_fp32, progress.build)
+        yield _engine_name(wanted, precision), precision, engine
 
 
 def export_bundle(
@@ -192,81 +167,101 @@ def export_bundle(
     """Export a model to a bundle.
 
     Args:
-        model: `.pt` of the trainer, `weights.safetensors` of a bundle, or `.onnx` (which needs
-            `options.spec`).
-        folder: the bundle to write; must not exist or be empty.
-        options: what goes into it.
-        samples: gives the cases that every precision is compared on; None for a synthetic one.
-        progress: told what is done.
+        model: `.pt` file of the trainer, `weights.safetensors` of a bundle, or `.onnx` file (which
+            requires `options.spec`).
+        folder: Folder to write the bundle to; must be absent or empty.
+        options: Content of the bundle.
+        samples: Source of the cases that every precision is compared on; None for a synthetic case.
+        progress: Callbacks that receive the progress.
 
     Raises:
-        ConfigError: options contradict each other, or the spec breaks a rule.
-        TrainingError: the checkpoint cannot be read.
-        ExportError: the ONNX file cannot be exported, a precision is over the budget, an engine
-            could not be built or has not kept its precision; nothing is written.
-        EngineError: no engine is installed, or one refuses the graph; nothing is written.
-        BundleError: the folder is taken or cannot be written.
+        ConfigError: Options contradict each other, or the spec is invalid.
+        TrainingError: The checkpoint cannot be read.
+        ExportError: The ONNX file cannot be exported, a precision is over the budget, or an engine
+            cannot be built in the precision of its graph; nothing is written.
+        EngineError: No engine is installed, or one rejects the graph; nothing is written.
+        BundleError: The folder holds other files, or a bundle that is not to be replaced.
     """
-    check_free(folder)
+    check_file(model)
     options, progress = options or ExportOptions(), progress or ExportProgress()
-    threads = available_threads()
+    check_free(folder, options.overwrite)
     progress.step("graph")
     source = open_source(model, options.spec, options.words, options.budget)
-    manifest, reference = source.manifest, source.reference
-    files: _Files = {ONNX_FILE: _file("onnx", source.graph, "fp32")}
+    with draft_bundle(folder, source.manifest, options.overwrite) as draft:
+        report, half = _fill(draft, source, options, samples, progress)
+        draft.commit(options.signer.sign if options.signer else None)
+    return Exported(Bundle.load(folder), report, half.in_fp32)
+
+
+def _fill(
+    draft: BundleDraft,
+    source: Source,
+    options: ExportOptions,
+    samples: SampleSource | None,
+    progress: ExportProgress,
+) -> tuple[ParityReport, _Half]:
+    """Add every file to a bundle; engines are built after the graphs have passed the gate."""
+    manifest = source.manifest
+    graphs: dict[Precision, Graph] = {"fp32": source.graph}
+    _add(draft, ONNX_FILE, "onnx", source.graph.content, "fp32")
     if source.weights is not None:
-        files[WEIGHTS_FILE] = _file("weights", source.weights)
+        _add(draft, WEIGHTS_FILE, "weights", source.weights)
     phantom = synthetic_sample(manifest)
     cases = samples(manifest) if samples else [phantom]
-    # The golden window travels in the bundle, so it never shows a patient.
-    golden = make_golden(reference, sample_windows(manifest, phantom))
-    windows = sample_windows(manifest, cases[0] if cases else phantom)
-    files[GOLDEN_FILE] = _file("golden", encode_golden(golden))
-    ranges: list[TensorRange] = []
-    in_fp32: list[str] = []
+    # The golden window is part of the bundle, so it never contains patient data.
+    golden = make_golden(source.reference, sample_windows(manifest, phantom))
+    _add(draft, GOLDEN_FILE, "golden", encode_golden(golden))
+    half = _Half()
     if options.fp16:
         progress.step("range audit")
-        ranges, in_fp32 = _audit(source.graph, windows, threads)
-        content = convert_to_fp16(source.graph, in_fp32, options.io)
-        check_convolutions(content, in_fp32)
-        files[FP16_FILE] = _file("onnx", content, "fp16")
+        windows = sample_windows(manifest, cases[0] if cases else phantom)
+        half = _make_half(source.graph, windows, options.io)
+        assert half.graph is not None
+        graphs["fp16"] = half.graph
+        _add(draft, FP16_FILE, "onnx", half.graph.content, "fp16")
     if options.calibration:
         progress.step("calibration")
         scans = calibration_windows(options.calibration, manifest)
-        files[INT8_FILE] = _file("onnx", quantise(source.graph, scans), "int8")
-    with tempfile.TemporaryDirectory() as scratch:
-        draft = _write(Path(scratch) / "graphs", manifest, files)
-        gate = Gate(draft, reference, golden, cases, progress.step)
-        report = measure_graphs(gate, draft, options.budget)
-        _refuse_failures(report, files, golden, threads)
-        files |= _build_engines(files, manifest.inference.window, options, in_fp32, progress)
-        whole = _write(Path(scratch) / "engines", manifest, files)
-        report = measure_engines(gate, whole, report)
-        _refuse_failures(report, files, golden, threads)
-    entries = {name: file.entry for name, file in files.items()}
-    files[SBOM_FILE] = _file("sbom", bill_of_materials(manifest, entries))
-    files[PARITY_FILE] = _file("parity", _encode_report(report, ranges, in_fp32))
-    files[CARD_FILE] = _file("card", model_card(manifest, report).encode())
-    return Exported(_write(folder, manifest, files, options.signer), report, tuple(in_fp32))
+        graphs["int8"] = quantise(source.graph, scans)
+        _add(draft, INT8_FILE, "onnx", graphs["int8"].content, "int8")
+    gate = Gate(draft.bundle, source.reference, golden, cases, progress.step)
+    report = measure_graphs(gate, draft.bundle, options.budget)
+    _refuse_failures(report, source.graph, half, golden)
+    window = manifest.inference.window
+    for name, precision, engine in _build_engines(graphs, window, options, half.in_fp32, progress):
+        entry = file_entry("engine", engine.content, precision, engine.build)
+        draft.add(name, engine.content, entry)
+        _add(draft, f"{name}.log", "log", _log_without_times(engine.log).encode())
+    report = measure_engines(gate, draft.bundle, report)
+    _refuse_failures(report, source.graph, half, golden)
+    _add(draft, SBOM_FILE, "sbom", bill_of_materials(manifest, draft.entries))
+    _add(draft, PARITY_FILE, "parity", _encode_report(report, half))
+    _add(draft, CARD_FILE, "card", model_card(manifest, report).encode())
+    return report, half
 
 
-def _refuse_failures(report: ParityReport, files: _Files, golden: Golden, threads: int) -> None:
+def _wrong_layer(failed: Measured, graph: Graph, half: _Half, golden: Golden) -> str:
+    """Error text that names the first wrong layer of an fp16 graph; empty if none stands out."""
+    if failed.precision != "fp16" or half.graph is None:
+        return ""
+    wrong = first_wrong_layer(graph, half.graph, golden.image, available_threads())
+    if wrong is None:
+        return ""
+    return (
+        f"; the first wrong layer is {wrong.tensor} ({wrong.operator}), off by "
+        f"{wrong.difference:.1e} of its largest value"
+    )
+
+
+def _refuse_failures(report: ParityReport, graph: Graph, half: _Half, golden: Golden) -> None:
     failures = report.failures()
-    check_budget(report, _wrong_layer(files, failures[0], golden, threads) if failures else "")
+    check_budget(report, _wrong_layer(failures[0], graph, half, golden) if failures else "")
 
 
-def _write(folder: Path, manifest: Manifest, files: _Files, signer: Signer | None = None) -> Bundle:
-    named = manifest.model_copy(update={"files": {n: f.entry for n, f in files.items()}})
-    contents = {name: file.content for name, file in files.items()}
-    return write_bundle(folder, named, contents, signer.sign if signer else None)
-
-
-def _encode_report(
-    report: ParityReport, ranges: Sequence[TensorRange], in_fp32: Sequence[str]
-) -> bytes:
+def _encode_report(report: ParityReport, half: _Half) -> bytes:
     record = report.to_dict()
     record["fp16"] = {
-        "nodes_in_fp32": list(in_fp32),
-        "ranges": [asdict(r) for r in ranges],
+        "nodes_in_fp32": list(half.in_fp32),
+        "ranges": [asdict(r) for r in half.ranges],
     }
     return (json.dumps(record, indent=2) + "\n").encode()

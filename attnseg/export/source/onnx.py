@@ -1,4 +1,4 @@
-"""Network to ONNX graph: batch norms folded, dynamic batch and space, the same bytes each time."""
+"""Export of a network to ONNX: folded batch norms, dynamic sizes, reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from attnseg.export.graphs.graph import Graph
 from attnseg.trainer.baselines import ConvBlock
 from attnseg.trainer.model import MultiScale, ResidualBlock
 from attnseg.trainer.networks import Network
@@ -29,7 +30,7 @@ def _slice_norm(norm: nn.BatchNorm3d, start: int, stop: int) -> nn.BatchNorm3d:
 
 
 def fold_batch_norms(network: Network) -> Network:
-    """A copy for inference in which every batch norm is part of the convolution before it."""
+    """A copy for inference in which every batch norm is folded into the preceding convolution."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, ResidualBlock):
@@ -49,7 +50,7 @@ def fold_batch_norms(network: Network) -> Network:
 
 
 def _tidy(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes about the machine and code that it ran in."""
+    """Remove the exporter's metadata about the machine and the source code; name the dimensions."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -68,26 +69,26 @@ def _tidy(model: onnx.ModelProto) -> None:
     model.graph.name = "attnseg"
 
 
-def export_onnx(network: Network) -> bytes:
+def export_onnx(network: Network) -> Graph:
     """Serialise the network as ONNX.
 
     Args:
-        network: in evaluation mode, on the CPU.
+        network: Network in evaluation mode, on the CPU.
 
     Returns:
-        A model with input `image` `(batch, C, x, y, z)` and output `logits`
-        `(batch, K, x, y, z)`, float32; x, y and z must be multiples of the network's stride.
-        It passed onnx.checker with full shape inference.
+        Graph with input `image` `(batch, C, x, y, z)` and output `logits` `(batch, K, x, y, z)`,
+        float32; x, y and z must be multiples of the network's stride. It has been validated by
+        onnx.checker with full shape inference.
     """
     multiple = network.config.stride
     edge = {
         axis: multiple * torch.export.Dim(name) for axis, name in ((2, "x"), (3, "y"), (4, "z"))
     }
-    # Sizes that differ from each other and from 1, or the tracer takes them for constants.
+    # Sizes differ from each other and from 1, or the tracer specialises them as constants.
     example = torch.zeros(2, network.config.in_channels, *(multiple * n for n in (2, 3, 4)))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names packages nobody needs
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its package hints are not needed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about torch's own internals
+        warnings.simplefilter("ignore")  # torch's warnings about its own internals
         program = torch.onnx.export(
             fold_batch_norms(network),
             (example,),
@@ -102,4 +103,4 @@ def export_onnx(network: Network) -> bytes:
     model = program.model_proto
     _tidy(model)
     onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString(deterministic=True))
+    return Graph(model)

@@ -1,4 +1,4 @@
-"""What an export starts from: a trainer's checkpoint, or the weights kept in a bundle."""
+"""Trained models read from a checkpoint of the trainer, or from the weights of a bundle."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from attnseg.runtime.bundle import Training, Validation
+from attnseg.data.task import LabelledTask
+from attnseg.evaluation.paper import RESULTS, table_row
 from attnseg.runtime.errors import ConfigError, TrainingError
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.manifest import Training, Validation
+from attnseg.runtime.steps.windows import WindowOptions
 from attnseg.trainer.checkpoint import (
     checkpoint_config,
     checkpoint_preparation,
     checkpoint_weights,
     load_checkpoint,
 )
-from attnseg.trainer.data import Preparation
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import Network, build_network
-from attnseg.trainer.paper import RESULTS, table_row
-from attnseg.trainer.task import Task
+from attnseg.trainer.preparation import Preparation
 
 _METADATA_KEY = "attnseg"
 _SAFETENSORS_FORMAT = "attnseg-weights-1"
 _NAMES = {"attnresunet": "attention-resnet-unet", "resunet": "resnet-unet"}
-# What files of the right format with the wrong content run into.
+# Errors raised by files of the right format with invalid content.
 _NONSENSE = (KeyError, TypeError, AttributeError, ValidationError, ConfigError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What people should know of a model."""
+    """Name, description and intended use of a model, for the manifest."""
 
     name: str = "attention-resnet-unet"
     description: str = ""
@@ -44,16 +46,16 @@ class Description:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network with its weights and what the runtime has to know to use it.
+    """A network with its weights and the metadata that the runtime needs.
 
     Attributes:
-        network: on the CPU, in evaluation mode.
-        preparation: of its inputs, and the task.
-        patch: edge of the window it was trained on, in voxels.
-        overlap: of the windows it was validated with.
-        training: where the weights come from.
-        validation: what they achieved.
-        description: name and words for the manifest.
+        network: Network on the CPU, in evaluation mode.
+        preparation: Task, and preprocessing of the inputs.
+        patch: Edge length of the training patches, in voxels.
+        overlap: Overlap of the windows in validation, as a share of the window.
+        training: Origin of the weights.
+        validation: Scores of the weights on the validation cases.
+        description: Name, description and intended use.
     """
 
     network: Network
@@ -63,6 +65,11 @@ class TrainedModel:
     training: Training
     validation: Validation
     description: Description = Description()
+
+    @property
+    def windows(self) -> WindowOptions:
+        """Options of its sliding window."""
+        return WindowOptions((self.patch,) * 3, self.overlap, self.network.config.stride)
 
 
 def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> Network:
@@ -82,8 +89,8 @@ def _from_checkpoint(path: Path) -> TrainedModel:
     scores = state["validation"]
     if scores is None:
         raise TrainingError(
-            f"{path}: was saved in the middle of an epoch, so its accuracy is not known; give "
-            "best.pt, or resume the run"
+            f"{path}: was saved in the middle of an epoch, so its accuracy is not known",
+            "give best.pt, or resume the run",
         )
     training = Training(
         data=state["data"],
@@ -91,14 +98,18 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         validation_cases=tuple(state["split"]["validation"]),
         synthetic_cases=config.synthetic_cases,
         epochs=state["epoch"],
-        seconds=round(state["seconds"]),
+        seconds=float(round(state["seconds"])),
         device=state["device"],
         config=config.to_dict(),
     )
     preparation = checkpoint_preparation(state)
-    where = "whole cases" if preparation.grid is None else "whole cases on the model's grid"
+    where = (
+        "whole cases"
+        if preparation.preprocessing.grid is None
+        else "whole cases on the model's grid"
+    )
     validation = Validation(
-        dice={region: round(scores[region], 4) for region in preparation.task.regions},
+        dice={region: round(scores[region], 4) for region in preparation.task.task.regions},
         method=(
             f"mean over {len(training.validation_cases)} {where}, windows of "
             f"{config.patch} with overlap {config.overlap:g}, torch {config.precision}, no "
@@ -106,19 +117,19 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         ),
     )
     return TrainedModel(
-        _network(config.network, checkpoint_weights(state)),
-        preparation,
-        config.patch,
-        config.overlap,
-        training,
-        validation,
-        _describe(config.network, preparation.task),
+        network=_network(config.network, checkpoint_weights(state)),
+        preparation=preparation,
+        patch=config.patch,
+        overlap=config.overlap,
+        training=training,
+        validation=validation,
+        description=_describe(config.network, preparation.task),
     )
 
 
-def _describe(config: NetworkConfig, task: Task) -> Description:
-    """The words for a model that was given none."""
-    row = table_row(config)
+def _describe(config: NetworkConfig, task: LabelledTask) -> Description:
+    """Default name and description of a model."""
+    row = table_row(config.to_dict())
     title = RESULTS[row].title
     return Description(_NAMES.get(row, row), f"{title} for {task.description}")
 
@@ -134,28 +145,35 @@ def _from_safetensors(path: Path) -> TrainedModel:
         raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
     try:
         return TrainedModel(
-            _network(NetworkConfig.from_dict(metadata["network"]), weights),
-            Preparation.from_dict(metadata),
-            metadata["patch"],
-            metadata["overlap"],
-            Training.model_validate(metadata["training"]),
-            Validation.model_validate(metadata["validation"]),
-            Description(**metadata["description"]),
+            network=_network(NetworkConfig.from_dict(metadata["network"]), weights),
+            preparation=Preparation.from_dict(metadata),
+            patch=metadata["patch"],
+            overlap=metadata["overlap"],
+            training=TypeAdapter(Training).validate_python(metadata["training"]),
+            validation=TypeAdapter(Validation).validate_python(metadata["validation"]),
+            description=Description(**metadata["description"]),
         )
     except _NONSENSE as error:
         raise TrainingError(f"{path}: its metadata and weights do not agree ({error})") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise `TrainingError` unless `path` is a file, as a model to export or load is."""
+    if path.is_dir():
+        raise TrainingError(f"{path}: is a folder", "give the best.pt or weights.safetensors in it")
+    if not path.is_file():
+        onnx = path.suffix.lower() == ".onnx"
+        mend = "give an ONNX file" if onnx else "give a checkpoint such as runs/a/best.pt"
+        raise TrainingError(f"{path}: does not exist", mend)
 
 
 def load_trained(path: Path) -> TrainedModel:
     """Load a checkpoint (`.pt`) or the weights of a bundle (`.safetensors`).
 
     Raises:
-        TrainingError: the file is missing, damaged, or not one of attnseg's.
+        TrainingError: The file is missing, damaged, or not written by attnseg.
     """
-    if path.is_dir():
-        raise TrainingError(f"{path}: is a folder; give the best.pt or weights.safetensors in it")
-    if not path.is_file():
-        raise TrainingError(f"{path}: does not exist; give a checkpoint such as runs/a/best.pt")
+    check_file(path)
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     try:
@@ -167,16 +185,30 @@ def load_trained(path: Path) -> TrainedModel:
 
 
 def encode_weights(model: TrainedModel) -> bytes:
-    """A safetensors file that `load_trained` reads back; the same bytes for the same model."""
+    """Encode a model as a safetensors file for `load_trained`; deterministic."""
     metadata: dict[str, Any] = {
         "format": _SAFETENSORS_FORMAT,
         "network": model.network.config.to_dict(),
         **model.preparation.to_dict(),
         "patch": model.patch,
         "overlap": model.overlap,
-        "training": model.training.model_dump(mode="json"),
-        "validation": model.validation.model_dump(mode="json"),
+        "training": asdict(model.training),
+        "validation": asdict(model.validation),
         "description": asdict(model.description),
     }
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def weights_of(model: Path | None) -> Path:
+    """Path of a file for `load_trained`: `model` itself, or the weights of a bundle folder.
+
+    Args:
+        model: Checkpoint, weights file or bundle folder; None for the shipped bundle.
+
+    Raises:
+        BundleError: The bundle has no weights.
+    """
+    if model is None:
+        return Bundle.default().file("weights")
+    return Bundle.load(model).file("weights") if model.is_dir() else model

@@ -1,9 +1,9 @@
-"""INT8: weights per channel, activations by calibration, as Q/DQ pairs that engines read.
+"""Quantisation of graphs to int8 as Q/DQ pairs: weights per channel, activations by calibration.
 
-By onnxruntime.quantization, symmetric as TensorRT asks for. The range of an activation is a
-percentile of what the calibration windows give, so that a few outliers do not cost all others
-their digits. The first and the last convolution, which see the scan and give the logits, stay as
-they are.
+It uses onnxruntime.quantization, symmetric as TensorRT requires. The range of an activation is a
+percentile of its values on the calibration windows, so that a few outliers do not reduce the
+resolution of all other values. The first and the last convolution, which read the scan and compute
+the logits, stay in fp32.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from attnseg.runtime.errors import ExportError
+from attnseg.export.graphs.graph import Graph
+from attnseg.runtime.errors import ExportError, Setting
 
 QUANTISED = ("Conv",)
 _PERCENTILE = 99.999
-_LEAST_OPSET = 13  # the first with weights quantised per channel
+_LEAST_OPSET = 13  # first opset with per-channel quantisation
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """onnxruntime.quantization prints, and logs advice about a step that changes nothing here."""
+    """Suppress prints and log messages of onnxruntime.quantization."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -49,9 +50,11 @@ def _silent() -> Iterator[None]:
 def _in_words() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of three libraries, without a common base
+    except Exception as error:  # from three libraries, without a common base class
         reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"the graph cannot be quantised ({reason}); leave --int8 out") from error
+        raise ExportError(
+            f"the graph cannot be quantised ({reason})", "leave {} out", Setting("int8")
+        ) from error
 
 
 class _Windows(CalibrationDataReader):  # type: ignore[misc]
@@ -64,40 +67,42 @@ class _Windows(CalibrationDataReader):  # type: ignore[misc]
         return None if window is None else {self._name: window[None]}
 
 
-def kept_in_float(content: bytes) -> list[str]:
-    """Names of the first and the last convolution of a graph."""
-    nodes = onnx.load_from_string(content).graph.node
+def kept_in_float(graph: Graph) -> list[str]:
+    """Names of the first and the last convolution of a graph, which are not quantised."""
+    nodes = graph.model.graph.node
     names = [node.name for node in nodes if node.op_type in QUANTISED]
     return [names[0], names[-1]] if names else []
 
 
-def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
-    """An fp32 graph with int8 convolutions.
+def quantise(graph: Graph, windows: Iterable[NDArray[np.float32]]) -> Graph:
+    """Quantise the convolutions of an fp32 graph to int8.
 
     Args:
-        content: the fp32 graph.
-        windows: `(C, X, Y, Z)` each, normalised, of scans like those to come.
+        graph: The fp32 graph.
+        windows: Normalised windows `(C, X, Y, Z)`, float32, of representative scans.
 
     Raises:
-        ExportError: there is no window, the graph holds no convolution or is too old, or the
-            quantiser refuses it.
+        ExportError: There is no window, the graph has too few convolutions or too old an opset, or
+            the quantiser rejects it.
     """
-    model = onnx.load_from_string(content)
+    model = graph.model
     opset = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if opset < _LEAST_OPSET:
         raise ExportError(
-            f"int8 needs ONNX opset {_LEAST_OPSET} or later, the graph has {opset}; export the "
-            "ONNX file with a later one"
+            f"int8 needs ONNX opset {_LEAST_OPSET} or later, the graph has {opset}",
+            "export the ONNX file with a later one",
         )
     windows = list(windows)
     if not windows:
-        raise ExportError("the scans to calibrate on hold nothing but 0; give others")
-    kept = kept_in_float(content)
+        raise ExportError("the calibration scans contain only zeros", "give other scans")
+    kept = kept_in_float(graph)
     if len({node.name for node in model.graph.node if node.op_type in QUANTISED} - {*kept}) == 0:
-        raise ExportError("the graph holds no convolution to quantise; export without --int8")
+        raise ExportError(
+            "the graph holds no convolution to quantise", "leave {} out", Setting("int8")
+        )
     with tempfile.TemporaryDirectory() as scratch, _silent(), _in_words():
         source, target = Path(scratch) / "model.onnx", Path(scratch) / "int8.onnx"
-        source.write_bytes(content)
+        source.write_bytes(graph.content)
         quantize_static(
             str(source),
             str(target),
@@ -111,7 +116,7 @@ def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
             calibrate_method=CalibrationMethod.Percentile,
             extra_options={
                 "ActivationSymmetric": True,
-                "QuantizeBias": False,  # TensorRT takes biases in float only
+                "QuantizeBias": False,  # TensorRT requires float biases
                 "WeightSymmetric": True,
                 "CalibPercentile": _PERCENTILE,
             },
@@ -119,4 +124,4 @@ def quantise(content: bytes, windows: Iterable[NDArray[np.float32]]) -> bytes:
         quantised = onnx.load(target)
         del quantised.graph.value_info[:]
         onnx.checker.check_model(quantised, full_check=True)
-    return bytes(quantised.SerializeToString(deterministic=True))
+    return Graph(quantised)

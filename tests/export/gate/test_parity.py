@@ -1,31 +1,20 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
 
 from attnseg import Bundle, Volume
-from attnseg.export.card import model_card, not_run_lines, parity_rows
-from attnseg.export.parity import (
-    Candidate,
-    Drift,
-    Gate,
-    LayerError,
-    Measured,
-    NotRun,
-    ParityReport,
-    check_budget,
-    compare_layers,
-    first_wrong_layer,
-)
-from attnseg.export.precision import convert_to_fp16, simulate_fp16
-from attnseg.export.samples import Sample
-from attnseg.runtime.bundle import Budget
+from attnseg.export.documents.card import model_card, not_run_lines, parity_rows
+from attnseg.export.gate.layers import LayerError, compare_layers, stands_out
+from attnseg.export.gate.parity import Drift, Gate, Measured, NotRun, ParityReport, check_budget
+from attnseg.export.gate.samples import Sample
+from attnseg.export.graphs.fp16 import convert_to_fp16, simulate_fp16
 from attnseg.runtime.errors import EngineError, ExportError
-from attnseg.runtime.golden import Golden
+from attnseg.runtime.model.golden import Golden
+from attnseg.runtime.model.manifest import Budget
 from tests.conftest import LinearEngine
-from tests.export.test_precision import UP_AND_DOWN, image
+from tests.export.graphs.test_fp16 import UP_AND_DOWN, image
 
 SHAPE = (64, 64, 64)
 BUDGET = Budget()
@@ -66,7 +55,7 @@ def drifts(reference: int, found: int, truth: int | None) -> dict[str, Drift]:
     golden = Golden(np.zeros((1, 4, *SHAPE), np.float32), np.ones((1, 4, *SHAPE), np.float32))
     bundle = Bundle.default()
     gate = Gate(bundle, PlacedEngine(placed(reference)), golden, [sample])
-    measured = gate.measure(Candidate("fp16", PlacedEngine(placed(found))))
+    measured = gate.measure(PlacedEngine(placed(found)), "fp16")
     return {drift.region: drift for drift in measured.drifts}
 
 
@@ -101,14 +90,14 @@ def test_logits_of_another_shape_are_refused() -> None:
     golden = Golden(np.zeros((1, 4, *SHAPE), np.float32), np.zeros((1, 5, *SHAPE), np.float32))
     gate = Gate(Bundle.default(), PlacedEngine(placed(1)), golden, [])
     with pytest.raises(EngineError, match="gives logits of shape"):
-        gate.measure(Candidate("fp32", PlacedEngine(placed(1))))
+        gate.measure(PlacedEngine(placed(1)), "fp32")
 
 
 def measured(
     precision: str = "fp16", gated: bool = True, logits: float = 0.01, **drift: float
 ) -> Measured:
     found = Drift("a case", "TC", **{"dice": 0.0, "hd95_mm": 0.0, "volume_percent": 0.0, **drift})
-    return Measured(precision, "an engine 1", gated, logits, 0.0, (found,))
+    return Measured(precision, "an engine 1", gated, logits=logits, labels=0.0, drifts=(found,))
 
 
 def report(*results: Measured) -> ParityReport:
@@ -146,10 +135,16 @@ def test_what_is_within_the_budget_passes(result: Measured) -> None:
 
 def test_the_card_has_a_row_for_each_engine_and_says_what_was_not_run() -> None:
     found = report(measured(dice=0.001), measured("bf16", gated=False, dice=0.5))
-    assert [row[-1] for row in parity_rows(found)] == ["kept", "over, not asked"]
+    assert [row[-1] for row in parity_rows(found)] == [
+        "within budget",
+        "over budget (informational)",
+    ]
     assert not_run_lines(found) == ["fp16 tensorrt-rtx: not run here, no GPU"]
     card = model_card(Bundle.default().manifest, found)
-    assert "| fp16 an engine 1 | 1.0e-02 | 0.0e+00 | 0.0010 | 0.00 % | 0.0 mm | kept |" in card
+    assert (
+        "| fp16 an engine 1 | 1.0e-02 | 0.0e+00 | 0.0010 | 0.00 % | 0.0 mm | within budget |"
+        in card
+    )
     assert "not for clinical use" in card
 
 
@@ -162,21 +157,21 @@ def test_the_report_is_plain_values() -> None:
     ]
 
 
-def test_the_first_wrong_layer_is_found_by_its_tensor() -> None:
+def test_the_stands_out_is_found_by_its_tensor() -> None:
     window = image(1, 10, -20, 0)
     overflown = simulate_fp16(convert_to_fp16(UP_AND_DOWN))
     errors = compare_layers(UP_AND_DOWN, overflown, window, 1)
     assert [e.tensor for e in errors] == ["high", "low", "logits"]
-    wrong = first_wrong_layer(errors)
+    wrong = stands_out(errors)
     assert wrong is not None
     assert (wrong.tensor, wrong.operator) == ("high", "Conv")
     small = compare_layers(UP_AND_DOWN, overflown, image(1), 1)
-    assert first_wrong_layer(small) is None
-    same = compare_layers(UP_AND_DOWN, onnx.load_from_string(UP_AND_DOWN), window, 1)
+    assert stands_out(small) is None
+    same = compare_layers(UP_AND_DOWN, UP_AND_DOWN.model, window, 1)
     assert {e.difference for e in same} == {0}
 
 
-def test_errors_that_grow_slowly_have_no_first_wrong_layer() -> None:
+def test_errors_that_grow_slowly_have_no_stands_out() -> None:
     slow = [LayerError(str(i), "Conv", 1e-3 * 3**i) for i in range(8)]
-    assert first_wrong_layer(slow) is None
-    assert first_wrong_layer([*slow, LayerError("x", "Conv", float("inf"))]) is not None
+    assert stands_out(slow) is None
+    assert stands_out([*slow, LayerError("x", "Conv", float("inf"))]) is not None

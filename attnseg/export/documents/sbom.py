@@ -1,4 +1,4 @@
-"""What a bundle was built with: a CycloneDX bill of materials, by cyclonedx-python-lib."""
+"""The software bill of materials of a bundle, in CycloneDX format (cyclonedx-python-lib)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from attnseg._version import __version__
-from attnseg.runtime.bundle import FileEntry, Manifest
+from attnseg.runtime.model.manifest import FileEntry, Manifest
 
-# Whatever shapes the files of a bundle; the names are those of the package index.
+# Packages that affect the content of a bundle, by their names on PyPI.
 _PACKAGES = (
     "numpy",
     "onnx",
@@ -54,14 +54,14 @@ def _versions(files: Mapping[str, FileEntry]) -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # such as onnxruntime where onnxruntime-gpu takes its place
+            continue  # for example onnxruntime, where onnxruntime-gpu is installed instead
     return found
 
 
 def bill_of_materials(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
-    """CycloneDX 1.6 JSON: the model's files with their checksums, and the packages that made them.
+    """CycloneDX 1.6 JSON of the model's files with checksums, and the packages that created them.
 
-    Nothing in it is of the moment or the machine, so the same export gives the same bytes.
+    It contains no timestamp or machine name, so the same export yields the same bytes.
     """
     model = Component(type=ComponentType.MACHINE_LEARNING_MODEL, name=manifest.name)
     model.bom_ref.value = manifest.name

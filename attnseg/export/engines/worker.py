@@ -1,7 +1,7 @@
-"""Engines are built in a process of their own.
+"""Build of engines in a separate process.
 
-After a build that failed, TensorRT-RTX 1.7 may build the next engine of the process for the wrong
-target, and a builder that crashes must not take the export with it.
+After a failed build, TensorRT-RTX 1.7 may build the next engine of the process for the wrong
+target, and a crash of the builder must not end the export.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import attnseg
-from attnseg.export.tensorrt import BuildOptions, BuiltEngine, Progress, build_engine, check_options
-from attnseg.runtime.bundle import EngineBuild
-from attnseg.runtime.errors import ConfigError, ExportError
+from attnseg.export.engines.tensorrt import (
+    BuildOptions,
+    BuildProgress,
+    BuiltEngine,
+    build_engine,
+    check_options,
+)
+from attnseg.export.graphs.graph import Graph
+from attnseg.runtime.errors import ConfigError, ExportError, Setting
+from attnseg.runtime.geometry import Shape
+from attnseg.runtime.model.manifest import EngineBuild
 
 _PROGRESS = b"attnseg-progress "
 _COMPLAINTS = "stderr"
@@ -26,29 +34,29 @@ _REQUEST, _GRAPH, _ENGINE, _ANSWER = "request.json", "graph.onnx", "engine", "an
 
 
 def build_apart(
-    content: bytes,
-    window: tuple[int, int, int],
+    graph: Graph,
+    window: Shape,
     options: BuildOptions,
     in_fp32: tuple[str, ...] = (),
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
 ) -> BuiltEngine:
-    """`attnseg.export.tensorrt.build_engine` in a new process: the same arguments and errors.
+    """`attnseg.export.engines.tensorrt.build_engine` in a new process.
 
     Raises:
-        ExportError: also when the process ends without an answer.
+        ExportError: See `build_engine`, or the process ended without an answer.
     """
     check_options(options)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / _GRAPH).write_bytes(content)
+        (folder / _GRAPH).write_bytes(graph.content)
         request = {"window": window, "options": asdict(options), "in_fp32": in_fp32}
         (folder / _REQUEST).write_text(json.dumps(request))
         code = _run(folder, progress or (lambda *_: None))
         return _read_answer(folder, options, code)
 
 
-def _run(folder: Path, progress: Progress) -> int:
-    command = [sys.executable, "-P", "-m", __name__, str(folder)]  # never a module of this folder
+def _run(folder: Path, progress: BuildProgress) -> int:
+    command = [sys.executable, "-P", "-m", __name__, str(folder)]  # -P: no imports from the cwd
     root = str(Path(attnseg.__file__).parents[1])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     with (
@@ -63,7 +71,7 @@ def _run(folder: Path, progress: Progress) -> int:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith(_PROGRESS):  # libraries may print there too
+                if line.startswith(_PROGRESS):  # libraries may print to stdout too
                     progress(*json.loads(line[len(_PROGRESS) :]))
         except BaseException:
             process.kill()
@@ -78,15 +86,21 @@ def _read_answer(folder: Path, options: BuildOptions, code: int) -> BuiltEngine:
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         advice = "try again with more free memory, or " if code < 0 else ""
         raise ExportError(
-            f"{options.builder} stopped while it built for {options.target} ({reason}{last}); "
-            f"{advice}export with --builder none"
+            f"{options.builder} stopped while it built for {options.target} ({reason}{last})",
+            f"{advice}export with {{}}",
+            Setting("builder", "none"),
         )
     answer = json.loads((folder / _ANSWER).read_text())
-    if "error" in answer:
+    if "cause" in answer:
         kind = ConfigError if answer["kind"] == "ConfigError" else ExportError
-        raise kind(answer["error"])
+        settings = (Setting(name, value) for name, value in answer["settings"])
+        raise kind(answer["cause"], answer["mend"], *settings)
     content = (folder / _ENGINE).read_bytes()
-    return BuiltEngine(content, EngineBuild.model_validate(answer["build"]), answer["log"])
+    return BuiltEngine(
+        content,
+        EngineBuild(**{**answer["build"], "window": tuple(answer["build"]["window"])}),
+        answer["log"],
+    )
 
 
 def _tell(phase: str, done: int, steps: int) -> None:
@@ -98,12 +112,17 @@ def _answer(folder: Path) -> None:
     options = BuildOptions(**request["options"])
     window, in_fp32 = tuple(request["window"]), tuple(request["in_fp32"])
     try:
-        built = build_engine((folder / _GRAPH).read_bytes(), window, options, in_fp32, _tell)
+        built = build_engine(Graph.read(folder / _GRAPH), window, options, in_fp32, _tell)
     except (ConfigError, ExportError) as error:
-        answer: dict[str, Any] = {"kind": type(error).__name__, "error": str(error)}
+        answer: dict[str, Any] = {
+            "kind": type(error).__name__,
+            "cause": error.cause,
+            "mend": error.mend,
+            "settings": [(setting.name, setting.value) for setting in error.settings],
+        }
     else:
         (folder / _ENGINE).write_bytes(built.content)
-        answer = {"build": built.build.model_dump(), "log": built.log}
+        answer = {"build": asdict(built.build), "log": built.log}
     (folder / _ANSWER).write_text(json.dumps(answer))
 
 

@@ -1,9 +1,9 @@
-"""FP16: which nodes can bear it, the converted graph, and how it computes on a GPU.
+"""Conversion of graphs to fp16, with range audit and simulation on the processor.
 
-Half precision ends at 65504 and loses digits below 6.1e-5 (IEEE 754-2008, binary16). The
+Half precision overflows above 65504 and loses digits below 6.1e-5 (IEEE 754-2008, binary16). The
 conversion is onnxconverter-common's. A processor has no fp16 convolutions, so `simulate_fp16`
-makes a graph that computes each node in fp32 and rounds what it gives to fp16: what tensor
-cores do, which multiply in fp16 and add up in fp32.
+returns a graph that computes each node in fp32 and rounds its outputs to fp16, like tensor cores,
+which multiply in fp16 and accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxconverter_common import float16
 
+from attnseg.export.graphs.graph import Graph
 from attnseg.runtime.errors import ExportError
 
 LARGEST = float(np.finfo(np.float16).max)
@@ -32,11 +33,11 @@ class TensorRange:
     """Magnitudes of one tensor over all audited windows.
 
     Attributes:
-        name: of the tensor.
-        operator: of the node that gives it.
-        largest: magnitude.
-        overflow_share: of its values, above 65504.
-        subnormal_share: of its values other than 0, below 6.1e-5: they lose digits in fp16.
+        name: Name of the tensor.
+        operator: Type of the node that computes it.
+        largest: Largest magnitude.
+        overflow_share: Share of the values above 65504, or NaN.
+        subnormal_share: Share of the nonzero values below 6.1e-5, which lose digits in fp16.
     """
 
     name: str
@@ -52,10 +53,10 @@ class TensorRange:
 
 
 def open_session(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
-    """ONNX Runtime on the processor, running the graph as it stands, without rewriting it.
+    """Open an ONNX Runtime session on the processor, without graph optimisations.
 
     Raises:
-        ExportError: it refuses the graph.
+        ExportError: ONNX Runtime rejects the graph.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -64,13 +65,13 @@ def open_session(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     content = model.SerializeToString()
     try:
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base but Exception
+    except Exception as error:  # its exceptions have no other common base class
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"ONNX Runtime cannot run a form of the graph ({reason})") from error
 
 
 def with_all_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose outputs are all tensors that its nodes give, in their order."""
+    """A copy of a model that outputs every tensor its nodes compute, in node order."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.output[:]
@@ -97,20 +98,20 @@ def _magnitudes(
 
 
 def audit_ranges(
-    content: bytes, windows: Iterable[NDArray[np.float32]], threads: int
+    graph: Graph, windows: Iterable[NDArray[np.float32]], threads: int
 ) -> list[TensorRange]:
-    """Magnitudes of every tensor of an fp32 graph, over windows of real activations.
+    """Measure the magnitudes of every tensor of an fp32 graph.
 
     Args:
-        content: the graph.
-        windows: `(B, C, X, Y, Z)` each, normalised.
-        threads: of the processor.
+        graph: The fp32 graph.
+        windows: Normalised inputs `(B, C, X, Y, Z)`, float32.
+        threads: Number of processor threads.
 
     Returns:
-        One entry for each tensor that a node gives, in the order of the nodes; maxima over the
-        windows, shares of the window where they are largest.
+        One entry per tensor that a node computes, in node order; each value is the largest over
+        the windows.
     """
-    model = with_all_tensors(onnx.load_from_string(content))
+    model = with_all_tensors(graph.model)
     operators = {o: node.op_type for node in model.graph.node for o in node.output if o}
     session = open_session(model, threads)
     found: dict[str, TensorRange] = {}
@@ -120,16 +121,16 @@ def audit_ranges(
             found[new.name] = TensorRange(
                 new.name,
                 new.operator,
-                float(np.fmax(old.largest, new.largest)),
+                float(np.maximum(old.largest, new.largest)),
                 max(old.overflow_share, new.overflow_share),
                 max(old.subnormal_share, new.subnormal_share),
             )
     return list(found.values())
 
 
-def nodes_at_risk(content: bytes, ranges: Iterable[TensorRange]) -> list[str]:
-    """Names of the nodes that must stay in fp32: what they take, give or hold may overflow."""
-    model = onnx.load_from_string(content)
+def nodes_at_risk(graph: Graph, ranges: Iterable[TensorRange]) -> list[str]:
+    """Names of the nodes that stay in fp32: an input, output or weight may overflow in fp16."""
+    model = graph.model
     risky = {r.name for r in ranges if r.at_risk}
     for initializer in model.graph.initializer:
         if initializer.data_type == TensorProto.FLOAT:
@@ -139,22 +140,22 @@ def nodes_at_risk(content: bytes, ranges: Iterable[TensorRange]) -> list[str]:
     return [n.name for n in model.graph.node if risky & {*n.input, *n.output}]
 
 
-def convert_to_fp16(content: bytes, in_fp32: Iterable[str] = (), io: str = "fp16") -> bytes:
-    """The graph in fp16, the same bytes each time.
+def convert_to_fp16(graph: Graph, in_fp32: Iterable[str] = (), io: str = "fp16") -> Graph:
+    """Convert a graph to fp16, reproducibly byte for byte.
 
     Args:
-        content: the fp32 graph; all its nodes have names.
-        in_fp32: names of nodes that stay in fp32.
-        io: type of input and output, `fp16` or `fp32`.
+        graph: The fp32 graph; every node has a name.
+        in_fp32: Names of nodes that stay in fp32.
+        io: Data type of input and output, `fp16` or `fp32`.
 
     Raises:
-        ExportError: the converted graph breaks the rules of ONNX.
+        ExportError: The converted graph is not valid ONNX.
     """
     with warnings.catch_warnings():
-        # It warns of each weight below fp16's smallest; those become that value, or stay 0.
+        # It warns about each weight below fp16's smallest value; those become that value or stay 0.
         warnings.simplefilter("ignore")
         model = float16.convert_float_to_float16(
-            onnx.load_from_string(content),
+            graph.copy(),
             min_positive_val=SMALLEST,
             max_finite_val=LARGEST,
             keep_io_types=io == "fp32",
@@ -165,59 +166,50 @@ def convert_to_fp16(content: bytes, in_fp32: Iterable[str] = (), io: str = "fp16
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the fp16 graph is not valid ONNX ({error})") from error
-    return bytes(model.SerializeToString(deterministic=True))
+    return Graph(model)
 
 
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor in the graph."""
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.input, *graph.output, *graph.value_info)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return types | {i.name: i.data_type for i in graph.initializer}
-
-
-def convolutions_in_fp32(content: bytes) -> list[str]:
-    """Names of the convolutions of a graph that take or give fp32."""
-    model = onnx.load_from_string(content)
-    types = _types(model)
+def convolutions_in_fp32(graph: Graph) -> list[str]:
+    """Names of the convolutions of a graph with an fp32 input, weight or output."""
+    types = graph.types
     return [
         node.name
-        for node in model.graph.node
+        for node in graph.model.graph.node
         if node.op_type in ("Conv", "ConvTranspose")
         and TensorProto.FLOAT in {types[name] for name in (*node.input, *node.output) if name}
     ]
 
 
-def check_convolutions(content: bytes, in_fp32: Iterable[str]) -> None:
-    """Refuse an fp16 graph that holds fp32 convolutions other than those left so on purpose.
+def check_convolutions(graph: Graph, in_fp32: Iterable[str]) -> None:
+    """Reject an fp16 graph with fp32 convolutions other than `in_fp32`.
 
     Raises:
-        ExportError: it does.
+        ExportError: The graph has other fp32 convolutions.
     """
-    left = sorted(set(convolutions_in_fp32(content)) - set(in_fp32))
+    left = sorted(set(convolutions_in_fp32(graph)) - set(in_fp32))
     if left:
         raise ExportError(
             f"the fp16 graph holds {len(left)} convolutions in fp32 ({', '.join(left[:3])}"
-            f"{', ...' if len(left) > 3 else ''}); convert it again from the checkpoint"
+            f"{', ...' if len(left) > 3 else ''})",
+            "convert it again from the checkpoint",
         )
 
 
 def _rounded(name: str, source: str) -> list[onnx.NodeProto]:
-    """`name` is `source` rounded to fp16, in fp32."""
-    half = f"{name}__fp16"
+    """Nodes that round `source` to fp16 and store it as `name`, in fp32."""
+    rounded = f"{name}__fp16"
     return [
-        helper.make_node("Cast", [source], [half], to=TensorProto.FLOAT16),
-        helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [source], [rounded], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT),
     ]
 
 
-def simulate_fp16(content: bytes) -> onnx.ModelProto:
-    """A graph that computes in fp32 what `content` computes in fp16, rounding every tensor.
+def simulate_fp16(half: Graph) -> onnx.ModelProto:
+    """Return a graph that simulates the fp16 graph `half` in fp32 by rounding every tensor.
 
-    Its input and output are fp32. Tensors that are fp32 in `content` are left alone.
+    Its input and output are fp32. Tensors that are fp32 in `half` are not rounded.
     """
-    model = onnx.load_from_string(content)
-    types = _types(model)
+    types, model = half.types, half.copy()
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
     for initializer in graph.initializer:

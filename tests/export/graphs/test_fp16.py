@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from attnseg.export.precision import (
+from attnseg.export.graphs.fp16 import (
     audit_ranges,
     check_convolutions,
     convert_to_fp16,
@@ -17,12 +17,13 @@ from attnseg.export.precision import (
     open_session,
     simulate_fp16,
 )
+from attnseg.export.graphs.graph import Graph
 from attnseg.runtime.errors import ExportError
 
 SHAPE = ["batch", 1, 2, 2, 2]
 
 
-def graph(nodes: list[onnx.NodeProto], **weights: Any) -> bytes:
+def graph(nodes: list[onnx.NodeProto], **weights: Any) -> Graph:
     """A model from `image` to `logits`, both `(batch, 1, 2, 2, 2)`."""
     tensors = [numpy_helper.from_array(np.asarray(w, np.float32), n) for n, w in weights.items()]
     ends = [
@@ -32,7 +33,7 @@ def graph(nodes: list[onnx.NodeProto], **weights: Any) -> bytes:
     body = helper.make_graph(nodes, "test", ends[:1], ends[1:], tensors)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString())
+    return Graph(model)
 
 
 def node(kind: str, inputs: list[str], output: str, **settings: Any) -> onnx.NodeProto:
@@ -83,8 +84,8 @@ def test_ranges_of_every_tensor_by_hand() -> None:
 def test_what_may_overflow_stays_in_fp32_and_the_result_with_it() -> None:
     window = image(1, 10, -20, 0)
     risky = nodes_at_risk(UP_AND_DOWN, audit_ranges(UP_AND_DOWN, [window], 1))
-    assert risky == ["node_high", "node_low"]  # what gives `high`, and what takes it
-    exact = run(onnx.load_from_string(UP_AND_DOWN), window)
+    assert risky == ["node_high", "node_low"]  # the producer and the consumer of `high`
+    exact = run(UP_AND_DOWN.model, window)
     kept = run(simulate_fp16(convert_to_fp16(UP_AND_DOWN, risky)), window)
     np.testing.assert_allclose(kept, exact, rtol=1e-3)
     lost = run(simulate_fp16(convert_to_fp16(UP_AND_DOWN)), window)
@@ -109,7 +110,7 @@ def test_small_weights_keep_their_value_in_fp16() -> None:
     values = np.array([2e4, 6e-8, 0.1], np.float32)
     model = graph([pointwise("image", "w", "x"), node("Add", ["x", "b"], "logits")],
                   w=kernel(2e4), b=kernel(6e-8))  # fmt: skip
-    found = onnx.load_from_string(convert_to_fp16(model)).graph.initializer
+    found = convert_to_fp16(model).model.graph.initializer
     weights = {i.name: float(numpy_helper.to_array(i).ravel()[0]) for i in found}
     assert weights["w"] == np.float16(values[0])
     assert weights["b"] == np.float16(values[1]) > 0
@@ -117,15 +118,16 @@ def test_small_weights_keep_their_value_in_fp16() -> None:
 
 @pytest.mark.parametrize("io", ["fp16", "fp32"])
 def test_the_ends_have_the_type_asked_for(io: str) -> None:
-    model = onnx.load_from_string(convert_to_fp16(UP_AND_DOWN, io=io))
+    half = convert_to_fp16(UP_AND_DOWN, io=io)
+    model = half.model
     wanted = TensorProto.FLOAT16 if io == "fp16" else TensorProto.FLOAT
     ends = (*model.graph.input, *model.graph.output)
     assert [v.type.tensor_type.elem_type for v in ends] == [wanted, wanted]
-    assert convolutions_in_fp32(model.SerializeToString()) == []
+    assert convolutions_in_fp32(half) == []
 
 
 def test_the_same_graph_converts_to_the_same_bytes() -> None:
-    assert convert_to_fp16(UP_AND_DOWN) == convert_to_fp16(UP_AND_DOWN)
+    assert convert_to_fp16(UP_AND_DOWN).content == convert_to_fp16(UP_AND_DOWN).content
 
 
 def test_convolutions_left_in_fp32_are_named() -> None:
@@ -142,7 +144,7 @@ def test_every_tensor_is_rounded_as_numpy_rounds() -> None:
     # 2048 + 1 is 2048 in fp16, so a third 1 is lost as well; in fp32 the sum is 2050.
     adding = [node("Add", ["image", "one"], "x"), node("Add", ["x", "one"], "logits")]
     model = graph(adding, one=kernel(1))
-    assert run(onnx.load_from_string(model), image(2048)).max() == 2050
+    assert run(model.model, image(2048)).max() == 2050
     assert run(simulate_fp16(convert_to_fp16(model)), image(2048)).max() == 2048
 
 

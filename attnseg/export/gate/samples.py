@@ -1,4 +1,4 @@
-"""What an export is measured on when no cases are given: a phantom, and one window of it."""
+"""Cases to compare precisions on, and windows for the golden window and int8 calibration."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from attnseg.runtime.bundle import Manifest
+from attnseg.data.labelled import LabelledCase, find_labelled_cases
+from attnseg.data.task import LabelledTask
+from attnseg.evaluation.cases import cases_to_evaluate, read_truth
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.scans import find_cases
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import Engine
-from attnseg.runtime.executor import WindowOptions, pad_image
-from attnseg.runtime.golden import Golden
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.scans import find_cases
-from attnseg.runtime.volume import Volume, read_volume
+from attnseg.runtime.model.golden import Golden
+from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.windows import WindowOptions, pad_image
 from attnseg.synthetic import MODALITIES, make_case
-from attnseg.trainer.cases import LabelledCase, find_labelled_cases, read_classes
-from attnseg.trainer.evaluate import cases_to_evaluate
-from attnseg.trainer.task import Task
 
-PHANTOM_SEED = 11  # not among those of training, which start at 1000, and of the demo
+PHANTOM_SEED = 11  # not a seed of training (1000 and up) or of the demo
 CALIBRATION_CASES = 8
-CALIBRATION_WINDOWS = 8  # all their activations are in memory at once
+CALIBRATION_WINDOWS = 8  # in all; their activations are held in memory together
 PHANTOM_SHAPE = (96, 112, 88)
 
 
@@ -33,9 +34,9 @@ class Sample:
     """A case to compare precisions on.
 
     Attributes:
-        name: of the case.
-        volume: its channels.
-        truth: `(X, Y, Z)` label values in the volume's grid, or None where nobody knows.
+        name: Name of the case.
+        volume: Channels of the case.
+        truth: Ground truth `(X, Y, Z)`, uint8 label values on the volume's grid; None if unknown.
     """
 
     name: str
@@ -44,34 +45,32 @@ class Sample:
 
 
 SampleSource = Callable[[Manifest], Sequence[Sample]]
-"""Gives the cases for a model."""
+"""Callable that returns the cases for a model's manifest."""
 
 
 def read_samples(data: Path, manifest: Manifest) -> list[Sample]:
     """The labelled cases below `data` that the model was not trained on.
 
     Raises:
-        ScanError: there is no case, or one cannot be read.
-        TrainingError: the labels or channels are not the model's, or no case is left.
+        ScanError: No case is found, or a scan cannot be read.
+        TrainingError: The labels or channels are not the model's, or no case is held out.
     """
     scans = find_labelled_cases(data)
     cases = cases_to_evaluate(scans, manifest, "held-out")
     return [_read_sample(case, scans.task) for case in cases]
 
 
-def _read_sample(case: LabelledCase, task: Task) -> Sample:
-    values = np.array([value for _, value in task.labels], np.uint8)
-    truth = values[read_classes(case, task).channels[0]]
-    return Sample(case.name, read_volume(case.case.files), truth)
+def _read_sample(case: LabelledCase, task: LabelledTask) -> Sample:
+    return Sample(case.name, read_volume(case.case.files), read_truth(case, task))
 
 
 def calibration_windows(scans: Path, manifest: Manifest) -> list[NDArray[np.float32]]:
-    """Windows `(C, X, Y, Z)` of the cases below a folder, labelled or not, spread over all.
+    """Windows `(C, X, Y, Z)` float32, spread over the cases below a folder, labelled or not.
 
     Raises:
-        ScanError: there is no case, or one is incomplete or cannot be read.
+        ScanError: No case is found, or one is incomplete or cannot be read.
     """
-    found = find_cases(scans, manifest.channels)
+    found = find_cases(scans, manifest.task.channels)
     for problem in found.problems.values():
         raise problem
     cases = found.cases[:: max(1, len(found.cases) // CALIBRATION_CASES)][:CALIBRATION_CASES]
@@ -85,12 +84,12 @@ def calibration_windows(scans: Path, manifest: Manifest) -> list[NDArray[np.floa
 
 
 def synthetic_sample(manifest: Manifest) -> Sample:
-    """A brain phantom for the BraTS modalities, smooth noise in one window for others."""
-    if tuple(channel.name for channel in manifest.channels) == MODALITIES:
+    """A brain phantom for the BraTS modalities; one window of smooth noise for other channels."""
+    if manifest.task.channel_names == MODALITIES:
         phantom = make_case(PHANTOM_SEED, PHANTOM_SHAPE)
         return Sample("synthetic brain", Volume(phantom.images, phantom.affine), phantom.labels)
     rng = np.random.default_rng(0)
-    shape = (len(manifest.channels), *manifest.inference.window)
+    shape = (len(manifest.task.channels), *manifest.inference.window)
     noise = rng.standard_normal(shape)
     smooth = ndimage.gaussian_filter(noise, (0, 4, 4, 4))
     mixed = smooth / smooth.std() + 0.2 * noise
@@ -99,18 +98,17 @@ def synthetic_sample(manifest: Manifest) -> Sample:
 
 
 def sample_windows(manifest: Manifest, sample: Sample) -> NDArray[np.float32]:
-    """The windows that the network sees of a sample: `(N, C, X, Y, Z)`."""
+    """Preprocessed windows of a sample `(N, C, X, Y, Z)`, float32."""
     inference = manifest.inference
-    turned = sample.volume.oriented(manifest.orientation)
-    image = prepare(turned, manifest.grid, manifest.normalisation).image
-    options = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
-    plan = options.plan(image.shape[1:])
+    image = preprocess(sample.volume, manifest.preprocessing).image
+    windows = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
+    plan = windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
     return np.stack([padded[(slice(None), *window.slices())] for window in plan.windows])
 
 
 def make_golden(reference: Engine, windows: NDArray[np.float32]) -> Golden:
-    """The window, of those given, on which the network finds most, with its logits."""
+    """The window of `(N, C, X, Y, Z)` with the most foreground voxels, and its logits."""
     best, most = None, -1
     for image in windows.astype(np.float16).astype(np.float32):
         logits = reference.infer(image[None]).copy()

@@ -1,17 +1,16 @@
-"""The model card: what a person should know before the model is used, in Markdown."""
+"""The model card of a bundle, in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from attnseg.export.parity import Measured, ParityReport
-from attnseg.runtime.bundle import Manifest
+from attnseg.evaluation.tables import markdown_table
+from attnseg.export.gate.parity import Measured, ParityReport
+from attnseg.runtime.model.manifest import Manifest
 
 PARITY_HEADER = ("run by", "logits", "labels", "Dice", "volume", "HD95", "budget")
 
 
 def parity_rows(report: ParityReport) -> list[tuple[str, ...]]:
-    """What was measured, under `PARITY_HEADER`: differences, and the worst drifts."""
+    """Table rows under `PARITY_HEADER`: logit and label differences, and the largest drifts."""
     return [_row(measured, report) for measured in report.measured]
 
 
@@ -24,24 +23,19 @@ def _row(measured: Measured, report: ParityReport) -> tuple[str, ...]:
             f"{max(d.volume_percent for d in drifts):.2f} %",
             f"{max(d.hd95_mm for d in drifts):.1f} mm",
         )
-    verdict = "kept" if measured.within(report.budget) else "over"
+    verdict = "within budget" if measured.within(report.budget) else "over budget"
     return (
         f"{measured.precision} {measured.engine}",
         f"{measured.logits:.1e}",
         f"{measured.labels:.1e}",
         *worst,
-        verdict if measured.gated else f"{verdict}, not asked",
+        verdict if measured.gated else f"{verdict} (informational)",
     )
 
 
 def not_run_lines(report: ParityReport) -> list[str]:
     """A line for each file that no engine of the machine could run."""
     return [f"{n.precision} {n.engine}: not run here, {n.reason}" for n in report.not_run]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _training(manifest: Manifest) -> str:
@@ -58,14 +52,14 @@ def _training(manifest: Manifest) -> str:
 
 
 def model_card(manifest: Manifest, report: ParityReport) -> str:
-    """The card of a bundle.
+    """The model card of a bundle.
 
     Args:
-        manifest: what the model takes and gives, and where it comes from.
-        report: of the parity gate.
+        manifest: Manifest of the bundle.
+        report: Report of the parity gate.
     """
-    channels = ", ".join(channel.name for channel in manifest.channels)
-    labels = [(str(label.value), label.name) for label in manifest.labels]
+    channels = ", ".join(manifest.task.channel_names)
+    labels = [(str(label.value), label.name) for label in manifest.task.labels]
     spacing = " x ".join(f"{s:g}" for s in manifest.spacing_mm)
     budget = report.budget
     cases = sorted({drift.case for m in report.measured for drift in m.drifts})
@@ -79,8 +73,7 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
             "",
             f"Takes {channels} at {spacing} mm and gives one label per voxel:",
             "",
-            _table(("value", "class"), labels),
-            "",
+            markdown_table(("value", "class"), labels),
             _training(manifest),
             "## Precision",
             "",
@@ -89,8 +82,7 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
             f"regions of {', '.join(cases) or 'no case'}. The budget is {budget.dice:g} Dice and "
             f"{budget.volume_percent:g} % volume; `attnseg verify` measures it again.",
             "",
-            _table(PARITY_HEADER, parity_rows(report)),
-            "",
+            markdown_table(PARITY_HEADER, parity_rows(report)),
             *(f"- {line}" for line in not_run_lines(report)),
             "",
         )

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.doctor import examine
+from attnseg.export.engines.tensorrt import BuildOptions
 from attnseg.export.export import ExportOptions, export_bundle
-from attnseg.export.foreign import read_foreign, read_spec
-from attnseg.export.tensorrt import BuildOptions
+from attnseg.export.source.foreign import read_foreign, read_spec
 from attnseg.export.verify import verify_bundle
-from attnseg.runtime.errors import ConfigError, ExportError
+from attnseg.runtime.errors import ConfigError, ExportError, TrainingError
 from tests.export.conftest import Plain, spec_file
 
 
@@ -67,10 +67,12 @@ def test_it_runs_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_and_its_spec_need_each_other(graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"any_model\.onnx: .*give --spec model\.json"):
+    with pytest.raises(ConfigError, match=r"any_model\.onnx: .*give spec='model"):
         export_bundle(graph, tmp_path / "model")
-    with pytest.raises(ConfigError, match="--spec is for ONNX files"):
-        export_bundle(Path("best.pt"), tmp_path / "model", ExportOptions(spec=spec_file(tmp_path)))
+    checkpoint = tmp_path / "best.pt"
+    checkpoint.touch()
+    with pytest.raises(ConfigError, match="a spec is for ONNX files"):
+        export_bundle(checkpoint, tmp_path / "model", ExportOptions(spec=spec_file(tmp_path)))
     assert not (tmp_path / "model").exists()
 
 
@@ -78,13 +80,14 @@ def test_an_onnx_file_and_its_spec_need_each_other(graph: Path, tmp_path: Path) 
     ("changes", "message"),
     [
         ({"channels": None}, r"model\.json: channels: Field required"),
-        ({"labels": []}, r"labels: "),
+        ({"labels": []}, "labels must start with background, 0"),
         ({"name": None}, "name: Field required"),
         ({"windw": 3}, "windw: Extra inputs"),
         ({"inference": {"window": [32, 32]}}, r"inference\.window"),
         ({"inference": {"window": [33, 32, 32], "window_multiple": 2}}, "not a multiple"),
         ({"orientation": "RRS"}, "does not name each axis once"),
         ({"regions": {"all": [7]}}, "names a label that does not exist"),
+        ({"regions": {}}, "regions: must not be empty"),
     ],
 )
 def test_a_spec_that_breaks_a_rule_names_it(
@@ -139,7 +142,7 @@ def test_a_graph_that_does_not_fit_is_refused(
     tmp_path: Path, shape: list[int], kind: int, message: str
 ) -> None:
     path = save(tmp_path, shape, kind)
-    # Two channels three times over are six logits; the input is what is refused first.
+    # Three classes per input channel; the input is checked before the output.
     model = onnx.load(path)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3 * shape[1]
     onnx.save(model, path)
@@ -158,8 +161,8 @@ def test_an_operator_that_is_not_onnxs_own_is_refused(tmp_path: Path) -> None:
 
 def test_files_that_are_no_graphs_are_refused(tmp_path: Path, graph: Path) -> None:
     spec = read_spec(spec_file(tmp_path))
-    with pytest.raises(ExportError, match="does not exist"):
-        read_foreign(tmp_path / "gone.onnx", spec)
+    with pytest.raises(TrainingError, match=r"gone\.onnx: does not exist; give an ONNX file"):
+        export_bundle(tmp_path / "gone.onnx", tmp_path / "model", ExportOptions(spec=Path("s")))
     (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:-50])
     with pytest.raises(ExportError, match=r"cut\.onnx: is damaged or not valid ONNX"):
         read_foreign(tmp_path / "cut.onnx", spec)
@@ -199,16 +202,16 @@ def test_doctor_runs_a_model_of_one_size_on_its_own_window(tmp_path: Path) -> No
 
 def test_every_node_gets_a_name(tmp_path: Path) -> None:
     path = save(tmp_path, ["n", 1, "x", "y", "z"])
-    content = read_foreign(path, read_spec(spec_file(tmp_path)))
-    assert [n.name for n in onnx.load_from_string(content).graph.node] == ["Concat_0"]
+    graph = read_foreign(path, read_spec(spec_file(tmp_path)))
+    assert [n.name for n in graph.model.graph.node] == ["Concat_0"]
 
 
 def test_the_spec_of_the_documentation_is_one(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/export.md").read_text()
     start = text.index("    {\n")
     block = text[start : text.index("\n\n", start)]
     (tmp_path / "model.json").write_text(block)
     spec = read_spec(tmp_path / "model.json")
-    assert (spec.name, spec.inference.window) == ("liver-ct", (96, 96, 96))
-    assert spec.regions == {"liver": (1,)}
-    assert spec.display == ("ct",)
+    assert (spec.name, spec.inference.window) == ("prostate-t2", (96, 96, 96))
+    assert spec.task.regions == {"prostate": (1,)}
+    assert spec.task.display == ("t2",)

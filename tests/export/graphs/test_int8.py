@@ -4,21 +4,20 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from attnseg import Bundle, Segmenter, SegmentOptions
+from attnseg.export.engines.tensorrt import BuildOptions
 from attnseg.export.export import ExportOptions, export_bundle
-from attnseg.export.onnx import export_onnx
-from attnseg.export.quantise import kept_in_float, quantise
-from attnseg.export.tensorrt import BuildOptions
-from attnseg.runtime.bundle import Budget
+from attnseg.export.graphs.graph import Graph
+from attnseg.export.graphs.int8 import kept_in_float, quantise
+from attnseg.export.source.onnx import export_onnx
 from attnseg.runtime.errors import ExportError, ScanError
+from attnseg.runtime.model.manifest import Budget
 from attnseg.trainer.model import NetworkConfig
-from tests.export.conftest import spec_file
-from tests.export.test_export import lively_network
+from tests.export.conftest import lively_network, spec_file
 
 
 def windows(count: int) -> list[np.ndarray]:
@@ -27,17 +26,17 @@ def windows(count: int) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def exact() -> bytes:
+def exact() -> Graph:
     return export_onnx(lively_network(NetworkConfig(3, 5, (8, 16), 16)))
 
 
-def run(content: bytes, window: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+def run(graph: Graph, window: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(graph.content, providers=["CPUExecutionProvider"])
     return session.run(None, {"image": window[None]})[0]
 
 
-def test_all_convolutions_but_the_first_and_last_have_int8_weights(exact: bytes) -> None:
-    made = onnx.load_from_string(quantise(exact, windows(2))).graph
+def test_all_convolutions_but_the_first_and_last_have_int8_weights(exact: Graph) -> None:
+    made = quantise(exact, windows(2)).model.graph
     weights = {i.name: i for i in made.initializer}
     producers = {o: node for node in made.node for o in node.output}
     floats = []
@@ -54,16 +53,16 @@ def test_all_convolutions_but_the_first_and_last_have_int8_weights(exact: bytes)
     assert floats == kept_in_float(exact) and len(floats) == 2
 
 
-def test_the_quantised_graph_computes_nearly_the_same(exact: bytes) -> None:
+def test_the_quantised_graph_computes_nearly_the_same(exact: Graph) -> None:
     seen = windows(4)
     content = quantise(exact, seen)
     expected, found = run(exact, seen[0]), run(content, seen[0])
     difference = np.abs(found - expected).max() / np.abs(expected).max()
-    assert 1e-4 < difference < 0.2  # 8 bits, and not fp32 under another name
+    assert 1e-4 < difference < 0.2  # really int8, not fp32
 
 
-def test_the_same_windows_give_the_same_bytes(exact: bytes) -> None:
-    assert quantise(exact, windows(2)) == quantise(exact, windows(2))
+def test_the_same_windows_give_the_same_bytes(exact: Graph) -> None:
+    assert quantise(exact, windows(2)).content == quantise(exact, windows(2)).content
 
 
 def test_a_graph_without_convolutions_is_refused() -> None:
@@ -77,17 +76,17 @@ def test_a_graph_without_convolutions_is_refused() -> None:
         helper.make_graph([node], "g", ends[:1], ends[1:]), opset_imports=opsets, ir_version=9
     )
     with pytest.raises(ExportError, match="holds no convolution to quantise"):
-        quantise(model.SerializeToString(), windows(1))
+        quantise(Graph(model), windows(1))
 
 
-def test_what_cannot_be_quantised_is_said_in_words(exact: bytes) -> None:
-    with pytest.raises(ExportError, match="hold nothing but 0; give others"):
+def test_what_cannot_be_quantised_is_said_in_words(exact: Graph) -> None:
+    with pytest.raises(ExportError, match="contain only zeros; give other scans"):
         quantise(exact, [])
-    old = onnx.load_from_string(exact)
+    old = exact.copy()
     old.opset_import[0].version = 11
     with pytest.raises(ExportError, match="needs ONNX opset 13 or later, the graph has 11"):
-        quantise(old.SerializeToString(), windows(1))
-    with pytest.raises(ExportError, match=r"cannot be quantised \(.*\); leave --int8 out") as e:
+        quantise(Graph(old), windows(1))
+    with pytest.raises(ExportError, match=r"cannot be quantised \(.*\); leave int8 out") as e:
         quantise(exact, [np.zeros((2, 16, 16, 16), np.float32)])  # two channels, not three
     assert "\n" not in str(e.value)
 
@@ -116,7 +115,7 @@ def test_int8_is_exported_measured_and_run(graph: Path, tmp_path: Path, scans: P
     assert engine.precision == "int8"
     measured = {m.precision: m for m in exported.report.measured}
     assert measured["int8"].gated and measured["int8"].logits > 10 * measured["fp32"].logits
-    info = Segmenter(Bundle.load(tmp_path / "model"), SegmentOptions(precision="int8")).engine_info
+    info = Segmenter(Bundle.load(tmp_path / "model"), SegmentOptions(precision="int8")).engine
     assert (info.name, info.precision) == ("onnxruntime", "int8")
 
 

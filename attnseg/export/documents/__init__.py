@@ -1,0 +1,1 @@
+"""Documents of a bundle: model card and software bill of materials."""

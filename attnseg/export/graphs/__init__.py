@@ -1,0 +1,1 @@
+"""ONNX graphs and their conversion to fp16 and int8."""

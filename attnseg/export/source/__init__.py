@@ -1,0 +1,1 @@
+"""The model to export: a checkpoint of the trainer, or an ONNX file of any trainer."""
