@@ -1,5 +1,5 @@
 """`python -m attnseg`: the command line."""
 
-from attnseg.cli import main
+from attnseg.cli.app import main
 
 main()

@@ -1,29 +1,29 @@
-"""The demo: a synthetic case made, segmented and measured, with nothing to download."""
+"""The demo: a synthetic case is generated, segmented and scored, without any download."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from attnseg.runtime.bundle import Manifest
-from attnseg.runtime.outputs import output_names
-from attnseg.runtime.scans import LABEL_SUFFIXES, Case
-from attnseg.runtime.volume import read_labels
+from attnseg.evaluation.metrics import region_dice
+from attnseg.runtime.case.nifti import read_labels
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case
+from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.results.report import output_names
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.metrics import region_dice
 
-DEMO_SEED = 7  # not among the seeds of the phantoms mixed into training, which start at 1000
+DEMO_SEED = 7  # not a seed of the training phantoms, which start at 1000
 CASE_NAME = "synthetic-glioma"
 
 
 def make_demo_scan(folder: Path) -> Path:
-    """Write the demo's scan below `folder` and return the folder to segment."""
+    """Write the demo case below `folder` and return the folder of the case."""
     return write_case(make_case(DEMO_SEED), folder / "scan", CASE_NAME)
 
 
 def score_demo(case: Case, output: Path, manifest: Manifest) -> dict[str, float]:
-    """Dice per region of the labels in `output` against those the case was made with."""
+    """Dice by region of the labels in folder `output` against the ground truth of the case."""
     truth_file = case.sibling(LABEL_SUFFIXES)
     assert truth_file is not None
     truth = read_labels(truth_file).channels[0]
     labels = read_labels(output / output_names(case.name)["labels"]).channels[0]
-    return region_dice(labels, truth, manifest.regions)
+    return region_dice(labels, truth, manifest.task.regions)

@@ -1,9 +1,7 @@
-"""What this machine can run, and what to install for the rest."""
+"""Diagnosis of this machine: what it can run, and what to install for the rest."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -12,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from attnseg._version import __version__
-from attnseg.runtime.bundle import Bundle
-from attnseg.runtime.engines.choice import EngineRequest, Way, ways
-from attnseg.runtime.engines.cpu import ENGINES
+from attnseg.runtime.cuda.gpu import find_gpu
+from attnseg.runtime.engines.cpu import CPU_ENGINES
+from attnseg.runtime.engines.select import Candidate, EngineRequest, candidates
 from attnseg.runtime.errors import AttnsegError, EngineError
-from attnseg.runtime.gpu import find_gpu
-from attnseg.runtime.segmenter import available_threads
+from attnseg.runtime.extras import MODULES, install, missing, version_of
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.options import available_threads
 
 _LIBRARIES = (
     "tensorrt",
@@ -27,17 +26,23 @@ _LIBRARIES = (
     "openvino",
     "cuda-core",
 )
-_USED = "used by --engine auto"
-EXPORT_MODULES = ("torch", "safetensors", "onnx", "onnxscript", "onnxconverter_common", "cyclonedx")
+_USED = "used by default"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, how it is, and what to do if it is not well."""
+    """One line of the diagnosis.
+
+    Attributes:
+        subject: Part of the machine or the installation.
+        well: Whether the subject can be used.
+        state: State as text, or the error that prevents its use.
+        advice: Remedy or note; empty if there is none.
+    """
 
     subject: str
     well: bool
-    state: str
+    state: str | AttnsegError
     advice: str = ""
 
 
@@ -56,27 +61,29 @@ def _model(folder: Path | None) -> tuple[Finding, Bundle | None]:
     try:
         bundle = Bundle.load(folder) if folder else Bundle.default()
     except AttnsegError as error:
-        return Finding("model", False, str(error)), None
+        return Finding("model", False, error), None
     state = f"{bundle.manifest.name}, checksums match ({bundle.manifest.intended_use})"
     return Finding("model", True, state), bundle
 
 
-def _subject(way: Way) -> str:
-    return f"engine {way.name}" + (f" ({way.file.name})" if way.brought else "")
+def _subject(candidate: Candidate) -> str:
+    return f"engine {candidate.engine}" + (
+        f" ({candidate.file.name})" if candidate.prebuilt else ""
+    )
 
 
-def _engine(way: Way, bundle: Bundle) -> Finding:
-    """Open it, and on the processor run it too; on a GPU it was checked when it was opened."""
+def _engine(candidate: Candidate, bundle: Bundle) -> Finding:
+    """Open an engine; on the processor also run it, as only GPU engines are checked on opening."""
     manifest = bundle.manifest
-    window = np.zeros((1, len(manifest.channels), *manifest.inference.window), np.float32)
+    window = np.zeros((1, len(manifest.task.channels), *manifest.inference.window), np.float32)
     try:
-        engine = way.open()
-        if way.name in ENGINES:
+        engine = candidate.open()
+        if candidate.engine in CPU_ENGINES:
             engine.infer(window)
     except AttnsegError as error:
-        return Finding(_subject(way), False, str(error))
+        return Finding(_subject(candidate), False, error.detached())
     info = engine.info
-    return Finding(_subject(way), True, f"{info.version}, runs the model in {info.precision}")
+    return Finding(_subject(candidate), True, f"{info.version}, runs the model in {info.precision}")
 
 
 def _engines(bundle: Bundle | None) -> list[Finding]:
@@ -84,31 +91,23 @@ def _engines(bundle: Bundle | None) -> list[Finding]:
         return [Finding("engines", False, "not tried without a model")]
     window = bundle.manifest.inference.window
     request = EngineRequest(window=window, threads=available_threads())
-    found = [_engine(way, bundle) for way in ways(bundle, request)]
+    found = [_engine(candidate, bundle) for candidate in candidates(bundle, request)]
     first = next((f.subject for f in found if f.well), None)
     return [replace(f, advice=_USED) if f.subject == first else f for f in found]
 
 
 def _libraries() -> Finding:
-    found = {name: _installed(name) for name in _LIBRARIES}
+    found = {name: version_of(name) for name in _LIBRARIES}
     here = [f"{name} {version}" for name, version in found.items() if version]
     missing = [name for name, version in found.items() if not version]
     rest = f"; not installed: {', '.join(missing)}" if missing else ""
     return Finding("libraries", bool(here), (", ".join(here) or "none") + rest)
 
 
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _part(subject: str, modules: tuple[str, ...], extra: str) -> Finding:
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if missing:
-        advice = f"pip install 'attnseg[{extra}]'"
-        return Finding(subject, False, f"needs {', '.join(missing)}", advice)
+def _part(subject: str, extra: str) -> Finding:
+    lacking = missing(MODULES[extra])
+    if lacking:
+        return Finding(subject, False, f"needs {', '.join(lacking)}", install(extra))
     return Finding(subject, True, "installed")
 
 
@@ -116,17 +115,17 @@ def _gpu() -> Finding:
     try:
         return Finding("gpu", True, str(find_gpu()))
     except EngineError as error:
-        return Finding("gpu", False, str(error))
+        return Finding("gpu", False, error)
 
 
 def examine(model: Path | None = None) -> list[Finding]:
-    """Look at machine, model, engines and optional parts.
+    """Examine the machine, the model, the engines and the optional components.
 
     Args:
-        model: bundle to try; None for the shipped one.
+        model: Folder of the bundle to examine; None for the shipped bundle.
 
     Returns:
-        One finding per subject; `--engine auto` takes the first engine that is well.
+        One finding per subject; the first usable engine is the default.
     """
     finding, bundle = _model(model)
     return [
@@ -135,6 +134,6 @@ def examine(model: Path | None = None) -> list[Finding]:
         _libraries(),
         finding,
         *_engines(bundle),
-        _part("attnseg train", ("torch",), "train"),
-        _part("attnseg export", EXPORT_MODULES, "export"),
+        _part("attnseg train", "train"),
+        _part("attnseg export", "export"),
     ]

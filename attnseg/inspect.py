@@ -1,4 +1,4 @@
-"""What a bundle holds, for people to read."""
+"""Human-readable summary of a bundle's files and graphs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnseg.runtime.bundle import Bundle, FileEntry
+from attnseg.runtime.extras import install
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.manifest import FileEntry
 
-_SHORT = 12  # digits of a checksum that tell files apart
+FILES_HEADER = ("file", "role", "precision", "for", "MB", "sha256")
+_SHORT = 12  # digits of a checksum that are shown
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a bundle holds.
+    """Contents of a bundle.
 
     Attributes:
-        files: name, role, precision, what it is for, MB and the start of its SHA-256.
-        layers: a line for each graph: how many nodes of which type, in which precision.
+        files: One row per file, with the columns of `FILES_HEADER`.
+        layers: One line per graph: number of nodes by operator and output data type.
     """
 
     files: list[tuple[str, ...]]
@@ -50,7 +53,7 @@ def _layers(file: Path) -> str:
 
 
 def inspect_bundle(bundle: Bundle) -> Contents:
-    """Look into every file of a bundle; its layers need onnx (`attnseg[export]`)."""
+    """Summarise every file of a bundle; `layers` requires onnx (`attnseg[export]`)."""
     entries = bundle.manifest.files
     files: list[tuple[str, ...]] = [
         (
@@ -65,5 +68,5 @@ def inspect_bundle(bundle: Bundle) -> Contents:
     ]
     graphs = [bundle.folder / name for name, entry in entries.items() if entry.role == "onnx"]
     if importlib.util.find_spec("onnx") is None:
-        return Contents(files, ["layers: need onnx; pip install 'attnseg[export]'"])
+        return Contents(files, [f"layers: need onnx; {install('export')}"])
     return Contents(files, [_layers(graph) for graph in graphs])

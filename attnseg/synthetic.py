@@ -1,9 +1,9 @@
-"""A synthetic four-modality brain with a glioma, made from a seed.
+"""A synthetic four-modality brain with a glioma, generated from a seed.
 
-Not a simulation of physics: a phantom with the contrasts that the BraTS modalities show, so
-that the whole flow can be tried with no download. White and grey matter, cortical folds and
-ventricles come from smooth random fields; the tumour is a necrotic core in an enhancing rim
-in oedema that spreads through white matter. Bias field, blur and Rician noise are added.
+It is a phantom with the contrasts of the BraTS modalities, not a simulation of MR physics, so that
+the whole pipeline can be tried without a download. White and grey matter, cortical folds and
+ventricles are derived from smooth random fields; the tumour is a necrotic core in an enhancing rim,
+surrounded by oedema that spreads through white matter. Bias field, blur and Rician noise are added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ _LABEL_OF = {"necrosis": 1, "oedema": 2, "enhancing": 4}
 
 @dataclass(frozen=True)
 class SyntheticCase:
-    """Images `(4, X, Y, Z)` int16 in the order of `MODALITIES` and BraTS labels `(X, Y, Z)`."""
+    """A synthetic case.
+
+    Attributes:
+        images: Intensities `(4, X, Y, Z)`, int16, ordered like `MODALITIES`; 0 outside the brain.
+        labels: BraTS labels `(X, Y, Z)`, uint8.
+        affine: Voxel-to-world transform `(4, 4)`, float64, in mm.
+    """
 
     images: NDArray[np.int16]
     labels: NDArray[np.uint8]
@@ -70,7 +76,7 @@ def _ellipsoid(
 
 
 def _tissue_map(rng: np.random.Generator, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """0 outside the brain, else 1 + index into `_TISSUES`."""
+    """Tissue map of `shape`: 0 outside the brain, else 1 + index into `_TISSUES`."""
     size = np.array(shape, float)
     grid = list(np.ogrid[tuple(slice(0, s) for s in shape)])
     grid = [np.asarray(g, np.float32) for g in grid]
@@ -101,7 +107,7 @@ def _tissue_map(rng: np.random.Generator, shape: tuple[int, int, int]) -> NDArra
     ragged = _smooth_field(rng, shape, size.mean() / 34)
     mass = _ellipsoid(grid, centre + radii * place, core_radius * rng.uniform(0.85, 1.15, 3))
     mass += 0.16 * lobes + 0.05 * ragged
-    # Oedema follows white matter: grey matter and folds resist it.
+    # Oedema spreads through white matter more readily than through grey matter.
     spread = mass + 0.22 * (tissue == 1) + 0.10 * lobes
     tissue[(spread < rng.uniform(1.65, 2.0)) & brain & (tissue != 3)] = 4
     tissue[(mass < 1.0) & brain] = 6
@@ -110,9 +116,9 @@ def _tissue_map(rng: np.random.Generator, shape: tuple[int, int, int]) -> NDArra
 
 
 def make_case(seed: int, shape: tuple[int, int, int] = BRATS_SHAPE) -> SyntheticCase:
-    """Make a case of `shape` voxels at 1 mm; the same seed gives the same case.
+    """Generate a case of `shape` voxels at 1 mm, deterministically from the seed.
 
-    Shapes below about 48 voxels along an axis leave no room for the tumour's parts.
+    A shape below about 48 voxels along an axis is too small for all components of the tumour.
     """
     rng = np.random.default_rng(seed)
     tissue = _tissue_map(rng, shape)
@@ -137,7 +143,7 @@ def make_case(seed: int, shape: tuple[int, int, int] = BRATS_SHAPE) -> Synthetic
 def write_case(case: SyntheticCase, folder: Path, name: str, truth: bool = True) -> Path:
     """Write `case` in the BraTS 2018 layout as `folder/name/name_t1.nii.gz` and so on.
 
-    Returns the case folder. With `truth` the labels are written too, as `name_seg.nii.gz`.
+    Returns the folder of the case. With `truth` the labels are written as `name_seg.nii.gz`.
     """
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line, tested through its output and exit codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnseg import Bundle, Segmenter, __version__
-from attnseg.cli import _parse_bytes, main
-from attnseg.runtime.bundle import EngineBuild, default_folder, file_entry, write_bundle
-from attnseg.runtime.errors import NotHereError
-from attnseg.runtime.gpu import Gpu
+from attnseg.cli.app import main
+from attnseg.cli.parameters import parse_bytes
+from attnseg.runtime.cuda.gpu import Gpu
+from attnseg.runtime.errors import EngineError, UnavailableError
+from attnseg.runtime.model.bundle import default_folder, file_entry, write_bundle
+from attnseg.runtime.model.manifest import EngineBuild
+from tests.conftest import WEIGHTS
 
 FP32 = ("--precision", "fp32")
 
@@ -40,9 +44,6 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
         text=True,
         **options,
     )
-
-
-WEIGHTS = default_folder() / "weights.safetensors"
 
 
 def test_run_prints_a_summary_and_succeeds(small_scan: Path, tmp_path: Path) -> None:
@@ -100,15 +101,21 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
     [
         (("run", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
         (("run", ".", "-o", "out"), "error: .: holds no case"),
-        (("run", "-o", "out"), "error: give either a scan folder or one file per channel"),
+        (
+            ("run", "-o", "out"),
+            "error: no scan was given; give a scan folder or",
+        ),
         (("run", ".", "-o", "out", "--model", "."), "error: .: is not a bundle"),
         (("run", ".", "-o", "out", "--engine", "x"), "error: engine x does not exist"),
         (("run", ".", "--device", "tpu"), "error: device tpu does not exist; choose auto, cuda, c"),
         (
             ("run", ".", "--device", "cpu", "--engine", "tensorrt"),
-            "error: engine tensorrt runs on cuda, device cpu is asked for; leave one of them out",
+            "error: engine tensorrt runs on cuda, device cpu is requested; leave one of them out",
         ),
-        (("run", ".", "--device", "cpu", "--max-memory", "4GB"), "error: max-memory is for a GPU"),
+        (
+            ("run", ".", "--device", "cpu", "--max-memory", "4GB"),
+            "error: a limit of device",
+        ),
         (("run", ".", "-o", "out", "--window", "33"), "error: window must be full or a multiple"),
         (("train", "--data", "nowhere", "-o", "out"), "error: nowhere: does not exist"),
         (("train", "--data", ".", "-o", "o", "--preset", "x"), "error: preset x does not exist"),
@@ -117,7 +124,7 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
         (("evaluate", "--data", ".", "-o", "."), "error: .: is the folder of the data; choose"),
         (
             ("train", "--data", ".", "-o", "o", "--attention", "se", "--set", "attention=gap"),
-            "error: attention was given as an option and by --set",
+            "error: attention was given twice; leave --attention or --set attention out",
         ),
         (
             ("train", "--data", ".", "-o", "o", "--model", "resunet", "--attention", "se"),
@@ -125,7 +132,10 @@ def test_a_folder_with_a_bad_case_ends_with_exit_code_1(small_scan: Path, tmp_pa
         ),
         (("export", "x.pt", "-o", "out"), "error: x.pt: does not exist"),
         (("export", "x.pt", "-o", "out", "--fp16", "--target", "gtx1080"), "error: target gtx1080"),
-        (("export", "x.pt", "-o", "out", "--budget-dice", "0"), "error: budget of dice: "),
+        (
+            ("export", "x.pt", "-o", "out", "--budget-dice", "0"),
+            "error: budget.dice must be",
+        ),
         (("verify", "nowhere"), "error: nowhere: is not a bundle"),
         (("inspect", "."), "error: .: is not a bundle"),
     ],
@@ -154,15 +164,15 @@ def test_an_amount_of_memory_that_is_none_is_refused(text: str) -> None:
     [("4GB", 4 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("7", 7)],
 )
 def test_an_amount_of_memory_is_read_with_its_unit(text: str, expected: int) -> None:
-    assert _parse_bytes(None, None, text) == expected  # type: ignore[arg-type]
+    assert parse_bytes(None, None, text) == expected  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
-        raise NotHereError("no NVIDIA driver on this machine")
+        raise UnavailableError("no NVIDIA driver on this machine")
 
-    for module in ("tensorrt", "onnxruntime"):
+    for module in ("tensorrt", "onnxruntime_cuda"):
         monkeypatch.setattr(f"attnseg.runtime.engines.{module}.find_gpu", none)
 
 
@@ -180,21 +190,21 @@ def test_without_a_gpu_cuda_is_refused_unless_there_is_a_fallback(
     report = json.loads((tmp_path / "out" / "small.json").read_text())
     assert report["engine"]["device"] == "cpu"
     again = call("run", small_scan, "-o", tmp_path / "out", "--device", "cpu")
-    assert "skipped" in again.stdout  # the same engine, however it was come by
+    assert "skipped" in again.stdout  # same engine, whether by fallback or by choice
 
 
 def test_debug_shows_the_traceback_of_a_failed_case(small_scan: Path, tmp_path: Path) -> None:
     (small_scan / "small" / "small_t2.nii.gz").write_bytes(b"")
     plain = call("run", small_scan, "-o", tmp_path, *FP32)
     assert "Traceback" not in plain.stderr
-    assert plain.stderr.count("\n") == 1
+    assert plain.stderr.count("\n") == 2  # the model, and the case
     assert "Traceback" in call("run", small_scan, "-o", tmp_path, *FP32, "--debug").stderr
 
 
 def test_resume_takes_no_other_settings(tmp_path: Path) -> None:
     result = call("train", "--data", ".", "-o", tmp_path, "--resume", "--set", "epochs=9")
     assert result.exit_code == 1
-    assert "--resume goes on with the run's own configuration" in result.stderr
+    assert "a resumed run keeps its own configuration" in result.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -216,7 +226,7 @@ def test_a_tampered_bundle_is_refused(small_scan: Path, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_named(
     small_scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: object) -> None:  # chmod would not stop root, as which containers run
+    def refuse(path: object) -> None:  # chmod does not restrict root, the user in containers
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
@@ -230,7 +240,7 @@ def test_an_output_that_cannot_be_made_is_refused(small_scan: Path, tmp_path: Pa
     result = call("run", small_scan, "-o", tmp_path / "file" / "out")
     assert result.exit_code == 1
     assert "cannot be written to" in result.stderr
-    assert "choose another with -o" in result.stderr
+    assert "choose another output folder" in result.stderr
 
 
 def test_a_disk_that_fills_up_fails_the_case_and_leaves_nothing(
@@ -263,7 +273,7 @@ def test_ctrl_c_keeps_finished_cases_and_leaves_no_half_ones(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "stopped; what was finished is kept" in errors
+    assert "stopped; finished cases are kept" in errors
     assert "Traceback" not in errors
     finished = {f.stem for f in out.glob("*.json")}
     assert 1 <= len(finished) < 31
@@ -320,6 +330,8 @@ def test_overwrite_takes_finished_cases_again(small_scan: Path, tmp_path: Path) 
         (("run", "x", "--channel", "t1"), "give NAME=FILE, such as ct=scan.nii.gz"),
         (("run", "--t1", "a", "--channel", "t1=b"), "channel t1 was given twice"),
         (("train", "-o", "x"), "Missing option '--data'"),
+        (("train", "--data", "."), "Missing option '-o' / '--output'"),
+        (("evaluate", "--data", "."), "Missing option '-o' / '--output'"),
         (("trian",), "No such command 'trian'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -332,12 +344,47 @@ def test_usage_errors_are_one_line_too(arguments: tuple[str, ...], message: str)
     assert result.stderr.count("\n") == 1
 
 
-def test_fp16_and_an_engine_for_the_rtx_3090_come_from_one_command(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    result = call("export", WEIGHTS, "-o", model, "--fp16", "--target", "rtx3090")
+def test_the_two_commands_of_the_readme_work_as_written(
+    tmp_path: Path, small_scan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`attnseg export --fp16`, then `attnseg run scan_dir/` with the line that it prints."""
+    shutil.copytree(small_scan, tmp_path / "here" / "scan_dir")
+    monkeypatch.chdir(tmp_path / "here")
+    result = call("export", "--fp16")
     assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"model: {WEIGHTS}")
+    for step in ("range audit", "onnxruntime fp16: ", "tensorrt-rtx engine for sm86"):
+        assert step in result.stderr
     assert "simulated by" in result.stdout
     assert "model-fp16-sm86.tensorrt-rtx): not run here" in result.stdout
+    following = "attnseg run scan_dir/ --model attnseg-model -o attnseg-model-out"
+    assert result.stdout.splitlines()[-1].endswith(f"Next: {following}")
+    assert {f.name for f in Path("attnseg-model").iterdir()} >= {
+        "manifest.json",
+        "model-fp16.onnx",
+        "model-fp16-sm86.tensorrt-rtx",
+    }
+    taken = call("export", "--fp16")
+    assert taken.exit_code == 1
+    error = (
+        "error: attnseg-model: holds a bundle already; give --overwrite or choose another folder"
+    )
+    assert taken.stderr.splitlines()[-1] == error
+
+    result = call("run", "scan_dir/")
+    assert result.exit_code == 0, result.output
+    shipped = Bundle.default().manifest.name
+    assert f"model: {shipped} (shipped with attnseg)" in result.stderr.splitlines()
+    assert Path("attnseg-out/small_seg.nii.gz").exists()
+    result = call(*following.split()[1:])
+    assert result.exit_code == 0, result.output
+    assert "(attnseg-model)" in next(x for x in result.stderr.splitlines() if "model: " in x)
+    assert Path("attnseg-model-out/small_seg.nii.gz").exists()
+    check_engine_of_the_rtx_3090(Path("attnseg-model"))
+
+
+def check_engine_of_the_rtx_3090(model: Path) -> None:
+    """A bundle is inspected, and verified with a budget that nothing keeps."""
     found = call("inspect", model)
     assert found.exit_code == 0, found.output
     convolutions = dict(re.findall(r"(model\S*\.onnx): .*?(\d+ Conv) ", found.stdout))
@@ -346,6 +393,31 @@ def test_fp16_and_an_engine_for_the_rtx_3090_come_from_one_command(tmp_path: Pat
     strict = call("verify", model, "--budget-volume", "1e-9")
     assert strict.exit_code == 1, strict.output
     assert "over the budget: fp16 by simulated by onnxruntime" in strict.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "verify"])
+@pytest.mark.parametrize("option", ["--budget-dice", "--budget-volume"])
+def test_a_budget_of_nothing_is_refused(command: str, option: str, tmp_path: Path) -> None:
+    arguments = (default_folder(),) if command == "verify" else ("-o", tmp_path / "model")
+    result = call(command, *arguments, option, 0)
+    assert result.exit_code == 1
+    name = option[2:].replace("-", ".")
+    assert re.search(rf"error: {name}\w* must be above 0 and at most \d+, got 0", result.stderr)
+    assert not (tmp_path / "model").exists()
+
+
+def test_help_shows_everyday_options_before_the_rest() -> None:
+    for command, everyday, later in (
+        ("run", ("--model", "--output"), ("Engine and device:", "--stream", "--engine")),
+        ("export", ("--fp16", "--output"), ("TensorRT engines:", "--workspace")),
+    ):
+        text = call(command, "--help").stdout
+        first, *headed = re.split(r"^(?=\S.*:$)", text.split("\nOptions:\n")[1], flags=re.M)
+        assert all(name in first for name in everyday), text
+        assert len(headed) >= 2
+        for name in later:
+            assert name not in first
+        assert first.count(" --") <= 10
 
 
 def test_train_export_run_is_one_straight_way(tmp_path: Path, small_scan: Path) -> None:
@@ -389,7 +461,7 @@ def check_evaluation(data: Path, folder: Path) -> None:
     assert "Means over 1 case(s)" in result.stdout
     taken = call("evaluate", *common, "-o", folder / "evaluation")
     assert taken.exit_code == 1
-    assert "holds an evaluation already; add --overwrite" in taken.stderr
+    assert "holds an evaluation already; give --overwrite" in taken.stderr
     assert {f.name for f in (folder / "evaluation").iterdir()} == {
         "cases.csv",
         "summary.md",
@@ -448,7 +520,7 @@ def test_doctor_shows_every_engine_of_a_bundle_and_why_it_is_not_used(
         "for-3090": file_entry("engine", b"engine", "fp16", build),
     }
     contents = {n: (shipped.folder / n).read_bytes() for n in shipped.manifest.files}
-    manifest = shipped.manifest.model_copy(update={"files": files})
+    manifest = replace(shipped.manifest, files=files)
     write_bundle(tmp_path / "model", manifest, {**contents, "for-3090": b"engine"})
     ada = Gpu("NVIDIA GeForce RTX 4090", "sm89", 24 << 30, "13.0")
     for module in ("doctor", "runtime.engines.tensorrt"):
@@ -459,8 +531,8 @@ def test_doctor_shows_every_engine_of_a_bundle_and_why_it_is_not_used(
     assert any("gpu" in x and "RTX 4090, compute capability 8.9" in x for x in lines)
     (engine,) = [x for x in lines if "engine tensorrt-rtx (for-3090)" in x]
     assert engine.startswith("--")
-    assert "compute capability 8.6, this GPU is 8.9; run attnseg export --target sm89" in engine
-    used = [x for x in lines if "used by --engine auto" in x]
+    assert "compute capability 8.6, this GPU is 8.9; export the model with --target sm89" in engine
+    used = [x for x in lines if "used by default" in x]
     assert len(used) == 1 and "engine openvino" in used[0]
 
 
@@ -471,7 +543,7 @@ def test_run_says_why_an_engine_of_the_bundle_is_not_used(
 
     def opened(self: Segmenter, *args: Any, **rest: Any) -> None:
         kept(self, *args, **rest)
-        self.refusals = ("tensorrt-rtx (e): no NVIDIA driver",)
+        self.refusals = (EngineError("tensorrt-rtx (e): no NVIDIA driver"),)
 
     monkeypatch.setattr(Segmenter, "__init__", opened)
     result = call("run", small_scan, "-o", tmp_path / "out", *FP32)

@@ -1,0 +1,5 @@
+"""Command line: each command parses its options, calls one function, and prints."""
+
+from attnseg.cli.app import main
+
+__all__ = ["main"]

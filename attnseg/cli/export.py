@@ -1,0 +1,206 @@
+"""`attnseg export`, `attnseg verify` and `attnseg inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from attnseg.cli.console import in_one_line, print_table, progress_bar
+from attnseg.cli.parameters import BUILD, PATH, WORDS, command, gate_options, option, output_option
+from attnseg.runtime.extras import require
+from attnseg.runtime.model.bundle import Bundle
+
+
+def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
+    return None if value is None else value * 1_000_000
+
+
+@command()
+@click.argument("model", type=PATH, required=False)
+@output_option("attnseg-model", "Folder for the bundle.")
+@option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@option("--fp16", is_flag=True, help="Add an fp16 graph, and a TensorRT engine built from it.")
+@option("--int8", is_flag=True, help="Add an int8 graph and engine; needs --calibrate.")
+@option(
+    "--calibrate",
+    "calibration",
+    type=PATH,
+    metavar="FOLDER",
+    help="Folder of scans to calibrate the int8 graph on.",
+)
+@option("--spec", type=PATH, help="JSON file that describes the ONNX model (docs/export.md).")
+@option(
+    "--target",
+    multiple=True,
+    heading=BUILD,
+    help="GPU to build an engine for, such as rtx3090 or sm89; may be repeated.  [default with "
+    "--fp16 or --int8: rtx3090; with --builder tensorrt: this machine's]",
+)
+@option(
+    "--compatible",
+    "compatibility",
+    type=click.Choice(["same", "ampere+"]),
+    default="same",
+    show_default=True,
+    heading=BUILD,
+    help="GPUs that can run the engine: only the target, or all since Ampere.",
+)
+@option(
+    "--builder",
+    type=click.Choice(["tensorrt-rtx", "tensorrt", "none"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    heading=BUILD,
+    help="Library that builds engines; tensorrt needs the target GPU in this machine.",
+)
+@option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    heading=BUILD,
+    help="Batch size of engines, in windows.",
+)
+@option(
+    "--io",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    heading=BUILD,
+    help="Data type of the fp16 graph's input and output.",
+)
+@option(
+    "--workspace",
+    "workspace_bytes",
+    type=click.IntRange(1),
+    callback=_parse_megabytes,
+    metavar="MB",
+    heading=BUILD,
+    help="Scratch memory that a layer may use.  [default: no limit]",
+)
+@option(
+    "--version-compatible",
+    is_flag=True,
+    heading=BUILD,
+    help="Build engines that later TensorRT versions can run (--builder tensorrt only).",
+)
+@option(
+    "--timing-cache",
+    type=PATH,
+    heading=BUILD,
+    help="TensorRT timing cache to read and write (--builder tensorrt only).",
+)
+@gate_options
+@option("--name", heading=WORDS, help="Name of the model, stored in the manifest.")
+@option("--description", heading=WORDS, help="Description of the model.")
+@option("--intended-use", heading=WORDS, help="Intended use of the model, such as 'Research only'.")
+@option("--sign", type=PATH, heading=WORDS, help="Private key to sign with (PEM, Ed25519).")
+def export(model: Path | None, output: Path, data: Path | None, **choices: Any) -> None:
+    """Export a model to a bundle for attnseg run.
+
+    MODEL is a checkpoint (best.pt), the weights.safetensors of a bundle, or, with --spec, an ONNX
+    file of a 3-D model trained elsewhere. Without MODEL, the newest best.pt below runs/ is
+    exported, or the shipped model if there is none. The bundle is written only if each of its
+    graphs stays within the budget of the parity gate.
+    """
+    require("attnseg export", "export")
+    from attnseg.export.export import export_bundle
+    from attnseg.export.gate.samples import read_samples
+    from attnseg.export.options import ExportChoices
+    from attnseg.export.source.default import default_model
+
+    options = ExportChoices(**choices).resolve()
+    if model is None:
+        model = default_model()
+        click.echo(f"model: {model}", err=True)
+    samples = partial(read_samples, data) if data else None
+    with _export_progress() as progress:
+        exported = export_bundle(model, output, options, samples, progress)
+    _print_report(exported.report)
+    if exported.in_fp32:
+        click.echo(f"Kept in fp32 because they may overflow in fp16: {', '.join(exported.in_fp32)}")
+    following = f"attnseg run scan_dir/ --model {output} -o {output.name}-out"
+    click.echo(f"Bundle: {exported.bundle.folder}. Next: {following}")
+
+
+@contextmanager
+def _export_progress() -> Iterator[Any]:
+    """Yield an `ExportProgress` that prints each step, with a bar while an engine is built."""
+    from attnseg.export.export import ExportProgress
+
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def step(name: str) -> None:
+            progress.update(task, description=name, total=None)
+            progress.console.print(name, soft_wrap=True)
+
+        def build(phase: str, done: int, steps: int) -> None:
+            progress.update(task, description=phase, completed=done, total=steps)
+
+        yield ExportProgress(step, build)
+
+
+def _print_report(report: Any) -> None:
+    from attnseg.export.documents.card import PARITY_HEADER, not_run_lines, parity_rows
+
+    print_table(PARITY_HEADER, parity_rows(report), numbers_from=len(PARITY_HEADER))
+    for line in not_run_lines(report):
+        click.echo(line)
+
+
+@command()
+@click.argument("folder", type=PATH)
+@gate_options
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    /,
+    folder: Path,
+    data: Path | None,
+    budget_dice: float | None,
+    budget_volume: float | None,
+) -> None:
+    """Repeat a bundle's parity gate on this machine.
+
+    Every precision that can run here is compared with the trained network. The exit code is 1 if
+    a graph of the bundle is over the budget; bf16 is measured for information.
+    """
+    require("attnseg verify", "export")
+    from attnseg.export.gate.parity import describe_failure
+    from attnseg.export.gate.samples import read_samples
+    from attnseg.export.verify import verify_bundle
+
+    samples = partial(read_samples, data) if data else None
+    with _export_progress() as progress:
+        report = verify_bundle(folder, budget_dice, budget_volume, samples, progress.step)
+    _print_report(report)
+    for failed in report.failures():
+        reason = in_one_line(describe_failure(failed, report.budget))
+        click.echo(f"over the budget: {failed.precision} by {failed.engine}: {reason}", err=True)
+    ctx.exit(1 if report.failures() else 0)
+
+
+@command()
+@click.argument("folder", type=PATH)
+def inspect(folder: Path) -> None:
+    """Show the contents of a bundle.
+
+    Lists files, precisions, targets, sizes, checksums, and the layers of each graph.
+    """
+    from attnseg.inspect import FILES_HEADER, inspect_bundle
+
+    bundle = Bundle.load(folder)
+    found = inspect_bundle(bundle)
+    manifest = bundle.manifest
+    click.echo(f"{manifest.name}: {manifest.description}")
+    click.echo(f"{manifest.intended_use}; made with {manifest.created_with}")
+    click.echo(f"sha256 {bundle.sha256}")
+    print_table(FILES_HEADER, found.files, numbers_from=len(FILES_HEADER))
+    for line in found.layers:
+        click.echo(line)

@@ -1,0 +1,248 @@
+"""Options that several commands share, and the headings that group them in the help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from attnseg.runtime.engines.base import PRECISIONS
+from attnseg.runtime.engines.cpu import CPU_ENGINES
+from attnseg.runtime.engines.select import DEVICES
+from attnseg.runtime.steps.tta import PASSES
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Decorator = Callable[[_Function], _Function]
+
+PATH = click.Path(path_type=Path)
+EVERYDAY = "Options"
+SLIDING = "Windows and test-time augmentation"
+ENGINE = "Engine and device"
+MODALITIES = "Files by channel, instead of SCAN_DIR"
+WORDS = "Description and signature of the bundle"
+GATE = "Parity gate"
+BUILD = "TensorRT engines"
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class HeadedOption(click.Option):
+    """An option under a heading of the help."""
+
+    def __init__(self, *args: Any, heading: str = EVERYDAY, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.heading = heading
+
+
+class HeadedCommand(click.Command):
+    """A command whose help lists everyday options first and the others under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command.format_options`."""
+        headings: dict[str, list[tuple[str, str]]] = {EVERYDAY: []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue  # the text above explains it
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                heading = getattr(parameter, "heading", EVERYDAY)
+                headings.setdefault(heading, []).append(record)
+        for heading, records in headings.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def command() -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorate as `click.command`, with headings in the help."""
+    return click.command(cls=HeadedCommand)
+
+
+def option(*names: str, heading: str = EVERYDAY, **attributes: Any) -> _Decorator[Any]:
+    """Decorate as `click.option`, under a heading of the help."""
+    return click.option(*names, cls=HeadedOption, heading=heading, **attributes)
+
+
+def together(*decorators: _Decorator[Any]) -> _Decorator[Any]:
+    """Combine several options, in their order, into one decorator."""
+
+    def decorate(function: _Function) -> _Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _choices(names: Iterable[str]) -> str:
+    return f"[{'|'.join(names)}]"
+
+
+def _parse_window(_: click.Context, __: click.Parameter, value: str | None) -> Any:
+    if value is None or value == "full":
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter("give a number of voxels, such as 64, or full.")
+    return int(value)
+
+
+def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Parse an amount of memory with its unit, such as `4GB`, to bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", value.strip().upper())
+    if not found:
+        raise click.BadParameter("give a number of bytes with its unit, such as 4GB or 500MB.")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def parse_pairs(example: str) -> Callable[..., dict[str, str]]:
+    """Return a callback that parses options of the form NAME=VALUE."""
+
+    def parse(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+        pairs = [value.partition("=") for value in values]
+        if any(not (name and equals) for name, equals, _ in pairs):
+            raise click.BadParameter(f"give {example}.")
+        return {name: text for name, _, text in pairs}
+
+    return parse
+
+
+def output_option(default: str | None, help_text: str) -> _Decorator[Any]:
+    """Option for the folder of a command's results; required if there is no default."""
+    # An explicit default of None would count as a value.
+    given: dict[str, Any] = {"default": Path(default), "show_default": True} if default else {}
+    return option("-o", "--output", type=PATH, required=default is None, help=help_text, **given)
+
+
+bundle_option = option("--model", type=PATH, help="Model bundle.  [default: the shipped model]")
+trained_option = option(
+    "--model",
+    type=PATH,
+    help="Checkpoint (best.pt), weights.safetensors, or bundle.  [default: the shipped model]",
+)
+overwrite_option = option("--overwrite", is_flag=True, help="Replace existing results.")
+
+segment_options = together(
+    option(
+        "--tta",
+        default="none",
+        show_default=True,
+        metavar=_choices(PASSES),
+        heading=SLIDING,
+        help="Test-time augmentation: paper is identity, mirror and 90-degree rotation; mirror8 is "
+        "all eight mirror images.",
+    ),
+    option(
+        "--fuse",
+        default="vote",
+        show_default=True,
+        metavar="[vote|mean]",
+        heading=SLIDING,
+        help="How the passes of --tta are combined: majority vote, or mean of the probabilities.",
+    ),
+    option(
+        "--window",
+        callback=_parse_window,
+        metavar="VOXELS|full",
+        heading=SLIDING,
+        help="Edge of the cubic window, or full for a single window over the cropped scan.  "
+        "[default: the model's]",
+    ),
+    option(
+        "--overlap",
+        type=float,
+        heading=SLIDING,
+        help="Overlap of neighbouring windows, from 0 to below 1.  [default: the model's]",
+    ),
+    option(
+        "--min-voxels",
+        type=int,
+        heading=SLIDING,
+        help="Smallest connected component to keep, in voxels.  [default: the model's]",
+    ),
+    option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar=_choices(DEVICES),
+        heading=ENGINE,
+        help="Device to run on; auto is a GPU if one can run the model.",
+    ),
+    option(
+        "--engine",
+        default="auto",
+        show_default=True,
+        metavar=_choices(("auto", *CPU_ENGINES)),
+        heading=ENGINE,
+        help="Inference engine; auto is the fastest available. GPU engines: tensorrt, "
+        "tensorrt-rtx, onnxruntime-cuda.",
+    ),
+    option(
+        "--precision",
+        default="auto",
+        show_default=True,
+        metavar=_choices(PRECISIONS),
+        heading=ENGINE,
+        help="Precision of the network; auto is the engine's fastest.",
+    ),
+    option("--threads", type=int, heading=ENGINE, help="Number of CPU threads.  [default: all]"),
+    option(
+        "--max-memory",
+        "max_memory_bytes",
+        callback=parse_bytes,
+        metavar="SIZE",
+        heading=ENGINE,
+        help="Limit on GPU memory, such as 4GB.  [default: no limit]",
+    ),
+    option(
+        "--fallback",
+        type=click.Choice(["cpu"]),
+        heading=ENGINE,
+        help="Device to continue on if the GPU fails.  [default: none, the cases fail]",
+    ),
+)
+"""Fields of `SegmentOptions`, which `run`, `demo` and `evaluate` share."""
+
+training_options = together(
+    option("--data", type=PATH, required=True, help="Folder of labelled cases."),
+    option(
+        "--split",
+        type=PATH,
+        help="JSON file with lists train and validation of case names.  [default: a random split]",
+    ),
+    option(
+        "--set",
+        "settings",
+        multiple=True,
+        callback=parse_pairs("FIELD=VALUE, such as learning_rate=1e-3"),
+        metavar="FIELD=VALUE",
+        help="Change a training setting, such as epochs=30 (docs/training.md); may be repeated.",
+    ),
+)
+"""Options that `train` and `ablate` share."""
+
+gate_options = together(
+    option(
+        "--data",
+        type=PATH,
+        heading=GATE,
+        help="Folder of labelled cases to compare precisions on.  [default: a synthetic case]",
+    ),
+    option(
+        "--budget-dice",
+        type=float,
+        heading=GATE,
+        help="Largest change of Dice.  [default: 0.002; for verify, the bundle's]",
+    ),
+    option(
+        "--budget-volume",
+        type=float,
+        heading=GATE,
+        help="Largest change of a volume, in %.  [default: 0.5; for verify, the bundle's]",
+    ),
+)
+"""Options of the parity gate, which `export` and `verify` share."""
