@@ -1,1 +1,1 @@
-"""Measurements, printed with the machine, the versions and the data they were made with."""
+"""Benchmarks; each prints its results with the machine, the package versions and the data."""

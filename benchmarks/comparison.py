@@ -1,9 +1,10 @@
-"""Runs side by side: their learning curves, and what their evaluations say.
+"""Comparison of training runs: learning curves and evaluation scores.
 
     python -m benchmarks.comparison RUN... -o docs/results
 
-Each RUN is the folder of `attnseg train`, with `attnseg evaluate -o RUN/evaluation` done. Copies
-every log to OUTPUT/RUN.csv, draws OUTPUT/curves.png, and prints a table in Markdown.
+Each RUN is an output folder of `attnseg train` in which `attnseg evaluate -o RUN/evaluation` has
+written its scores. Copies every log to OUTPUT/RUN.csv, draws OUTPUT/curves.png, and prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from attnseg.evaluation.scores import column, read_scores
+from attnseg.evaluation.tables import markdown_table
 from attnseg.trainer.checkpoint import checkpoint_config, load_checkpoint
-from attnseg.trainer.evaluate import column, markdown_table, read_scores
 from attnseg.trainer.networks import cost_of
 
 REGIONS = ("WT", "TC", "ET")
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's log."""
+    """Read the rows of a run's log."""
     with (run / "log.csv").open(newline="", encoding="utf-8") as stream:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
 
 
 def draw(runs: Sequence[Path], picture: Path) -> None:
-    """Training loss, and Dice on the validation cases, by epoch, a line per run."""
+    """Draw training loss and validation Dice by epoch, with one line per run."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     names = ("train_loss", *(f"validation_{region}" for region in REGIONS))
     for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
@@ -44,7 +46,7 @@ def draw(runs: Sequence[Path], picture: Path) -> None:
 
 
 def table_row(run: Path) -> list[str]:
-    """Cost, time and mean scores of a run."""
+    """Table row of a run: cost, mean scores, best epoch and training time in minutes."""
     state = load_checkpoint(run / "best.pt")
     cost = cost_of(checkpoint_config(state).network)
     scores = read_scores(run / "evaluation")

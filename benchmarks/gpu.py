@@ -1,13 +1,13 @@
-"""The CUDA executor: kernels against their floors, whole volumes, the network's roofline, a peer.
+"""Speed of the CUDA executor: kernels, network and whole volumes, beside lower bounds and MONAI.
 
     python -m benchmarks.gpu [--case FOLDER] [--model BUNDLE] [--engine auto] [--repeats 20]
 
 Without --case: the first validation case below ATTNSEG_DATA, else the synthetic demo case. Without
-a CUDA device it says so, and prints what needs none: the work to be done, its floors on cards
-whose rates are known, and the host's time for the same steps.
+a CUDA device, a message says so, and only the results that need none are printed: the work of the
+volume, its floors on cards with known rates, and the host's time for the same steps.
 
-A floor is the time that a card needs to move the bytes that must be moved, or to do the network's
-multiplications, at the rates of its data sheet. What is called a projection is no measurement.
+A floor is a lower bound: the time that a card needs to move the required bytes, or to perform the
+network's multiplications, at the rates of its data sheet. A projection is not a measurement.
 """
 
 from __future__ import annotations
@@ -27,30 +27,36 @@ from typing import Any
 import numpy as np
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
-from attnseg.runtime.cuda.device import Device, HostDevice, Region, bytes_at
-from attnseg.runtime.cuda.kernels import GatherArgs, OccupyArgs, ScanArgs, Shape, Tiling
-from attnseg.runtime.cuda.memory import Need, least_plan, plan_memory
-from attnseg.runtime.engines.base import DeviceEngine, EngineInfo
+from attnseg.runtime.case.nifti import encode_labels, read_volume
+from attnseg.runtime.case.scans import Case
+from attnseg.runtime.cuda.device import Device, Region, bytes_at
+from attnseg.runtime.cuda.kernels import Extent, GatherArgs, OccupyArgs, ScanArgs, Tiling
+from attnseg.runtime.cuda.memory import MemoryRequirements, plan_memory, smallest_plan
+from attnseg.runtime.cuda.statistics import statistics_bytes
+from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.device import DeviceEngine
+from attnseg.runtime.engines.select import select_engine
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.executor import WindowOptions
-from attnseg.runtime.prepare import prepare
-from attnseg.runtime.scans import Case
-from attnseg.runtime.tta import PASSES, Transform
-from attnseg.runtime.volume import encode_labels, read_volume
+from attnseg.runtime.geometry import AxisTransform
+from attnseg.runtime.options import resolve
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.tta import PASSES
 from benchmarks.harness import print_machine
 from benchmarks.pipeline import choose_case
+from tests.runtime.cuda.host_device import HostDevice
 
 TTA = "paper"  # three passes
 
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of a data sheet.
+    """Peak rates of a card, from its data sheet.
 
     Attributes:
-        bytes_per_s: of device memory.
-        flops: fp16 tensor operations per second, dense, summed in fp32; a multiply-add is two.
-        link_bytes_per_s: from the host, of its PCI Express.
+        bytes_per_s: Bandwidth of device memory.
+        flops: Dense fp16 tensor operations per second with fp32 accumulation; a multiply-add
+            counts as two.
+        link_bytes_per_s: Bandwidth of the PCI Express link to the host.
     """
 
     bytes_per_s: float
@@ -59,7 +65,7 @@ class Card:
 
 
 # NVIDIA's data sheets: GA102 whitepaper (3090: 71 of 142 TFLOPS when summing in fp32), H200, A100,
-# AD102 whitepaper. Links: PCIe 4 x16 and 5 x16 at nine tenths of 32 and 64 GB/s.
+# AD102 whitepaper. Links: PCIe 4 x16 and 5 x16, at 90 % of 32 and 64 GB/s.
 CARDS = {
     "RTX 3090": Card(936e9, 71e12, 28e9),
     "RTX 4090": Card(1008e9, 165e12, 28e9),
@@ -71,7 +77,14 @@ CARDS = {
 
 @dataclass
 class Work:
-    """What a volume gave a device to do: launches and bytes of each kernel, windows."""
+    """Work of a device for one volume.
+
+    Attributes:
+        windows: Number of windows that the network ran on.
+        launches: Number of launches by kernel.
+        moved_bytes: Bytes that must be moved by kernel, see `floor_bytes`.
+        elapsed_ms: Device time by kernel; empty if it was not measured.
+    """
 
     windows: int = 0
     launches: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -79,13 +92,13 @@ class Work:
     elapsed_ms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def voxels_of(shape: Shape) -> int:
-    """In all."""
+def voxels_of(shape: Extent) -> int:
+    """Number of voxels."""
     return int(shape.x * shape.y * shape.z)
 
 
 def _cover(tiling: Tiling) -> float:
-    """Windows around a voxel, in the mean."""
+    """Mean number of windows that cover a voxel."""
     windows, window, last = tiling.count, tiling.window, tiling.last
     along = [
         getattr(windows, a) * getattr(window, a) / (getattr(last, a) + getattr(window, a))
@@ -95,7 +108,7 @@ def _cover(tiling: Tiling) -> float:
 
 
 def floor_bytes(name: str, count: int, args: Any) -> int:
-    """Bytes that a launch must move, each counted once (B in kernels.cu)."""
+    """Bytes that a launch must move, each counted once (`B` in kernels.cu)."""
     if name == "moment":
         return 4 * int(args.voxels)
     if name == "occupy":
@@ -118,13 +131,13 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         "label_flatten": 4,
         "label_count": 4,
         "label_remove": 4,
-        "paste": 2,
+        "restore": 2,
     }
     return per_index[name] * count
 
 
 class Counting:
-    """A device that notes what it is given, and times it if asked."""
+    """A device that records its launches, and times them if requested."""
 
     def __init__(self, device: Device, timed: bool) -> None:
         self._device, self._timed = device, timed
@@ -146,7 +159,7 @@ class Counting:
             self._marks.append((name, before, self._device.mark()))
 
     def finish(self) -> Work:
-        """What was noted since the last time."""
+        """Return the work recorded since the last call, and start anew."""
         for name, before, after in self._marks:
             self.work.elapsed_ms[name] += after.elapsed_ms(before)
         work, self.work = self.work, Work()
@@ -155,7 +168,7 @@ class Counting:
 
 
 class Idle:
-    """An engine in the place of one on a card; it does nothing, on memory of the host."""
+    """A stand-in for a GPU engine on host memory that sets all logits to zero."""
 
     info = EngineInfo("none", "0", "fp16", "none")
     batches, half, memory_bytes, classes = (4, 1), True, 0, None
@@ -164,7 +177,7 @@ class Idle:
         self.device = device
 
     def infer(self, batch: Any) -> Any:
-        """Not called."""
+        """Not implemented; the device pipeline calls `enqueue`."""
         raise NotImplementedError
 
     def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
@@ -172,14 +185,26 @@ class Idle:
         bytes_at(logits.pointer, logits.size_bytes)[:] = 0
 
 
+class OnDevice:
+    """An engine with its device replaced by another object, such as `Counting`."""
+
+    def __init__(self, engine: Any, device: Any) -> None:
+        self._engine, self.device = engine, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
 def _only_look(name: str, count: int, args: Any) -> None:
-    """Of all kernels only the box, and every window of it as occupied; enough to know the work."""
+    """Stand-in for the kernels that finds the box and marks every window as occupied, no more."""
     if isinstance(args, ScanArgs):
         memory = bytes_at(args.volume, 2 * count).view(np.int16)
         values, counts = np.unique(memory[memory != 0], return_counts=True)
         bytes_at(args.counts, 4 << 16).view(np.int32)[values.astype(int) + 32768] = counts
         shape = [getattr(args.shape, axis) for axis in "xyz"]
-        turn = Transform("", tuple(args.turn.axes), tuple(np.flatnonzero(args.turn.flips)))
+        turn = AxisTransform(
+            tuple(args.transform.axes), tuple(np.flatnonzero(args.transform.flips).tolist())
+        )
         found = np.nonzero(turn.apply(memory.reshape(shape)))
         box = bytes_at(args.box, 24).view(np.int32)
         box[:3] = np.minimum(box[:3], [along.min() for along in found])
@@ -189,41 +214,37 @@ def _only_look(name: str, count: int, args: Any) -> None:
 
 
 def work_of(bundle: Bundle, volume: Volume) -> Work:
-    """What a device would be given for a volume of int16, without one."""
+    """The work of a device for an int16 volume, counted without a GPU."""
     counting = Counting(HostDevice(_only_look), timed=False)
     on_device(bundle, Idle(counting)).segment(volume)
     return counting.finish()
 
 
 def on_device(bundle: Bundle, engine: DeviceEngine) -> Segmenter:
-    """A segmenter for three passes by an engine."""
+    """A segmenter with three test-time passes on an engine."""
     return Segmenter(bundle, SegmentOptions(tta=TTA), engine)
 
 
 def measure_kernels(
     bundle: Bundle, engine: Any, volume: Volume, repeats: int
 ) -> tuple[Work, dict[str, float]]:
-    """The work of a volume, and median device milliseconds per kernel and per stage."""
-    device = engine.device
-    engine.device = counting = Counting(device, timed=True)
-    try:
-        segmenter = on_device(bundle, engine)
-        segmenter.segment(volume)
-        counting.finish()
-        rows: list[Work] = []
-        stages: list[dict[str, float]] = []
-        for _ in range(repeats):
-            stages.append(segmenter.segment(volume).elapsed_ms)
-            rows.append(counting.finish())
-    finally:
-        engine.device = device
+    """The work of a volume with median milliseconds per kernel, and those per stage."""
+    counting = Counting(engine.device, timed=True)
+    segmenter = on_device(bundle, OnDevice(engine, counting))
+    segmenter.segment(volume)
+    counting.finish()
+    rows: list[Work] = []
+    stages: list[dict[str, float]] = []
+    for _ in range(repeats):
+        stages.append(segmenter.segment(volume).elapsed_ms)
+        rows.append(counting.finish())
     work = rows[0]
     work.elapsed_ms = {n: statistics.median(r.elapsed_ms[n] for r in rows) for n in work.launches}
     return work, {s: statistics.median(r[s] for r in stages) for s in stages[0]}
 
 
 def times_ms(run: Callable[[], object], repeats: int) -> list[float]:
-    """Wall-clock milliseconds of each run, after two to warm up."""
+    """Sorted wall-clock milliseconds of each run, after two warm-up runs."""
     times = []
     for _ in range(repeats + 2):
         began = time.perf_counter()
@@ -233,7 +254,7 @@ def times_ms(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def percentile(times: Sequence[float], percent: int) -> float:
-    """Of sorted times, by the nearest rank."""
+    """Percentile of sorted times, by the nearest-rank method."""
     return times[min(len(times) - 1, -(-percent * len(times) // 100) - 1)]
 
 
@@ -242,8 +263,8 @@ class Layer:
     """One convolution of the network, for one window.
 
     Attributes:
-        flops: a multiply-add is two.
-        moved_bytes: of input, output and weights in fp16.
+        flops: Number of operations; a multiply-add counts as two.
+        moved_bytes: Size of input, output and weights in fp16.
     """
 
     flops: int
@@ -277,7 +298,7 @@ def layers_of(model: Path, window: Sequence[int]) -> list[Layer]:
 
 
 def roofline_ms(layers: Sequence[Layer], windows: int, card: Card) -> float:
-    """The network's floor: each layer at the card's tensor rate or its bandwidth, the slower."""
+    """Roofline of the network: each layer at the slower of the card's tensor rate and bandwidth."""
     return (
         1000
         * windows
@@ -288,7 +309,7 @@ def roofline_ms(layers: Sequence[Layer], windows: int, card: Card) -> float:
 
 
 def print_kernels(work: Work, card: Card | None, timed: bool) -> None:
-    """A row per kernel: launches, bytes, floor, time, rate."""
+    """Print one row per kernel: launches, bytes, floor, time and rate."""
     print(f"\n{'kernel':<18}{'launches':>9}{'MB':>9}{'floor ms':>10}{'ms':>9}{'GB/s':>8}")
     for name, launches in work.launches.items():
         moved = work.moved_bytes[name]
@@ -300,43 +321,44 @@ def print_kernels(work: Work, card: Card | None, timed: bool) -> None:
 
 
 def print_memory(bundle: Bundle, volume: Volume) -> None:
-    """The memory that is planned for a volume, the engine's own left out."""
-    manifest, window = bundle.manifest, bundle.manifest.inference
-    landmarks = manifest.normalisation.landmarks
-    need = Need(
-        volume.shape,
-        len(manifest.channels),
-        len(manifest.labels),
-        WindowOptions(window.window, window.overlap, window.window_multiple),
-        PASSES[TTA],
-        len(landmarks.percentiles) if landmarks else 0,
+    """Print the memory planned for a volume, without the engine's own."""
+    manifest = bundle.manifest
+    planned = resolve(SegmentOptions(tta=TTA), manifest)
+    need = MemoryRequirements(
+        shape=volume.shape,
+        channels=len(manifest.task.channels),
+        classes=len(manifest.task.labels),
+        windows=planned.windows,
+        transforms=planned.transforms,
+        statistics_bytes=statistics_bytes(len(manifest.task.channels)),
+        refine_bytes=0,
         floating=False,
         half=True,
         batches=Idle.batches,
-        clean=window.min_voxels > 1,
+        clean_up=planned.min_voxels > 1,
         engine_bytes=0,
     )
-    print("\nplanned memory without the engine, and the least, in MB:")
+    print("\nplanned memory without the engine, and the minimum, in MB:")
     for name, half in (("fp16", True), ("fp32", False)):
-        planned = replace(need, half=half)
-        most, least = plan_memory(planned, None), least_plan(planned)
+        of_type = replace(need, half=half)
+        most, least = plan_memory(of_type, None), smallest_plan(of_type)
         print(f"{name} engine {most.total_bytes / 1e6:.0f}, {least.total_bytes / 1e6:.0f}")
 
 
 @dataclass(frozen=True)
 class Slack:
-    """How many times its floor a part takes."""
+    """Ratio of time to floor, for the kernels and for the network."""
 
     kernels: float
     network: float
 
 
 AIMED = Slack(4.0, 4.0)
-"""What the project aims at; used where nothing was measured."""
+"""Target of the project; used if nothing was measured."""
 
 
 def print_projection(work: Work, layers: Sequence[Layer], voxels: int, slack: Slack) -> None:
-    """The time of a volume on an RTX 3090, if it kept the same distance from its floors."""
+    """Print the projected time of a volume on an RTX 3090, at the given ratios to its floors."""
     card = CARDS["RTX 3090"]
     copies = 1000 * voxels * (4 * 2 + 1) / card.link_bytes_per_s
     kernels = 1000 * sum(work.moved_bytes.values()) / card.bytes_per_s
@@ -349,7 +371,7 @@ def print_projection(work: Work, layers: Sequence[Layer], voxels: int, slack: Sl
 
 
 def print_floors(work: Work, layers: Sequence[Layer]) -> None:
-    """A row per card: the network's roofline, and the kernels' floor."""
+    """Print one row per card: the network's roofline and the kernels' floor."""
     flops = work.windows * sum(layer.flops for layer in layers)
     print(f"\n{work.windows} windows, {flops / 1e12:.2f} TFLOP; floors in ms:")
     print(f"{'card':<10}{'tensor rate':>12}{'roofline':>10}{'kernels':>9}")
@@ -361,15 +383,15 @@ def print_floors(work: Work, layers: Sequence[Layer]) -> None:
 
 
 def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
-    """Torch fp16 with MONAI's sliding window, three passes, from the normalised image to classes.
+    """Median time of torch fp16 with MONAI's sliding window, three passes, or None if unavailable.
 
-    Its normalisation and its clean-up are left out, in its favour.
+    It covers the steps from normalised image to classes; normalisation and clean-up are not timed.
     """
     try:
         import torch
         from monai.inferers.utils import sliding_window_inference
 
-        from attnseg.export.checkpoint import load_trained
+        from attnseg.export.source.checkpoint import load_trained
     except ImportError as error:
         print(f"peer      not run: {error}")
         return None
@@ -377,7 +399,7 @@ def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
         print("peer      not run: torch finds no CUDA device")
         return None
     manifest = bundle.manifest
-    image = prepare(volume.oriented(manifest.orientation), None, manifest.normalisation).image
+    image = preprocess(volume, manifest.preprocessing).image
     network = load_trained(bundle.file("weights")).network.half().cuda().eval()
     inference = manifest.inference
 
@@ -400,14 +422,14 @@ def peer_ms(bundle: Bundle, volume: Volume, repeats: int) -> float | None:
 
 
 def host_ms(bundle: Bundle, volume: Volume) -> dict[str, float]:
-    """Milliseconds per stage of the numpy path with the processor's engine, three passes."""
+    """Milliseconds per stage of the numpy pipeline on the processor, three passes."""
     segmenter = Segmenter(bundle, SegmentOptions(tta=TTA, device="cpu"))
     segmenter.segment(volume)
     return segmenter.segment(volume).elapsed_ms
 
 
 def print_whole(segmenter: Segmenter, case: Case, volume: Volume, repeats: int) -> float:
-    """Time whole volumes, and print; the median from array to labels."""
+    """Time whole volumes and print the results; return the median from array to labels."""
     labels = {segmenter.segment(volume).labels.tobytes() for _ in range(3)}
     assert len(labels) == 1, "the same case gave different labels"
     whole = times_ms(lambda: segmenter.segment(volume), repeats)
@@ -427,7 +449,7 @@ def print_whole(segmenter: Segmenter, case: Case, volume: Volume, repeats: int) 
 
 
 def measure(bundle: Bundle, case: Case, engine: Any, repeats: int, layers: list[Layer]) -> None:
-    """Time kernels, network and whole volumes on the engine's device, and print them."""
+    """Time kernels, network and whole volumes on the engine's device, and print the results."""
     volume, name = read_volume(case.files), engine.device.name
     work, stages = measure_kernels(bundle, engine, volume, repeats)
     card = next((card for model, card in CARDS.items() if model in name), None)
@@ -437,7 +459,7 @@ def measure(bundle: Bundle, case: Case, engine: Any, repeats: int, layers: list[
     print(", ".join(f"{stage} {ms:.2f}" for stage, ms in stages.items()))
     if card:
         floor = roofline_ms(layers, work.windows, card)
-        # The stage holds the gather too.
+        # The stage includes the gather kernel.
         network_ms = stages["network"] - work.elapsed_ms["gather"]
         print(f"network {network_ms:.2f} ms, {network_ms / floor:.1f} times its roofline (aim 4)")
         moved_ms = 1000 * sum(work.moved_bytes.values()) / card.bytes_per_s
@@ -470,9 +492,9 @@ def main() -> None:
         print_memory(bundle, volume)
         try:
             chosen = SegmentOptions(device="cuda", engine=options.engine, tta=TTA)
-            engine: Any = Segmenter(bundle, chosen)._engine
+            engine: Any = select_engine(bundle, resolve(chosen, bundle.manifest).engine).engine
         except EngineError as error:
-            print(f"\non a GPU nothing was run: {error}")
+            print(f"\nnothing was run on a GPU: {error}")
             print_kernels(work, CARDS["RTX 3090"], timed=False)
             print_projection(work, layers, math.prod(volume.shape), AIMED)
         else:
@@ -480,7 +502,7 @@ def main() -> None:
             measure(bundle, case, engine, options.repeats, layers)
         host = host_ms(bundle, volume)
         rest_ms = sum(ms for stage, ms in host.items() if stage != "network")
-        print(f"\nthe same on the host, but for the network: {rest_ms:.0f} ms")
+        print(f"\nall stages on the host except the network: {rest_ms:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark does: name the machine, warm up, repeat, take the median."""
+"""Functions shared by the benchmarks: description of the machine, and timing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _processor() -> str:
 
 
 def print_machine(*packages: str) -> None:
-    """Print processor, threads, load, and the versions of Python and `packages`."""
+    """Print processor, threads, load average, and the versions of Python and `packages`."""
     load = f"{os.getloadavg()[0]:.1f}"
     print(f"machine   {_processor()}, {os.cpu_count()} threads, load {load}")
     print(f"python    {platform.python_version()}, {platform.system()} {platform.release()}")
@@ -35,7 +35,7 @@ def print_machine(*packages: str) -> None:
 
 
 def median_ms(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
-    """Median wall-clock milliseconds of `run`."""
+    """Median wall-clock time of `run` in milliseconds, after `warm_up` untimed calls."""
     for _ in range(warm_up):
         run()
     times = []

@@ -1,10 +1,10 @@
-"""Where the time of one case goes, the network against its peers, and peak memory.
+"""Time per stage of one case, the network in several engines, and peak memory.
 
     python -m benchmarks.pipeline [--case FOLDER] [--repeats 5] [--threads 2]
 
 Without --case: the first validation case below ATTNSEG_DATA, else the synthetic demo case.
-Ratios count, as machines are shared: all are measured in this one run. Torch and ONNX Runtime
-are peers; what is not installed is left out and said so.
+Machines are shared, so compare ratios, which are all measured in the same run. Torch and ONNX
+Runtime are included for comparison; packages that are not installed are skipped with a message.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from numpy.typing import NDArray
 
 from attnseg import Bundle, Segmenter, SegmentOptions
 from attnseg.demo import make_demo_scan
+from attnseg.runtime.case.nifti import encode_labels, read_volume
+from attnseg.runtime.case.scans import Case, find_cases
 from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.normalise import brain_box, normalise
-from attnseg.runtime.picture import render_picture
-from attnseg.runtime.scans import Case, find_cases
-from attnseg.runtime.volume import encode_labels, read_volume
-from attnseg.runtime.windows import plan_windows
+from attnseg.runtime.results.picture import render_picture
+from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.windows import plan_windows
 from benchmarks.harness import median_ms, print_machine
 
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def choose_case(folder: Path | None, scratch: Path) -> Case:
-    """The case to measure on."""
+    """Choose the case to measure."""
     root = folder or (Path(os.environ["ATTNSEG_DATA"]) if "ATTNSEG_DATA" in os.environ else None)
     if root is None:
         root = make_demo_scan(scratch)
@@ -49,10 +49,10 @@ def choose_case(folder: Path | None, scratch: Path) -> Case:
 
 
 def measure_stages(case: Case, segmenter: Segmenter, repeats: int) -> dict[str, float]:
-    """Median milliseconds per stage, files in and files out, in the order they run."""
+    """Median milliseconds per stage, from files to files, in execution order."""
     rows: list[dict[str, float]] = []
     labels: list[bytes] = []
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats + 1):  # the first is a warm-up
         row: dict[str, float] = {}
         began = time.perf_counter()
         volume = read_volume(case.files)
@@ -73,10 +73,8 @@ def measure_stages(case: Case, segmenter: Segmenter, repeats: int) -> dict[str, 
 
 
 def case_windows(case: Case, bundle: Bundle) -> list[NDArray[np.float32]]:
-    """The batches of one that the network sees for this case."""
-    volume = read_volume(case.files).oriented(bundle.manifest.orientation)
-    box = brain_box(volume.channels, bundle.manifest.normalisation.foreground)
-    image = normalise([c[box] for c in volume.channels], bundle.manifest.normalisation)
+    """Windows of a case that contain brain, each a batch `(1, C, X, Y, Z)`."""
+    image = preprocess(read_volume(case.files), bundle.manifest.preprocessing).image
     defaults = bundle.manifest.inference
     plan = plan_windows(image.shape[1:], defaults.window, defaults.overlap)
     assert plan.padded_shape == image.shape[1:], "choose a case whose brain is not tiny"
@@ -85,11 +83,11 @@ def case_windows(case: Case, bundle: Bundle) -> list[NDArray[np.float32]]:
 
 
 def torch_networks(bundle: Bundle, threads: int) -> dict[str, Network]:
-    """Torch eager on the same weights, as most tools run it, and at its best."""
+    """Torch networks with the same weights: eager fp32, and bf16 with channels-last memory."""
     try:
         import torch
 
-        from attnseg.export.checkpoint import load_trained
+        from attnseg.export.source.checkpoint import load_trained
     except ImportError:
         print("torch is not installed: its rows and the ratios are left out")
         return {}
@@ -111,7 +109,7 @@ def torch_networks(bundle: Bundle, threads: int) -> dict[str, Network]:
 
 
 def engine_networks(bundle: Bundle, threads: int) -> dict[str, Network]:
-    """Every engine and precision that runs here."""
+    """Engines of the processor that run on this machine, by name and precision."""
     networks: dict[str, Network] = {}
     for name, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
         try:
@@ -124,7 +122,7 @@ def engine_networks(bundle: Bundle, threads: int) -> dict[str, Network]:
 
 
 def measure_networks(windows: list[NDArray[np.float32]], networks: dict[str, Network]) -> None:
-    """Print the time of all windows per network, and the ratio to the first."""
+    """Print the time of all windows for each network, and its speed relative to the first."""
     reference: NDArray[np.uint8] | None = None
     base_ms = 0.0
     print(
@@ -142,7 +140,7 @@ def measure_networks(windows: list[NDArray[np.float32]], networks: dict[str, Net
 
 
 def measure_memory(case: Case) -> float:
-    """Peak resident MiB of `attnseg run` on the case, as a process of its own."""
+    """Peak resident memory, in MiB, of `attnseg run` on the case in a separate process."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "attnseg", "run", str(case.folder), "-o", out]
         subprocess.run(command, check=True, capture_output=True)
@@ -169,7 +167,7 @@ def main() -> None:
 
         segmenter = Segmenter(bundle, SegmentOptions(threads=options.threads))
         stages = measure_stages(case, segmenter, options.repeats)
-        engine = segmenter.engine_info
+        engine = segmenter.engine
         print(
             f"\nstage          ms   (median of {options.repeats}; {engine.name} {engine.precision})"
         )

@@ -1,10 +1,10 @@
-"""Whether the network waits for its patches: the input pipeline against the training step.
+"""Speed of the training data pipeline, compared with the training step.
 
     python -m benchmarks.training [--data FOLDER] [--repeats 10] [--threads 2]
 
-Per batch of the paper's preset: drawing patches (in the background while training),
-augmentation (on the network's device), MONAI's transforms with the same ranges, and the
-network's step. Without --data, a synthetic case. Ratios count, as machines are shared.
+Times one batch of the paper's preset: sampling of patches (in the background while training),
+augmentation (on the network's device), MONAI's transforms with the same ranges, and the training
+step. Without --data: a synthetic case. Machines are shared, so compare ratios.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnseg.runtime.normalise import Normalisation
-from attnseg.runtime.segmenter import available_threads
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.runtime.options import available_threads
+from attnseg.runtime.steps.normalise import ZScore
+from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer.augment import augment, margin_voxels
-from attnseg.trainer.cases import find_labelled_cases
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import Batch, BatchFeed, PatchSampler, Preparation, cached_case
+from attnseg.trainer.data import Batch, BatchFeed, PatchSampler, cached_case
 from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.networks import build_network
+from attnseg.trainer.preparation import Preparation
 from benchmarks.harness import median_ms, print_machine
 
 
 def monai_augment(config: TrainConfig) -> Callable[[Batch], None]:
-    """MONAI's transforms with the same ranges, patch by patch as its data loaders apply them."""
+    """MONAI's transforms with the same ranges, applied per patch as in its data loaders."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         monai: Any = importlib.import_module("monai.transforms")
@@ -65,7 +67,7 @@ def monai_augment(config: TrainConfig) -> Callable[[Batch], None]:
 
 
 def training_step(config: TrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """Forward, backward and update, as the trainer does them."""
+    """A training step like the trainer's: forward pass, backward pass and update."""
     network = build_network(config.network).to(device)
     network = network.to(memory_format=torch.channels_last_3d).train()  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate)
@@ -100,10 +102,12 @@ def main() -> None:
         if not options.data:
             write_case(make_case(0), root, "synthetic")
         scans = find_labelled_cases(root)
-        preparation = Preparation(scans.task, None, Normalisation())
+        schemes = (ZScore(),) * len(scans.task.task.channels)
+        plain = Preprocessing(scans.task.orientation, None, "nonzero", schemes)
+        preparation = Preparation(scans.task, plain)
         labelled = sorted(scans.cases.values(), key=lambda c: c.name)[:2]
         cases = [cached_case(case, preparation, Path(scratch) / "cache") for case in labelled]
-        channels, classes = len(scans.task.channels), len(scans.task.labels)
+        channels, classes = len(scans.task.task.channels), len(scans.task.task.labels)
         network = replace(config.network, in_channels=channels, classes=classes)
         config = replace(config, network=network)
         sampler = PatchSampler(cases, _cut(config), config.tumour_share, classes)
@@ -115,7 +119,7 @@ def _cut(config: TrainConfig) -> int:
 
 
 def measure(config: TrainConfig, sampler: PatchSampler, device: torch.device, repeats: int) -> None:
-    """Time each part on batches of `sampler`, and print it with its share of the step."""
+    """Time each part on batches of `sampler`, and print it relative to the training step."""
     feed = BatchFeed(sampler, config.batch_size, np.random.default_rng(0))
     batch = feed.take()
     feed.close()
