@@ -1,4 +1,4 @@
-"""What the GPU's benchmark prints, where it can be known by hand; and that it runs on a device."""
+"""Numbers of the GPU benchmark against values computed by hand, and a run on a host device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from attnseg import Bundle, Volume
-from attnseg.runtime.cuda.device import HostDevice
 from attnseg.synthetic import SyntheticCase
 from benchmarks import gpu
 from benchmarks.gpu import CARDS, Card, Layer, layers_of, percentile, roofline_ms, work_of
 from tests.conftest import LinearEngine
 from tests.runtime.cuda.engines import Through
+from tests.runtime.cuda.host_device import HostDevice
 from tests.runtime.cuda.host_kernels import HostKernels
 
 
@@ -41,7 +41,7 @@ def test_a_networks_work_is_that_of_its_convolutions(tmp_path: Path) -> None:
     # 2x3x4 voxels of 3 channels from 2 channels and 27 weights each; two per multiply-add.
     assert first.flops == 2 * 24 * 3 * 2 * 27
     assert first.moved_bytes == 2 * (2 * 192 + 3 * 24 + 162)
-    # Each of 24 voxels and 3 channels meets 5 x 8 weights.
+    # Each of 24 voxels and 3 channels is multiplied by 5 x 8 weights.
     assert second.flops == 2 * 24 * 3 * 5 * 8
     assert second.moved_bytes == 2 * (3 * 24 + 5 * 192 + 120)
 

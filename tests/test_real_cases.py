@@ -1,4 +1,4 @@
-"""The whole flow on the cases that ATTNSEG_DATA names, else on a synthetic one of full size."""
+"""The whole pipeline on the cases below ATTNSEG_DATA, or else on a full-size synthetic case."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions
-from attnseg.runtime.scans import LABEL_SUFFIXES, Case, find_cases
-from attnseg.runtime.volume import read_volume
-from attnseg.trainer.metrics import region_dice
+from attnseg.evaluation.metrics import region_dice
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def truth_of(case: Case) -> np.ndarray:
 def test_the_mean_dice_is_what_the_issue_asked_for(
     cases: list[Case], labels: dict[str, np.ndarray]
 ) -> None:
-    regions = Bundle.default().manifest.regions
+    regions = Bundle.default().manifest.task.regions
     rows = [region_dice(labels[c.name], truth_of(c), regions) for c in cases]
     mean = {region: np.mean([row[region] for row in rows]) for region in regions}
     assert mean["WT"] >= 0.80
@@ -55,7 +55,7 @@ def test_fp32_and_the_default_precision_agree(
     case = cases[0]
     exact = Segmenter(options=SegmentOptions(precision="fp32"))
     expected = exact.segment(read_volume(case.files)).labels
-    regions = Bundle.default().manifest.regions
+    regions = Bundle.default().manifest.task.regions
     agreement = region_dice(labels[case.name], expected, regions)
     assert min(agreement.values()) > 0.98
 

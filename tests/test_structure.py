@@ -1,4 +1,4 @@
-"""Promises about the shape of the project, kept by reading it."""
+"""Rules on the structure of the project, checked against its source files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ import pytest
 import attnseg
 
 ROOT = Path(attnseg.__file__).parent
+ABOVE = ("attnseg.cli", "attnseg.demo", "attnseg.doctor", "attnseg.inspect")
 FORBIDDEN = {
     "runtime": (
+        "attnseg.data",
+        "attnseg.evaluation",
         "attnseg.trainer",
         "attnseg.export",
-        "attnseg.cli",
-        "attnseg.demo",
-        "attnseg.doctor",
         "attnseg.synthetic",
         "torch",
+        *ABOVE,
     ),
-    "trainer": ("attnseg.export", "attnseg.cli"),
+    "data": ("attnseg.evaluation", "attnseg.trainer", "attnseg.export", "torch", *ABOVE),
+    "evaluation": ("attnseg.trainer", "attnseg.export", "torch", *ABOVE),
+    "trainer": ("attnseg.export", *ABOVE),
     "export": ("attnseg.cli",),
 }
+"""What no file of a package imports."""
+
+FLOORS = ("case", "steps", "model", "cuda", "engines", "pipelines", "results")
+"""Folders of the runtime: each imports only those before it."""
 OPTIONAL = (
     "torch",
     "tensorrt",
@@ -70,13 +77,31 @@ def test_imports_go_one_way(package: str) -> None:
                 assert not f"{name}.".startswith(f"{forbidden}."), f"{file} imports {name}"
 
 
-def test_only_folder_and_outputs_know_the_segmenter() -> None:
+@pytest.mark.parametrize("floor", FLOORS)
+def test_folders_of_the_runtime_import_only_those_below(floor: str) -> None:
+    above = [f"attnseg.runtime.{name}." for name in FLOORS[FLOORS.index(floor) + 1 :]]
+    above += ["attnseg.runtime.segmenter.", "attnseg.runtime.folder."]
+    if floor not in ("pipelines", "results"):
+        above.append("attnseg.runtime.options.")
+    for file in (ROOT / "runtime" / floor).rglob("*.py"):
+        for name in imported_names(file):
+            assert not f"{name}.".startswith(tuple(above)), f"{file} imports {name}"
+
+
+def test_only_the_folder_of_cases_knows_the_segmenter() -> None:
     users = {
         file.name
         for file in (ROOT / "runtime").rglob("*.py")
         if "attnseg.runtime.segmenter" in imported_names(file)
     }
-    assert users == {"folder.py", "outputs.py"}
+    assert users == {"folder.py"}
+
+
+def test_only_the_pipelines_know_the_flow() -> None:
+    """No step, engine or kernel imports a pipeline."""
+    for folder in ("case", "steps", "model", "cuda", "engines"):
+        for file in (ROOT / "runtime" / folder).rglob("*.py"):
+            assert not [n for n in imported_names(file) if n.startswith("attnseg.runtime.pipel")]
 
 
 def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path) -> None:
@@ -90,7 +115,7 @@ def test_a_wheel_holds_the_model_and_the_types(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    models = "attnseg/runtime/models/default"
+    models = "attnseg/runtime/model/default"
     for name in ("manifest.json", "model.onnx", "weights.safetensors"):
         assert f"{models}/{name}" in names
     assert "attnseg/py.typed" in names
