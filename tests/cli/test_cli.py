@@ -24,8 +24,9 @@ from attnseg.cli.app import main
 from attnseg.cli.parameters import parse_bytes
 from attnseg.runtime.cuda.gpu import Gpu
 from attnseg.runtime.errors import EngineError, UnavailableError
-from attnseg.runtime.model.bundle import default_folder, file_entry, write_bundle
+from attnseg.runtime.model.bundle import default_folder, file_entry
 from attnseg.runtime.model.manifest import EngineBuild
+from tests.bundles import write_bundle
 from tests.conftest import WEIGHTS
 
 FP32 = ("--precision", "fp32")

@@ -12,12 +12,13 @@ from attnseg.export.gate.samples import read_samples, sample_windows, synthetic_
 from attnseg.export.verify import verify_bundle
 from attnseg.inspect import inspect_bundle
 from attnseg.runtime.errors import BundleError, TrainingError
-from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
 from attnseg.runtime.model.manifest import Budget
 from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.synthetic import make_case, write_case
+from tests.bundles import write_bundle
 from tests.conftest import WEIGHTS
 from tests.export.test_export import SM86, one_window
 

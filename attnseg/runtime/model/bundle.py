@@ -8,7 +8,7 @@ not unpickle or execute anything in them (exception: version-compatible TensorRT
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,27 +233,3 @@ def draft_bundle(
         with _writing(folder):
             temporary, finish = stack.enter_context(new_folder(folder, overwrite))
         yield BundleDraft(folder, temporary, manifest, finish)
-
-
-def write_bundle(
-    folder: Path,
-    manifest: Manifest,
-    files: Mapping[str, bytes],
-    sign: Callable[[bytes], bytes] | None = None,
-) -> Bundle:
-    """Write a bundle atomically, and load it.
-
-    Args:
-        folder: Folder of the bundle; must be absent or empty.
-        manifest: Manifest with exactly one entry for each of `files`.
-        files: Content by file name.
-        sign: Function that returns the signature of the manifest's bytes; None for no signature.
-
-    Raises:
-        BundleError: The folder is not empty, or cannot be written.
-    """
-    with draft_bundle(folder, manifest) as draft:
-        for name, content in files.items():
-            draft.add(name, content, manifest.files[name])
-        draft.commit(sign)
-    return Bundle.load(folder)

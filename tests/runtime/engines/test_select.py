@@ -17,9 +17,10 @@ from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.cpu import CPU_ENGINES
 from attnseg.runtime.engines.select import EngineRequest, candidates, select_engine
 from attnseg.runtime.errors import ConfigError, EngineError
-from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import EngineBuild, FileEntry
+from tests.bundles import write_bundle
 
 WINDOW = (64, 64, 64)
 RTX = EngineBuild(

@@ -14,9 +14,9 @@ from attnseg.runtime.model.bundle import (
     default_folder,
     draft_bundle,
     file_entry,
-    write_bundle,
 )
 from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
+from tests.bundles import write_bundle
 
 
 @pytest.fixture

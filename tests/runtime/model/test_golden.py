@@ -9,8 +9,9 @@ import pytest
 
 from attnseg import Bundle
 from attnseg.runtime.errors import BundleError
-from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
+from tests.bundles import write_bundle
 
 
 def golden() -> Golden:

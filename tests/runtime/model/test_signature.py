@@ -10,8 +10,9 @@ import pytest
 
 from attnseg import Bundle
 from attnseg.runtime.errors import BundleError, ConfigError
-from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.signature import Signer, check_signature
+from tests.bundles import write_bundle
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command")
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.errors import BundleError, ConfigError
 from attnseg.runtime.geometry import Box
-from attnseg.runtime.model.bundle import file_entry, write_bundle
+from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.manifest import Inference, Manifest
 from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample, resample_volume, restore_logits
 from attnseg.runtime.task import Channel, Label, Task
+from tests.bundles import write_bundle
 from tests.conftest import LinearEngine
 
 ANISOTROPIC = np.array([[0, 0, 3.0, 5], [-1.0, 0, 0, 6], [0, 2.0, 0, 7], [0, 0, 0, 1]])
