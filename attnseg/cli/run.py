@@ -92,7 +92,7 @@ def _run_cases(
     shipped = segmenter.bundle.folder == default_folder()
     origin = "shipped with attnseg" if shipped else segmenter.bundle.folder
     click.echo(f"model: {segmenter.bundle.manifest.name} ({origin})", err=True)
-    results = [CaseResult(n, "failed", note=str(e), error=e) for n, e in problems.items()]
+    results = [CaseResult(n, "failed", error=e) for n, e in problems.items()]
     for result in results:
         _print_notes(result)
     with progress_bar() as progress:

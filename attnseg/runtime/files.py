@@ -111,10 +111,8 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[tuple[Path, Call
     temporary.mkdir()
 
     def finish() -> None:
-        if not target.exists() or not replace:
-            if target.exists():
-                target.rmdir()  # fails unless the folder is empty
-            os.replace(temporary, target)
+        if not (replace and target.exists()):
+            os.replace(temporary, target)  # fails if there is a file, or a folder with content
             return
         old = _temporary_beside(target)
         os.replace(target, old)

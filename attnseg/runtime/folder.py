@@ -28,15 +28,18 @@ class CaseResult:
         name: Name of the case.
         status: `done`, `skipped` (already finished by an earlier run) or `failed`.
         report: Report of a case that is done or skipped; empty for a failed one.
-        note: Reason of the failure in one line, empty otherwise.
         error: Exception of a failed case, with its traceback; None otherwise.
     """
 
     name: str
     status: Literal["done", "skipped", "failed"]
     report: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
     error: AttnsegError | None = None
+
+    @property
+    def note(self) -> str:
+        """Reason of the failure in one line, empty otherwise."""
+        return str(self.error) if self.error else ""
 
 
 class Listener(Protocol):
@@ -106,8 +109,7 @@ def case_error(case: Case, error: Exception) -> AttnsegError:
 
 
 def _failed(case: Case, error: Exception) -> CaseResult:
-    found = case_error(case, error)
-    return CaseResult(case.name, "failed", note=str(found), error=found)
+    return CaseResult(case.name, "failed", error=case_error(case, error))
 
 
 def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:

@@ -24,18 +24,13 @@ Role = Literal["onnx", "engine", "weights", "golden", "parity", "card", "sbom", 
 Precision = Literal["fp32", "fp16", "int8"]
 
 
-def _require(holds: bool, rule: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"{rule}, got {value}")
-
-
 class _FileError(ConfigError, ValueError):
     """Error of an entry of `files`; as a `ValueError`, pydantic prefixes it with the file."""
 
 
-def _require_of_file(holds: bool, rule: str, value: object) -> None:
+def _require(holds: bool, rule: str, value: object, kind: type[ConfigError] = ConfigError) -> None:
     if not holds:
-        raise _FileError(f"{rule}, got {value}")
+        raise kind(f"{rule}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -180,10 +175,10 @@ class EngineBuild:
 
     def __post_init__(self) -> None:
         target = re.fullmatch("sm[0-9]{2,3}", self.target)
-        _require_of_file(target is not None, "target must have the form sm86", self.target)
+        _require(target is not None, "target must have the form sm86", self.target, _FileError)
         three = len(self.window) == 3 and min(self.window) > 0
-        _require_of_file(three, "window must be three positive numbers", self.window)
-        _require_of_file(self.batch > 0, "batch must be positive", self.batch)
+        _require(three, "window must be three positive numbers", self.window, _FileError)
+        _require(self.batch > 0, "batch must be positive", self.batch, _FileError)
 
 
 @dataclass(frozen=True)
@@ -210,8 +205,10 @@ class FileEntry:
         if (self.engine is not None) != (self.role == "engine"):
             raise _FileError("engine belongs to files of role engine, and no others")
         digest = re.fullmatch("[0-9a-f]{64}", self.sha256)
-        _require_of_file(digest is not None, "sha256 must be 64 hexadecimal digits", self.sha256)
-        _require_of_file(self.size_bytes > 0, "size_bytes must be positive", self.size_bytes)
+        _require(
+            digest is not None, "sha256 must be 64 hexadecimal digits", self.sha256, _FileError
+        )
+        _require(self.size_bytes > 0, "size_bytes must be positive", self.size_bytes, _FileError)
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,3 @@ def make_report(
 def encode_report(report: Mapping[str, Any]) -> bytes:
     """Encode a report as indented JSON that ends in a newline."""
     return (json.dumps(report, indent=2) + "\n").encode()
-
-
-def read_report(folder: Path, case: str) -> dict[str, Any] | None:
-    """Report of a finished case; None if a result file is missing or the report is unreadable."""
-    names = output_names(case)
-    if not all((folder / name).is_file() for name in names.values()):
-        return None
-    return _read_json(folder / names["report"])
