@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markdown import Markdown
@@ -49,13 +50,7 @@ def train(
     data: Path,
     output: Path,
     resume: bool,
-    preset: str | None,
-    model: str | None,
-    attention: str | None,
-    multi_scale: bool | None,
-    split: Path | None,
-    initial: Path | None,
-    settings: dict[str, str],
+    **choices: Any,
 ) -> None:
     """Train a network on labelled cases.
 
@@ -68,16 +63,7 @@ def train(
     from attnseg.trainer.start import RunChoices, start_run
 
     _show_log()
-    choices = RunChoices(
-        preset=preset,
-        model=model,
-        attention=attention,
-        multi_scale=multi_scale,
-        split=split,
-        initial=initial,
-        settings=settings,
-    )
-    best = start_run(data, output, choices, resume)
+    best = start_run(data, output, RunChoices(**choices), resume)
     if first_process():
         click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
 
@@ -95,10 +81,11 @@ def ablate(
     command to continue an ablation that was stopped.
     """
     require("attnseg ablate", "export")
+    from attnseg.data.labelled import refuse_data_folder
     from attnseg.export.trained import open_trained
     from attnseg.runtime.results.output import prepare_folder
     from attnseg.trainer.ablate import ablate as run_ablation
-    from attnseg.trainer.start import RunChoices, open_choices, refuse_data_folder
+    from attnseg.trainer.start import RunChoices, open_choices
 
     _show_log()
     refuse_data_folder(data, output)

@@ -18,7 +18,7 @@ from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_labels
 from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import AttnsegError, ScanError, Setting, TrainingError
+from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError, Setting, TrainingError
 
 _LEAVE_OUT = ("add it, or leave the case out with a {}", Setting("split"))
 
@@ -143,3 +143,9 @@ def _some(values: set[int]) -> str:
     """First eight values as text: an image mistaken for labels has thousands."""
     first = sorted(values)[:8]
     return f"{first}" if len(values) == len(first) else f"{str(first)[:-1]}, ...]"
+
+
+def refuse_data_folder(data: Path, output: Path) -> None:
+    """Raise `ConfigError` if `output` is the folder of the data."""
+    if output.exists() and output.resolve() == data.resolve():
+        raise ConfigError(f"{output}: is the folder of the data", "choose another output folder")

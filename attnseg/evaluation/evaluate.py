@@ -16,13 +16,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from attnseg.data.labelled import LabelledCase
+from attnseg.data.labelled import LabelledCase, refuse_data_folder
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.cases import read_truth
 from attnseg.evaluation.metrics import EMPTY_HD95_MM, Scores, score_structures
 from attnseg.evaluation.paper import RESULTS, table_row
 from attnseg.evaluation.scores import (
     CASES,
+    MEANS_HEADER,
     SCORES,
     CaseScores,
     column,
@@ -68,8 +69,7 @@ def check_output(data: Path, output: Path, overwrite: bool) -> None:
         ConfigError: `output` is the folder of the data, or holds an evaluation and
             `overwrite` is false.
     """
-    if output.exists() and output.resolve() == data.resolve():
-        raise ConfigError(f"{output}: is the folder of the data", "choose another output folder")
+    refuse_data_folder(data, output)
     if (output / CASES).exists() and not overwrite:
         raise ConfigError(
             f"{output}: holds an evaluation already",
@@ -204,7 +204,7 @@ def _summary(scoring: _Scoring, segmenter: Segmenter) -> str:
     manifest, engine = segmenter.bundle.manifest, segmenter.engine
     scores = scoring.scores
     options = ", ".join(f"{name} {value}" for name, value in segmenter.plan.settings().items())
-    header = ("", "Dice", "HD95, mm", "sensitivity", "specificity", "lesion-wise Dice", "paper")
+    header = (*MEANS_HEADER, "paper")
     rows = []
     for structure in structures_of(manifest):
         spreads = [

@@ -169,7 +169,7 @@ def export_bundle(
     Args:
         model: `.pt` file of the trainer, `weights.safetensors` of a bundle, or `.onnx` file (which
             requires `options.spec`).
-        folder: Folder to write the bundle to; must be absent or empty.
+        folder: Folder to write the bundle to; must be absent, empty, or a bundle to overwrite.
         options: Content of the bundle.
         samples: Source of the cases that every precision is compared on; None for a synthetic case.
         progress: Callbacks that receive the progress.
@@ -209,12 +209,13 @@ def _fill(
     phantom = synthetic_sample(manifest)
     cases = samples(manifest) if samples else [phantom]
     # The golden window is part of the bundle, so it never contains patient data.
-    golden = make_golden(source.reference, sample_windows(manifest, phantom))
+    phantom_windows = sample_windows(manifest, phantom)
+    golden = make_golden(source.reference, phantom_windows)
     _add(draft, GOLDEN_FILE, "golden", encode_golden(golden))
     half = _Half()
     if options.fp16:
         progress.step("range audit")
-        windows = sample_windows(manifest, cases[0] if cases else phantom)
+        windows = sample_windows(manifest, cases[0]) if samples and cases else phantom_windows
         half = _make_half(source.graph, windows, options.io)
         assert half.graph is not None
         graphs["fp16"] = half.graph

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from attnseg.data.labelled import refuse_data_folder
 from attnseg.data.split import read_split
 from attnseg.runtime.errors import ConfigError, Setting, TrainingSetting
 from attnseg.trainer.checkpoint import checkpoint_config, load_run
@@ -132,9 +133,3 @@ def start_run(
     stored = load_run(output)
     config = checkpoint_config(stored)
     return train(open_data_set(data, stored["split"], config), config, output, stored)
-
-
-def refuse_data_folder(data: Path, output: Path) -> None:
-    """Raise `ConfigError` if `output` is the folder of the data."""
-    if output.exists() and output.resolve() == data.resolve():
-        raise ConfigError(f"{output}: is the folder of the data", "choose another output folder")
