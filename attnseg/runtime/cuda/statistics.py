@@ -20,7 +20,7 @@ from attnseg.runtime.cuda.upload import DeviceChannel
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import Box, shape_of
 from attnseg.runtime.steps.foreground import Foreground
-from attnseg.runtime.steps.normalise import Counts, Scheme, constant, name_channel, only_zeros
+from attnseg.runtime.steps.normalise import Counts, Scheme, constant, naming_channel, only_zeros
 
 HALF = 1 << 16
 """Number of values of int16, and of half the key of a float32."""
@@ -97,13 +97,11 @@ class VolumeStatistics:
         """
         for index, (channel, scheme) in enumerate(zip(self._channels, schemes, strict=True)):
             target = image.pointer + 4 * index * prod(box.shape)
-            try:
+            with naming_channel(index):
                 if channel.floating:
                     self._by_curve(index, scheme, target, box)
                 else:
                     self._by_table(index, scheme, target, box)
-            except VolumeError as error:
-                raise name_channel(index, error) from error
 
     def _mapped(self, index: int, target: int, box: Box) -> dict[str, Any]:
         """Arguments common to both normalisation kernels."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -292,9 +293,13 @@ def normalise_channel(channel: NDArray[Any], scheme: Scheme, out: NDArray[np.flo
             out[:, :, where][slab == 0] = 0
 
 
-def name_channel(index: int, error: VolumeError) -> VolumeError:
-    """Prefix the error of one channel with the channel's 1-based position."""
-    return VolumeError(f"channel {index + 1} {error.cause}", error.mend)
+@contextmanager
+def naming_channel(index: int) -> Iterator[None]:
+    """Prefix a `VolumeError` of one channel with the channel's 1-based position."""
+    try:
+        yield
+    except VolumeError as error:
+        raise VolumeError(f"channel {index + 1} {error.cause}", error.mend) from error
 
 
 def z_score_percentiles(channels: Channels, foreground: Foreground) -> NDArray[np.float64]:
@@ -305,10 +310,8 @@ def z_score_percentiles(channels: Channels, foreground: Foreground) -> NDArray[n
     """
     rows = []
     for index, channel in enumerate(channels):
-        try:
+        with naming_channel(index):
             found = Histogram.of(channel, foreground)
-        except VolumeError as error:
-            raise name_channel(index, error) from error
         rows.append((found.percentiles(DECILES) - found.mean) / found.std)
     return np.array(rows)
 
@@ -335,10 +338,8 @@ def normalise(
     out = np.empty((len(channels), *channels[0].shape), np.float32)
 
     def one(index: int) -> None:
-        try:
+        with naming_channel(index):
             normalise_channel(channels[index], schemes[index], out[index])
-        except VolumeError as error:
-            raise name_channel(index, error) from error
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, range(len(channels))))

@@ -73,7 +73,6 @@ class Fusion:
 
     def __init__(self, mode: Fuse) -> None:
         self._mode = mode
-        self._passes = 0
         self._scores: NDArray[np.float32] | None = None
 
     def add(self, logits: NDArray[np.float32]) -> None:
@@ -89,7 +88,6 @@ class Fusion:
                 for index in range(len(part)):
                     scores[index] += chosen == index
             self._scores[:, slab] += scores
-        self._passes += 1
 
     def classes(self) -> NDArray[np.uint8]:
         """Class per voxel, `(X, Y, Z)` uint8.
