@@ -7,7 +7,8 @@ channels (BraTS 2018 to 2023), and the `dataset.json` of the Medical Segmentatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,3 +150,13 @@ def refuse_data_folder(data: Path, output: Path) -> None:
     """Raise `ConfigError` if `output` is the folder of the data."""
     if output.exists() and output.resolve() == data.resolve():
         raise ConfigError(f"{output}: is the folder of the data", "choose another output folder")
+
+
+@contextmanager
+def naming_case(labelled: LabelledCase) -> Iterator[None]:
+    """Re-raise a `ScanError` as a `TrainingError` that names the case."""
+    try:
+        yield
+    except ScanError as error:
+        cause = f"case {labelled.name}: {error.cause}"
+        raise TrainingError(cause, error.mend, *error.settings) from error

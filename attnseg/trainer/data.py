@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnseg.data.labelled import LabelledCase, find_labelled_cases, read_classes
+from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case, read_classes
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.errors import TrainingError
 from attnseg.runtime.files import write_file
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import resample
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.preparation import Preparation, naming
+from attnseg.trainer.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainingCase:
 
 def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
     preprocessing = preparation.preprocessing
-    with naming(labelled):
+    with naming_case(labelled):
         classes = read_classes(labelled, preparation.task).oriented(preprocessing.orientation)
         scan = preprocess(read_volume(labelled.case.files), preprocessing)
     placed = resample(classes.channels[0], scan.grid_shape, nearest=True)[scan.box.slices()]

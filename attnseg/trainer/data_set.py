@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from attnseg.data.labelled import LabelledCase, find_labelled_cases
+from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case
 from attnseg.data.split import Split, fold_cases, split_cases
 from attnseg.data.task import LabelledTask
 from attnseg.runtime.case.nifti import read_affine
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import ScanError, TrainingError, TrainingSetting
+from attnseg.runtime.errors import TrainingError, TrainingSetting
 from attnseg.trainer.config import TrainConfig
 
 _SPACING_TOLERANCE = 0.01  # relative
@@ -98,10 +98,7 @@ def _in_mm(spacing: Sequence[float]) -> str:
 
 def _case_spacing_mm(labelled: LabelledCase, task: LabelledTask) -> tuple[float, float, float]:
     """Voxel size along X, Y and Z in the task's orientation, read from the header alone."""
-    try:
+    with naming_case(labelled):
         affine = read_affine(labelled.case.files[0])
-    except ScanError as error:
-        cause = f"case {labelled.name}: {error.cause}"
-        raise TrainingError(cause, error.mend, *error.settings) from error
     x, y, z = Volume([np.empty((1, 1, 1))], affine).oriented(task.orientation).spacing_mm
     return round(x, 4), round(y, 4), round(z, 4)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel
 
-from attnseg.data.labelled import LabelledCase
+from attnseg.data.labelled import LabelledCase, naming_case
 from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_volume
-from attnseg.runtime.errors import ConfigError, ScanError, TrainingError, TrainingSetting
+from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
 from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
 from attnseg.runtime.steps.foreground import Foreground
 from attnseg.runtime.steps.normalise import (
@@ -150,7 +149,7 @@ def learn_landmarks(
     """
     rows, foreground = [], preprocessing.crop
     for labelled in cases:
-        with naming(labelled):
+        with naming_case(labelled):
             volume = read_volume(labelled.case.files).oriented(preprocessing.orientation)
             volume = resample_volume(volume, preprocessing.grid)
             rows.append(z_score_percentiles(volume.channels, foreground))
@@ -166,13 +165,3 @@ def learn_landmarks(
             "train with {}",
             TrainingSetting("histogram_matching", False),
         ) from error
-
-
-@contextmanager
-def naming(labelled: LabelledCase) -> Iterator[None]:
-    """Re-raise a `ScanError` as a `TrainingError` that names the case."""
-    try:
-        yield
-    except ScanError as error:
-        cause = f"case {labelled.name}: {error.cause}"
-        raise TrainingError(cause, error.mend, *error.settings) from error
