@@ -112,8 +112,9 @@ def _header_warnings(path: Path, header: nib.Nifti1Header) -> tuple[str, ...]:
     warnings = []
     if header["qform_code"] == 0 and header["sform_code"] == 0:
         warnings.append(f"{path.name} states no orientation (qform and sform codes are 0)")
-    unit = header.get_xyzt_units()[0]
-    if unit not in ("mm", "unknown"):
+    code = int(header["xyzt_units"]) & 7  # the unit of space; nibabel fails on undefined codes
+    if code not in (0, 2):  # unknown, mm
+        unit = {1: "meter", 3: "micron"}.get(code, f"undefined code {code}")
         warnings.append(f"{path.name} states its unit as {unit}; mm is assumed")
     return tuple(warnings)
 

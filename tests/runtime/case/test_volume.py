@@ -212,6 +212,17 @@ def test_another_unit_is_warned_of(save_image: SaveImage) -> None:
     assert "states its unit as meter" in read_volume([path]).warnings[0]
 
 
+@pytest.mark.parametrize("code", [4, 5, 6, 7, 4 | 8])
+def test_an_undefined_unit_is_warned_of(save_image: SaveImage, code: int) -> None:
+    (warning,) = read_volume([save_image(ramp(), xyzt_units=code)]).warnings
+    assert f"states its unit as undefined code {code & 7}; mm is assumed" in warning
+
+
+@pytest.mark.parametrize("code", [2 | 56, 56, 2 | 64])
+def test_an_undefined_unit_of_time_does_not_matter(save_image: SaveImage, code: int) -> None:
+    assert read_volume([save_image(ramp(), xyzt_units=code)]).warnings == ()
+
+
 def test_a_header_is_refused_with_its_reason_and_without_noise(
     save_image: SaveImage, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
