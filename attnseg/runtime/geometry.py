@@ -142,6 +142,13 @@ def reorient(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:
     return AxisTransform.between(source, target).apply(array)
 
 
+def orientation_of(affine: NDArray[np.float64]) -> str:
+    """Axis codes nearest to the axes of an affine `(4, 4)`, such as `LPS`."""
+    from nibabel.orientations import io_orientation, ornt2axcodes
+
+    return "".join(ornt2axcodes(io_orientation(affine)))
+
+
 def check_orientation(orientation: str) -> None:
     """Raise `ConfigError` unless an orientation names each axis exactly once."""
     if sorted(_AXIS_OF.get(code, -1) for code in orientation) != [0, 1, 2]:

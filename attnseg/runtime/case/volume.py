@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import VolumeError
-from attnseg.runtime.geometry import AxisTransform
+from attnseg.runtime.geometry import AxisTransform, orientation_of
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -27,21 +27,33 @@ class Volume:
 
     Attributes:
         channels: C arrays `(X, Y, Z)` of any real dtype, or one array `(C, X, Y, Z)`, in the
-            model's channel order.
+            model's channel order. Trailing axes of one voxel are dropped.
         affine: `(4, 4)` matrix from voxel to world coordinates in mm, RAS+ as in NIfTI.
-        header: Header of the first channel's file, from which results copy the orientation
-            codes; None for volumes created from arrays.
+        header: Header of the first channel's file as stored, from which results copy the
+            geometry; None for volumes created from arrays.
+        files: Name of each channel's file, for messages; empty for arrays.
         sha256: SHA-256 of each channel's file as stored; empty for arrays.
         warnings: Warnings about the files, for readers of the result.
         checked: Whether all voxels are known to be finite, as for volumes read from files.
+
+    Raises:
+        VolumeError: There is no channel, or the affine is not a matrix of numbers.
     """
 
     channels: Channels
     affine: Affine
     header: nib.Nifti1Header | None = None
+    files: tuple[str, ...] = ()
     sha256: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     checked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels is None or not hasattr(self.channels, "__len__") or not len(self.channels):
+            kind = type(self.channels).__name__
+            raise VolumeError(f"channels: expected arrays (X, Y, Z), got {kind} without any")
+        object.__setattr__(self, "channels", _without_axes_of_one(self.channels))
+        object.__setattr__(self, "affine", _as_affine(self.affine))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,9 +75,7 @@ class Volume:
     @property
     def orientation(self) -> str:
         """Axis codes of X, Y and Z, such as `LPS`; see `geometry`."""
-        from nibabel.orientations import io_orientation, ornt2axcodes
-
-        return "".join(ornt2axcodes(io_orientation(self.affine)))
+        return orientation_of(self.affine)
 
     def oriented(self, orientation: str) -> Self:
         """Volume in another orientation; its channels are views, no voxel is copied."""
@@ -75,6 +85,37 @@ class Volume:
             channels=[transform.apply(channel) for channel in self.channels],
             affine=self.affine @ transform.matrix(self.shape),
         )
+
+
+def _without_axes_of_one(channels: Any) -> Any:
+    """Channels without trailing axes of one voxel beyond Z, such as those of `(X, Y, Z, 1)`."""
+
+    def trimmed(array: Any, axes: int) -> Any:
+        while isinstance(array, np.ndarray) and array.ndim > axes and array.shape[-1] == 1:
+            array = array[..., 0]
+        return array
+
+    if isinstance(channels, np.ndarray):
+        return trimmed(channels, 4)
+    if isinstance(channels, (list, tuple)):
+        return [trimmed(channel, 3) for channel in channels]
+    return channels
+
+
+def _as_affine(affine: object) -> Affine:
+    try:
+        return np.asarray(affine, np.float64)
+    except (TypeError, ValueError) as error:
+        raise VolumeError(
+            f"volume: its affine must be (4, 4) numbers, got {type(affine).__name__}"
+        ) from error
+
+
+def corner_distance_mm(shape: Sequence[int], first: Affine, second: Affine) -> float:
+    """Largest distance of the corner voxels of a grid of `shape` between two affines, in mm."""
+    corners = np.stack(np.meshgrid(*((0, size - 1) for size in shape), [1], indexing="ij"))
+    moved = (first - second)[:3] @ corners.reshape(4, -1)
+    return float(np.linalg.norm(moved, axis=0).max())
 
 
 def check_affine(name: object, affine: Affine) -> None:

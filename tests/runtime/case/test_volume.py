@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -145,13 +146,13 @@ def test_a_truncated_plain_file_is_refused(save_image: SaveImage) -> None:
         read_volume([path])
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 6, 2), (4, 5, 6, 1)])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 2), (4, 5, 1, 6)])
 def test_only_3d_images_are_taken(save_image: SaveImage, shape: tuple[int, ...]) -> None:
     with pytest.raises(VolumeError, match="is not a 3-D image"):
         read_volume([save_image(ramp(shape))])
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 1), (4, 5, 6, 2), (4, 5, 6, 4)])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 2), (4, 5, 6, 4)])
 def test_a_file_with_another_number_of_volumes_is_refused(
     save_image: SaveImage, shape: tuple[int, ...]
 ) -> None:
@@ -203,13 +204,23 @@ def test_an_empty_label_file_is_read(save_image: SaveImage) -> None:
     path = save_image(np.zeros((4, 5, 6), np.uint8))
     assert not read_labels(path).channels[0].any()
     scan = save_image(ramp(), "scan.nii", np.diag([-1.0, 1, 1, 1]))
-    with pytest.raises(VolumeError, match=r"image\.nii\.gz: its affine differs from that of scan"):
+    with pytest.raises(VolumeError, match=r"image\.nii\.gz: its grid is up to 3 mm away from"):
         read_labels(path, scan)
 
 
-def test_another_unit_is_warned_of(save_image: SaveImage) -> None:
-    path = save_image(ramp(), xyzt_units=1)
-    assert "states its unit as meter" in read_volume([path]).warnings[0]
+@pytest.mark.parametrize(("code", "name", "length"), [(1, "meter", 1e-3), (3, "micron", 1e3)])
+def test_other_units_are_converted_and_warned_of(
+    save_image: SaveImage, code: int, name: str, length: float
+) -> None:
+    affine = np.diag([2 * length, 2 * length, 3 * length, 1])
+    affine[:3, 3] = 7 * length
+    volume = read_volume([save_image(ramp(), affine=affine, xyzt_units=code)])
+    np.testing.assert_allclose(volume.spacing_mm, (2, 2, 3), rtol=1e-6)
+    np.testing.assert_allclose(volume.affine[:3, 3], 7, rtol=1e-6)
+    assert f"states its unit as {name}; converted to mm" in volume.warnings[0]
+    labels = decode(encode_labels(np.ones((4, 5, 6), np.uint8), volume))
+    np.testing.assert_allclose(labels.affine, affine, rtol=1e-6)  # in the unit of the scan
+    assert labels.header["xyzt_units"] == code
 
 
 @pytest.mark.parametrize("code", [4, 5, 6, 7, 4 | 8])
@@ -260,7 +271,9 @@ def test_channels_on_different_grids_are_refused(save_image: SaveImage) -> None:
     with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 5, 7\) differs from \(4, 5, 6\)"):
         read_volume([first, save_image(ramp((4, 5, 7)), "b.nii")])
     shifted = nib.affines.from_matvec(np.eye(3), [0, 0, 1])
-    with pytest.raises(VolumeError, match=r"c\.nii: its affine differs"):
+    with pytest.raises(
+        VolumeError, match=r"c\.nii: its grid is up to 1 mm away from that of a\.nii"
+    ):
         read_volume([first, save_image(ramp(), "c.nii", shifted)])
 
 
@@ -307,3 +320,82 @@ def test_any_header_gives_an_image_or_one_clear_error(
     else:
         assert len(volume.shape) == 3
         assert np.isfinite(volume.channels[0]).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6, 1), (4, 5, 6, 1, 1)])
+def test_trailing_axes_of_one_are_dropped_from_files_and_arrays(
+    save_image: SaveImage, shape: tuple[int, ...]
+) -> None:
+    array = ramp((4, 5, 6)).reshape(shape)
+    assert read_volume([save_image(array)]).shape == (4, 5, 6)
+    assert Volume([array, array], np.eye(4)).shape == (4, 5, 6)
+    assert Volume(np.stack([array, array]), np.eye(4)).shape == (4, 5, 6)
+
+
+def test_trailing_axes_of_one_are_dropped_from_a_4d_file(save_image: SaveImage) -> None:
+    path = save_image(ramp((4, 5, 6, 2)).reshape(4, 5, 6, 2, 1))
+    assert len(read_volume([path] * 2).channels) == 2
+
+
+@pytest.mark.parametrize("channels", [None, [], (), 7])
+def test_a_volume_without_channels_is_refused(channels: Any) -> None:
+    with pytest.raises(VolumeError, match=r"channels: expected arrays \(X, Y, Z\)"):
+        Volume(channels, np.eye(4))
+
+
+def test_an_affine_may_be_a_list_and_must_hold_numbers() -> None:
+    assert Volume([ramp()], np.diag([2.0, 3, 4, 1]).tolist()).spacing_mm == (2, 3, 4)
+    for affine in (None, "eye", [[1, 2], [3]]):
+        with pytest.raises(VolumeError, match="volume: its affine must be"):
+            check_volume(Volume([ramp()], affine))
+
+
+@pytest.mark.parametrize("shift_mm", [0.0035, 0.05, 0.099])
+@pytest.mark.parametrize("origin_mm", [0, 1000])
+def test_grids_closer_than_a_tenth_of_a_voxel_are_one(
+    save_image: SaveImage, shift_mm: float, origin_mm: float
+) -> None:
+    first, second = (
+        nib.affines.from_matvec(np.eye(3), [0, 0, origin_mm + shift]) for shift in (0, shift_mm)
+    )
+    read_volume([save_image(ramp(), "a.nii", first), save_image(ramp(), "b.nii", second)])
+
+
+@pytest.mark.parametrize("origin_mm", [0, 1000])
+def test_the_distance_of_two_grids_is_that_of_the_farthest_corner(
+    save_image: SaveImage, origin_mm: float
+) -> None:
+    # 1.05 mm against 1 mm along Z: voxel 5 of 6 is 0.25 mm apart.
+    first, second = (
+        nib.affines.from_matvec(np.diag([1, 1, spacing]), [0, 0, origin_mm])
+        for spacing in (1, 1.05)
+    )
+    with pytest.raises(VolumeError, match=r"b\.nii: its grid is up to 0\.25 mm away"):
+        read_volume([save_image(ramp(), "a.nii", first), save_image(ramp(), "b.nii", second)])
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_channel_stored_in_another_axis_order_is_turned(
+    save_image: SaveImage, orientation: str, tmp_path: Path
+) -> None:
+    image = nib.Nifti1Image(
+        ramp(), np.array([[1.0, 0, 0, 7], [0, 2, 0, 8], [0, 0, 3, 9], [0, 0, 0, 1]])
+    )
+    codes = nib.orientations.axcodes2ornt(tuple(orientation))
+    nib.save(image, tmp_path / "a.nii")
+    nib.save(image.as_reoriented(codes), tmp_path / "b.nii")
+    volume = read_volume([tmp_path / "a.nii", tmp_path / "b.nii"])
+    np.testing.assert_array_equal(volume.channels[1], ramp())
+    labels = read_labels(tmp_path / "b.nii", tmp_path / "a.nii")
+    np.testing.assert_array_equal(labels.channels[0], ramp())
+    np.testing.assert_array_equal(labels.affine, image.affine)
+
+
+def test_a_grid_that_differs_names_the_doubt_about_its_file(save_image: SaveImage) -> None:
+    affine = nib.affines.from_matvec(np.diag([-1, -1, 1]), [90, 60, -20])
+    other = save_image(ramp(), "b.nii", affine)
+    content = bytearray(other.read_bytes())
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    other.write_bytes(content)
+    with pytest.raises(VolumeError, match=r"b\.nii: its grid is .*; it states no orientation"):
+        read_volume([save_image(ramp(), "a.nii", affine), other])

@@ -1,0 +1,187 @@
+"""NIfTI headers: the layout of the voxels, and the position of the volume in space.
+
+A header may state the position up to three times: by `sform`, by `qform` with `pixdim`, and by
+`pixdim` alone. As in nibabel, the first with a code other than 0 counts. Statements that contradict
+each other are warned of with both readings, because other programs may follow another one.
+The format is NIfTI-1/2 (https://nifti.nimh.nih.gov).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from attnseg.runtime.case.volume import Affine, check_affine, corner_distance_mm
+from attnseg.runtime.errors import VolumeError
+
+LONGEST_HEADER = 540  # bytes
+_SILENT_DISTANCE = 0.1  # largest difference of qform and sform that needs no warning, in voxels
+_SPACING_TOLERANCE = 0.01  # relative
+_UNITS = {1: ("meter", 1e3), 2: ("mm", 1.0), 3: ("micron", 1e-3)}
+"""Name of each unit of space by its code, and its length in mm."""
+
+# nibabel logs its repairs; those that matter are warnings of the volume.
+_SILENT = logging.Logger("nibabel, silent")
+_SILENT.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class Header:
+    """Content of a NIfTI header that matters for reading.
+
+    Attributes:
+        stored: The header as stored, without repairs.
+        shape: Number of voxels along each axis, without trailing axes of 1 beyond the third.
+        dtype: Type of the stored voxels.
+        offset: Position of the first voxel in bytes.
+        slope: Factor from stored to real values.
+        intercept: Summand from stored to real values.
+        affine: `(4, 4)` matrix from voxel to world coordinates in mm.
+        warnings: Warnings, without the name of the file.
+    """
+
+    stored: nib.Nifti1Header
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    affine: Affine
+    warnings: tuple[str, ...]
+
+
+def parse_header(path: Path, data: bytes) -> Header:
+    """Parse the header at the start of `data`; `path` is for messages.
+
+    Raises:
+        VolumeError: The bytes are not a NIfTI header, the header is damaged, or its affine is
+            singular or not finite.
+    """
+    kind, magic = _kind(data)
+    if kind is None:
+        raise VolumeError(f"{path}: is not a NIfTI image (.nii or .nii.gz)")
+    try:
+        header = _parse(kind(data[: kind.sizeof_hdr], check=False))
+    except (
+        nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+    ) as error:  # nibabel uses some fields before it validates them
+        reason = " ".join(str(error).split())
+        raise VolumeError(
+            f"{path}: its NIfTI header is damaged ({reason})", "copy or download it again"
+        ) from error
+    if header.stored["magic"].item()[:3] != magic:
+        raise VolumeError(
+            f"{path}: its image is in another file (.hdr and .img)", "convert it to one .nii.gz"
+        )
+    check_affine(path, header.affine)
+    return header
+
+
+def is_header(data: bytes) -> bool:
+    """Whether `data` starts with a header of NIfTI-1 or NIfTI-2."""
+    kind, magic = _kind(data)
+    return kind is not None and magic in data[: kind.sizeof_hdr]
+
+
+def _kind(data: bytes) -> tuple[Any, bytes]:
+    """Header class and magic text by the size field; None for other formats."""
+    versions = {348: (nib.Nifti1Header, b"n+1"), 540: (nib.Nifti2Header, b"n+2")}
+    none = (None, b"")
+    kind, magic = versions.get(
+        int.from_bytes(data[:4], "little"), versions.get(int.from_bytes(data[:4], "big"), none)
+    )
+    return (kind, magic) if kind is not None and len(data) >= kind.sizeof_hdr else none
+
+
+def _parse(stored: nib.Nifti1Header) -> Header:
+    repaired = stored.copy()
+    repaired.check_fix(logger=_SILENT)
+    shape = tuple(int(size) for size in repaired.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    name, length_mm = _unit(stored)
+    affine = np.asarray(repaired.get_best_affine(), np.float64)
+    slope, intercept = float(stored["scl_slope"]), float(stored["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):
+        slope, intercept = 1.0, 0.0  # the format: not scaled
+    return Header(
+        stored=stored,
+        shape=shape,
+        dtype=repaired.get_data_dtype(),
+        offset=int(repaired.get_data_offset()) or stored.single_vox_offset,
+        slope=slope,
+        intercept=intercept if math.isfinite(intercept) else 0.0,
+        affine=np.diag([length_mm] * 3 + [1.0]) @ affine,
+        warnings=tuple(_doubts(stored, repaired, affine, name)),
+    )
+
+
+def _unit(stored: nib.Nifti1Header) -> tuple[str, float]:
+    """Name of the unit of space, and its length in mm; nibabel fails on undefined codes."""
+    code = int(stored["xyzt_units"]) & 7
+    if code == 0:
+        return "mm", 1.0
+    return _UNITS.get(code, (f"undefined code {code}", 1.0))
+
+
+def _doubts(
+    stored: nib.Nifti1Header, repaired: nib.Nifti1Header, affine: Affine, unit: str
+) -> Iterator[str]:
+    """Warnings of what the header leaves open or states twice."""
+    if int(stored["vox_offset"]) == 0:
+        yield f"states no position of its voxels; {stored.single_vox_offset} is used"
+    if float(stored["scl_slope"]) == 1 and not np.isfinite(stored["scl_inter"]):
+        yield f"states {float(stored['scl_inter'])} as its intercept; 0 is used"
+    if stored["qform_code"] == 0 and stored["sform_code"] == 0:
+        yield "states no orientation (qform and sform codes are 0)"
+    if unit in ("meter", "micron"):
+        yield f"states its unit as {unit}; converted to mm, which other programs may not do"
+    elif unit != "mm":
+        yield f"states its unit as {unit}; mm is assumed"
+    spacing = list(_spacing_doubts(stored, affine))
+    yield from spacing
+    if stored["qform_code"] != 0 and stored["sform_code"] != 0 and not spacing:
+        yield from _form_doubts(repaired, affine)
+
+
+def _spacing_doubts(stored: nib.Nifti1Header, affine: Affine) -> Iterator[str]:
+    said = np.asarray(stored["pixdim"][1:4], np.float64)
+    read = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(said, read, rtol=_SPACING_TOLERANCE, atol=0):
+        source = "sform states" if stored["sform_code"] != 0 else "it is read as"
+        yield (
+            f"states its spacing as {_times(said)} (pixdim), while {source} {_times(read)}, "
+            "which is used"
+        )
+
+
+def _times(values: NDArray[np.float64]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def _form_doubts(repaired: nib.Nifti1Header, sform: Affine) -> Iterator[str]:
+    try:
+        qform = np.asarray(repaired.get_qform(), np.float64)
+    except (nib.spatialimages.HeaderDataError, ValueError):
+        qform = np.full((4, 4), np.nan)
+    distance = corner_distance_mm(repaired.get_data_shape()[:3], sform, qform)
+    if not math.isfinite(distance):
+        yield "states a qform that is no rotation; sform is used"
+    elif distance > _SILENT_DISTANCE * np.linalg.norm(sform[:3, :3], axis=0).min():
+        yield (
+            f"states its position twice, up to {distance:.3g} mm apart (qform and sform); sform is "
+            "used, other programs may use qform"
+        )
