@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnseg.runtime.errors import AttnsegError, Setting, TrainingSetting
+from attnseg.runtime.errors import AttnsegError, ChannelSetting, Setting, TrainingSetting
 
 
 def console(stderr: bool = False) -> Console:
@@ -46,7 +46,8 @@ def as_option(setting: Setting) -> str:
         return "--set " + (setting.name if value is None else f"{setting.name}={text}")
     option = _option_named(setting.name)
     if option is None:
-        return str(setting)
+        channel = isinstance(setting, ChannelSetting)
+        return f"--channel {setting.name}={value}" if channel else str(setting)
     if value is False and option.secondary_opts:
         return option.secondary_opts[0]
     name = max(option.opts, key=len)

@@ -49,6 +49,10 @@ class TrainingSetting(Setting):
     """A field of `attnseg.trainer.config.TrainConfig`."""
 
 
+class ChannelSetting(Setting):
+    """The file of a channel, by the channel's name."""
+
+
 class AttnsegError(Exception):
     """Base class of all errors that a user can fix.
 

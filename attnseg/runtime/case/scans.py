@@ -4,17 +4,21 @@ A case is a set of files that share a folder and a name up to the channel's suff
 `BraTS20_001_t1.nii.gz` and `BraTS20_001_flair.nii.gz`. A folder may hold one case or many, and
 may be nested (`HGG/`, `LGG/`). The suffixes are defined by the model's bundle; those of the
 default model cover BraTS 2018 to 2023. A file named by the suffix alone (`t1.nii.gz`) belongs to a
-case named after its folder.
+case named after its folder. Folders of labels beside folders of images (`labelsTr/` beside
+`imagesTr/`) are not searched. Images that match no channel are reported, so that no patient is left
+out silently.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
 
-from attnseg.runtime.errors import ScanError
+from attnseg.runtime.errors import ChannelSetting, ScanError
 from attnseg.runtime.task import BRATS_CHANNELS, Channel
 
 _EXTENSIONS = (".nii.gz", ".nii")
@@ -92,7 +96,7 @@ def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
         problems[str(error.filename)] = problem
 
     for folder, below, _ in os.walk(root, followlinks=True, onerror=note):
-        below[:] = sorted(b for b in below if not b.startswith("."))
+        below[:] = sorted(name for name in below if _is_searched(name, below))
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
@@ -101,19 +105,51 @@ def _walk(root: Path, problems: dict[str, ScanError]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _collect(folder: Path, channels: Sequence[Channel]) -> Iterator[tuple[str, list[list[Path]]]]:
-    """Names of the cases in one folder, and the files found for each channel."""
-    found: dict[str, list[list[Path]]] = {}
+def _is_searched(name: str, siblings: Sequence[str]) -> bool:
+    """Whether a folder may hold scans: not if it is hidden, an image's, or one of labels."""
+    if name.startswith(".") or _stem(Path(name)):
+        return False
+    return not (name.startswith("labels") and f"images{name.removeprefix('labels')}" in siblings)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Content of one folder.
+
+    Attributes:
+        path: The folder.
+        cases: Files found for each channel, by case name.
+        unmatched: Images that match no channel and are no label files.
+    """
+
+    path: Path
+    cases: dict[str, list[list[Path]]]
+    unmatched: list[Path]
+
+
+def _list_folder(folder: Path, channels: Sequence[Channel]) -> _Folder:
+    listed = _Folder(folder, {}, [])
     for file in _nifti_files(folder):
-        for suffixes in dict.fromkeys(channel.suffixes for channel in channels):
-            prefix = _prefix(file, suffixes)
-            if prefix is not None:
-                files = found.setdefault(prefix or folder.resolve().name, [[] for _ in channels])
-                for channel, matches in zip(channels, files, strict=True):
-                    if channel.suffixes == suffixes:
-                        matches.append(file)
-                break
-    yield from sorted(found.items())
+        suffixes, prefix = _match(file, channels)
+        if prefix is None:
+            if not (_stem(file) or "").lower().endswith((*LABEL_SUFFIXES, "seg")):
+                listed.unmatched.append(file)
+            continue
+        name = prefix or folder.resolve().name
+        files = listed.cases.setdefault(name, [[] for _ in channels])
+        for channel, matches in zip(channels, files, strict=True):
+            if channel.suffixes == suffixes:
+                matches.append(file)
+    return listed
+
+
+def _match(file: Path, channels: Sequence[Channel]) -> tuple[tuple[str, ...], str | None]:
+    """Suffixes of the channels that a file belongs to, and its case name; see `_prefix`."""
+    for suffixes in dict.fromkeys(channel.suffixes for channel in channels):
+        prefix = _prefix(file, suffixes)
+        if prefix is not None:
+            return suffixes, prefix
+    return (), None
 
 
 def _case_error(
@@ -122,7 +158,9 @@ def _case_error(
     missing = [c for c, f in zip(channels, files, strict=True) if not f]
     if missing:
         names = ", ".join(f"{c.name} (*{' or *'.join(c.suffixes[:2])})" for c in missing)
-        return ScanError(f"{folder}: case {name} has no file for {names}", "add it")
+        unpacked = [f.name for f in sorted(folder.iterdir()) if _stem(f) and f.is_dir()]
+        mend = f"move the image out of the folder {unpacked[0]}" if unpacked else "add it"
+        return ScanError(f"{folder}: case {name} has no file for {names}", mend)
     for channel, matches in zip(channels, files, strict=True):
         if len(matches) > 1:
             names = ", ".join(f.name for f in matches)
@@ -132,13 +170,49 @@ def _case_error(
     return None
 
 
+def _unmatched_errors(folder: _Folder, channels: Sequence[Channel]) -> Iterator[ScanError]:
+    """Errors for images that match no channel, unless they lie beside the files of a case."""
+    if not folder.cases and folder.unmatched:
+        yield _unmatched(folder.path, folder.unmatched, channels)
+        return
+    patients: dict[str, list[Path]] = {}
+    own_name = folder.path.resolve().name in folder.cases
+    for file in folder.unmatched:
+        patient = re.split(r"[_-](?=[^_-]*$)", _stem(file) or "")[0]
+        if not own_name and not file.name.startswith(tuple(folder.cases)):
+            patients.setdefault(patient, []).append(file)
+    for files in patients.values():
+        if len(files) >= min(2, len(channels)):  # not a mask or an atlas on its own
+            yield _unmatched(folder.path, files, channels)
+
+
+def _unmatched(folder: Path, files: Sequence[Path], channels: Sequence[Channel]) -> ScanError:
+    count = (
+        f"{len(files)} images, such as {files[0].name}, match"
+        if files[1:]
+        else (f"the image {files[0].name} matches")
+    )
+    settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+    given = " ".join("{}" for _ in settings)
+    return ScanError(
+        f"{folder}: {count} no channel of the model",
+        f"name them {_expected(channels)}, or give {given}",
+        *settings,
+    )
+
+
+def _expected(channels: Sequence[Channel]) -> str:
+    return ", ".join(dict.fromkeys(f"*{c.suffixes[0]}.nii.gz" for c in channels))
+
+
 def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scans:
     """Find the cases in a folder and its subfolders, sorted by path.
 
-    Incomplete cases and duplicate case names are returned as problems.
+    Incomplete cases, duplicate case names and images that match no channel are returned as
+    problems.
 
     Raises:
-        ScanError: `root` does not exist, is not a readable folder, or holds no case.
+        ScanError: `root` does not exist, is not a readable folder, or holds no image.
     """
     if not root.exists():
         raise ScanError(f"{root}: does not exist")
@@ -148,11 +222,11 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
     problems: dict[str, ScanError] = {}
     for folder in _walk(root, problems):
         try:
-            found = list(_collect(folder, channels))
+            listed = _list_folder(folder, channels)
         except OSError as unreadable:
             problems[str(folder)] = _unreadable(unreadable)
             continue
-        for name, files in found:
+        for name, files in sorted(listed.cases.items()):
             error = _case_error(name, folder, files, channels)
             if name in cases or name in problems:
                 other = cases[name].folder if name in cases else "an unusable case"
@@ -166,10 +240,62 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
                 problems[name] = error
             else:
                 cases[name] = Case(name, folder, tuple(f[0] for f in files))
+        for error in _unmatched_errors(listed, channels):
+            name = folder.resolve().name
+            while name in problems or name in cases:
+                name += " (unmatched)"
+            problems[name] = error
     if not cases and not problems:
-        names = ", ".join(dict.fromkeys(f"*{c.suffixes[0]}.nii.gz" for c in channels))
-        raise ScanError(f"{root}: holds no case", f"expected files such as {names}")
+        raise _no_case(root, channels)
     return Scans(tuple(cases.values()), problems)
+
+
+_OTHER_IMAGES = {
+    ".dcm": "DICOM files; convert each series with dcm2niix",
+    ".ima": "DICOM files; convert each series with dcm2niix",
+    ".img": "pairs of .hdr and .img; convert them to .nii.gz",
+    ".nrrd": "NRRD images; convert them to .nii.gz",
+    ".mha": "MetaImage files; convert them to .nii.gz",
+    ".mgz": "FreeSurfer images; convert them to .nii.gz",
+}
+"""Images of other formats by file extension, and the mend."""
+_LOOKED_AT = 50  # files whose content is looked at
+
+
+def _no_case(root: Path, channels: Sequence[Channel]) -> ScanError:
+    """Error for a folder without images; it names images of other formats."""
+    files = islice((f for f in root.rglob("*") if f.is_file()), _LOOKED_AT)
+    found = {".dcm" if _is_dicom(file) else file.suffix.lower() for file in files}
+    for extension in _OTHER_IMAGES.keys() & found:
+        kind, _, mend = _OTHER_IMAGES[extension].partition("; ")
+        return ScanError(f"{root}: holds no case, but {kind}", mend)
+    return ScanError(f"{root}: holds no case", f"expected files such as {_expected(channels)}")
+
+
+def _is_dicom(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _single_file(file: Path, channels: Sequence[Channel]) -> Case:
+    """Case of one file, which is the only channel or holds all of them as its volumes.
+
+    Raises:
+        ScanError: The file is no NIfTI file, or the model takes several files.
+    """
+    if _stem(file) is None:
+        raise ScanError(f"{file}: is neither a folder nor a .nii or .nii.gz file")
+    if len({channel.suffixes for channel in channels}) > 1:
+        settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+        raise ScanError(
+            f"{file}: is one file, the model takes {', '.join(c.name for c in channels)}",
+            f"give the folder of the case, or {' '.join('{}' for _ in settings)}",
+            *settings,
+        )
+    return explicit_case({channel.name: file for channel in channels}, channels)
 
 
 def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Case:
@@ -188,14 +314,25 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
             f"no file given for {', '.join(missing)}",
             "give one for each channel of the model",
         )
+    _refuse_same_file(files, channels)
     first = files[names[0]]
     prefix = _prefix(first, channels[0].suffixes)
     name = first.parent.resolve().name if prefix == "" else prefix or _stem(first) or first.name
     return Case(name, first.parent, tuple(files[n] for n in names))
 
 
+def _refuse_same_file(files: Mapping[str, Path], channels: Sequence[Channel]) -> None:
+    """Raise `ScanError` if channels of different files have the same one."""
+    for first, second in combinations(channels, 2):
+        if files[first.name] == files[second.name] and first.suffixes != second.suffixes:
+            raise ScanError(
+                f"{files[first.name]}: was given for {first.name} and for {second.name}",
+                "give one file for each",
+            )
+
+
 def find_scans(root: Path | None, files: Mapping[str, Path], channels: Sequence[Channel]) -> Scans:
-    """Find the cases of a folder, or create one case from a file per channel.
+    """Find the cases of a folder, or create one case from one file or from a file per channel.
 
     Raises:
         ScanError: Both or neither are given; see also `find_cases` and `explicit_case`.
@@ -205,4 +342,6 @@ def find_scans(root: Path | None, files: Mapping[str, Path], channels: Sequence[
         raise ScanError(given, "give a scan folder or one file per channel")
     if root is None:
         return Scans((explicit_case(files, channels),), {})
+    if root.is_file():
+        return Scans((_single_file(root, channels),), {})
     return find_cases(root, channels)

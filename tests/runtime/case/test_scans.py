@@ -237,3 +237,106 @@ def test_one_4d_file_may_be_given_by_channel(tmp_path: Path) -> None:
     file = tmp_path / "x.nii.gz"
     (case,) = find_scans(None, dict.fromkeys(("flair", "t1", "t2"), file), MRI).cases
     assert (case.name, case.files) == ("x", (file,) * 3)
+
+
+BRATS = LAYOUTS["2018"][1]
+
+
+@pytest.mark.parametrize(
+    "endings",
+    [
+        ("_0000", "_0001", "_0002", "_0003"),
+        ("_T1_to_SRI_brain", "_T2_to_SRI_brain"),
+        ("_AX_T1_PRE",),
+    ],
+)
+def test_a_folder_of_images_that_match_no_channel_is_a_problem(
+    tmp_path: Path, endings: tuple[str, ...]
+) -> None:
+    touch(tmp_path / "good", "good", BRATS)
+    touch(tmp_path / "other", "other", (*endings, "_seg"))
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["good"]
+    (problem,) = scans.problems.values()
+    assert str(problem).startswith(f"{tmp_path / 'other'}: ")
+    assert f"other{endings[0]}.nii.gz" in str(problem)
+    assert "no channel of the model" in str(problem)
+    assert "name them *_t1.nii.gz, *_t1ce.nii.gz" in str(problem)
+    assert "t1='FILE'" in str(problem)
+
+
+def test_a_patient_without_a_matching_file_is_a_problem_in_a_flat_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "good", BRATS)
+    touch(tmp_path, "other", ("_0000", "_0001", "_0002", "_0003"))
+    touch(tmp_path, "third", ("_0000", "_0001"))
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["good"]
+    first, second = sorted(str(problem) for problem in scans.problems.values())
+    assert "2 images, such as third_0000.nii.gz, match no channel" in first
+    assert "4 images, such as other_0000.nii.gz, match no channel" in second
+
+
+def test_other_images_beside_the_files_of_a_case_are_no_problem(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "a", (*BRATS, "_seg", "_mask", "_t1_original"))
+    touch(tmp_path / "a", "atlas", ("",))
+    touch(tmp_path / "patient7", "", ("t1", "t1ce", "t2", "flair", "mask", "atlas"))
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["a", "patient7"]
+    assert scans.problems == {}
+
+
+def test_label_folders_beside_image_folders_are_not_searched(tmp_path: Path) -> None:
+    for part in ("Tr", "Ts"):
+        touch(tmp_path / f"images{part}", f"liver_{part}", ("",))
+        touch(tmp_path / f"labels{part}", f"liver_{part}", ("",))
+    touch(tmp_path / "labelsOfOthers", "spleen", ("",))
+    cases = find_cases(tmp_path, (Channel("ct", ANY_FILE),)).cases
+    assert [c.name for c in cases] == ["liver_Tr", "liver_Ts", "spleen"]
+
+
+def test_a_file_may_be_given_if_it_holds_every_channel(tmp_path: Path) -> None:
+    file = tmp_path / "x.nii.gz"
+    file.touch()
+    for channels in ((Channel("ct", ANY_FILE),), MRI, (Channel("ct", ("_0000",)),)):
+        (case,) = find_scans(file, {}, channels).cases
+        assert (case.name, case.files) == ("x", (file,) * len(channels))
+    with pytest.raises(ScanError, match="is one file, the model takes t1, t1ce, t2, flair; give"):
+        find_scans(file, {}, BRATS_CHANNELS)
+    (tmp_path / "x.dcm").touch()
+    with pytest.raises(ScanError, match=r"x\.dcm: is neither a folder nor a \.nii"):
+        find_scans(tmp_path / "x.dcm", {}, MRI)
+
+
+def test_one_file_for_two_channels_is_refused(tmp_path: Path) -> None:
+    files = {c.name: tmp_path / f"x_{c.name}.nii.gz" for c in BRATS_CHANNELS}
+    files["t2"] = files["t1"]
+    with pytest.raises(ScanError, match=r"x_t1\.nii\.gz: was given for t1 and for t2"):
+        find_scans(None, files, BRATS_CHANNELS)
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "a", BRATS[:3])
+    touch(tmp_path / "a" / "a_flair.nii", "a", ("_flair",))
+    scans = find_cases(tmp_path)
+    (problem,) = scans.problems.values()
+    assert "has no file for flair" in str(problem)
+    assert "move the image out of the folder a_flair.nii" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.dcm", b"", "DICOM files; convert each series with dcm2niix"),
+        ("IM000001", b"\0" * 128 + b"DICM", "DICOM files; convert each series with dcm2niix"),
+        ("a.img", b"", r"pairs of \.hdr and \.img; convert them"),
+        ("a.nrrd", b"", "NRRD images; convert them"),
+        ("a.mgz", b"", "FreeSurfer images; convert them"),
+    ],
+)
+def test_a_folder_of_images_in_another_format_says_which(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / name).write_bytes(content)
+    with pytest.raises(ScanError, match=f"holds no case, but {message}"):
+        find_cases(tmp_path)
