@@ -20,6 +20,7 @@ _Decorator = Callable[[_Function], _Function]
 PATH = click.Path(path_type=Path)
 EVERYDAY = "Options"
 SLIDING = "Windows and test-time augmentation"
+INPUT = "Doubtful scans"
 ENGINE = "Engine and device"
 MODALITIES = "Files by channel, instead of SCAN_DIR"
 WORDS = "Description and signature of the bundle"
@@ -163,6 +164,21 @@ segment_options = together(
         type=int,
         heading=SLIDING,
         help="Smallest connected component to keep, in voxels.  [default: the model's]",
+    ),
+    option(
+        "--resample",
+        default="auto",
+        show_default=True,
+        metavar="[auto|never]",
+        heading=INPUT,
+        help="Scans whose voxel size is not the model's: auto resamples them, and the labels come "
+        "back on the scan's grid; never refuses them.",
+    ),
+    option(
+        "--strict",
+        is_flag=True,
+        heading=INPUT,
+        help="Refuse a scan instead of warning of it.",
     ),
     option(
         "--device",

@@ -14,6 +14,7 @@ from attnseg.runtime.engines.select import EngineRequest
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.geometry import AxisTransform, Shape
 from attnseg.runtime.model.manifest import ModelRecord
+from attnseg.runtime.steps.check import InputRules, Resample
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.tta import PASSES, Fuse
 from attnseg.runtime.steps.windows import WindowOptions
@@ -39,6 +40,9 @@ class SegmentOptions:
         fallback: `cpu` to continue on the CPU when the GPU fails; None to report cases as failed.
         stream: Handle of the caller's CUDA stream, on which GPU work is enqueued; None for a new
             stream.
+        resample: `auto` to resample scans whose voxel size is not the model's, or `never` to
+            refuse them.
+        strict: Whether warnings about a scan are errors.
     """
 
     engine: str = "auto"
@@ -53,6 +57,8 @@ class SegmentOptions:
     max_memory_bytes: int | None = None
     fallback: Literal["cpu"] | None = None
     stream: int | None = None
+    resample: Resample = "auto"
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,26 +66,34 @@ class Plan:
     """All settings of a segmentation, with every value resolved.
 
     Attributes:
-        task: Channels, labels and regions of the model.
-        spacing_mm: Voxel size of the training data along X, Y and Z.
-        preprocessing: Preprocessing of the model.
+        rules: Requirements of the model on its input.
         windows: Window, overlap and window multiple.
         tta: Name of the test-time augmentation scheme.
         fuse: Fusion of the passes.
         min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
         engine: Requested engine, precision and device, and resource limits.
         fallback: `cpu` to continue on the CPU when the GPU fails; None to report an error.
+        notes: Warnings about the engine, which apply to every result.
     """
 
-    task: Task
-    spacing_mm: tuple[float, float, float]
-    preprocessing: Preprocessing
+    rules: InputRules
     windows: WindowOptions
     tta: str
     fuse: Fuse
     min_voxels: int
     engine: EngineRequest
     fallback: Literal["cpu"] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """Channels, labels and regions of the model."""
+        return self.rules.task
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of the model."""
+        return self.rules.preprocessing
 
     @property
     def transforms(self) -> tuple[AxisTransform, ...]:
@@ -100,6 +114,7 @@ class Plan:
             "window": list(window) if window else "full",
             "overlap": self.windows.overlap,
             "min_voxels": self.min_voxels,
+            "resample": self.rules.resample,
         }
 
 
@@ -150,6 +165,7 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     _check("fallback", options.fallback, options.fallback in (None, "cpu"), "cpu, or left out")
     _choose("tta", options.tta, tuple(PASSES))
     _choose("fuse", options.fuse, get_args(Fuse))
+    _choose("resample", options.resample, get_args(Resample))
     multiple = defaults.window_multiple
     window = _window(options.window, defaults.window, multiple)
     engine = EngineRequest(
@@ -162,9 +178,14 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
         stream=options.stream,
     )
     return Plan(
-        task=model.task,
-        spacing_mm=model.spacing_mm,
-        preprocessing=model.preprocessing,
+        rules=InputRules(
+            task=model.task,
+            preprocessing=model.preprocessing,
+            spacing_mm=model.spacing_mm,
+            foreground_ml=model.foreground_ml,
+            resample=options.resample,
+            strict=options.strict,
+        ),
         windows=WindowOptions(window, overlap, multiple),
         tta=options.tta,
         fuse=options.fuse,

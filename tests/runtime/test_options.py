@@ -37,6 +37,7 @@ def test_what_is_given_replaces_it() -> None:
         "window": [32, 32, 32],
         "overlap": 0.0,
         "min_voxels": 0,
+        "resample": "auto",
     }
     assert plan(window="full").windows.window is None
     assert plan(window="full").settings()["window"] == "full"

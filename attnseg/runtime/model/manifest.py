@@ -59,7 +59,7 @@ class Inference:
         _require(self.min_voxels >= 0, "inference.min_voxels must be at least 0", self.min_voxels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """Properties of a model that the runtime uses; shared by manifest and spec.
 
@@ -71,6 +71,8 @@ class ModelRecord:
         spacing_mm: Voxel size of the training data along X, Y and Z.
         preprocessing: Preprocessing of volumes.
         inference: Default inference options.
+        foreground_ml: Largest foreground among the training cases, which have a background of 0
+            around it; None if their background is unknown.
     """
 
     name: str
@@ -80,10 +82,14 @@ class ModelRecord:
     spacing_mm: tuple[float, float, float]
     preprocessing: Preprocessing
     inference: Inference
+    foreground_ml: float | None = None
 
     def __post_init__(self) -> None:
         fits = len(self.spacing_mm) == 3 and all(0 < s < float("inf") for s in self.spacing_mm)
         _require(fits, "spacing_mm must be three positive numbers", self.spacing_mm)
+        largest_ml = self.foreground_ml
+        known = largest_ml is None or 0 < largest_ml < float("inf")
+        _require(known, "foreground_ml must be a positive number", largest_ml)
         schemes, channels = len(self.preprocessing.normalisation), len(self.task.channels)
         _require(
             schemes == channels,
@@ -211,7 +217,7 @@ class FileEntry:
         _require(self.size_bytes > 0, "size_bytes must be positive", self.size_bytes, _FileError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(ModelRecord):
     """Content of a bundle's manifest.
 

@@ -99,6 +99,7 @@ class ModelJson(_Record):
     grid: Grid | None
     normalisation: NormalisationJson
     inference: Inference
+    foreground_ml: float | None = None
 
     def record(self) -> dict[str, Any]:
         """Constructor arguments of a `ModelRecord`."""
@@ -112,6 +113,7 @@ class ModelJson(_Record):
             "spacing_mm": self.spacing_mm,
             "preprocessing": Preprocessing(self.orientation, self.grid, crop, schemes),
             "inference": self.inference,
+            "foreground_ml": self.foreground_ml,
         }
 
 

@@ -19,6 +19,7 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.steps.clock import StageClock
+from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.task import Task
 
 Progress = Callable[[float], None]
@@ -39,6 +40,8 @@ class Segmentation:
         warnings: Warnings for readers of the result.
         engine: Engine that ran.
         memory: Planned device memory: bytes, batch, type of the logits; empty on the CPU.
+        resampled_to_mm: Voxel size that the volume was resampled to because it was not the model's;
+            None if it was not.
     """
 
     labels: Any
@@ -49,6 +52,7 @@ class Segmentation:
     warnings: tuple[str, ...]
     engine: EngineInfo
     memory: dict[str, int | str] = field(default_factory=dict)
+    resampled_to_mm: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class Staged:
 
     Attributes:
         volume: The volume.
+        preprocessing: Preprocessing of this volume.
         warnings: Warnings for readers of the result.
         clock: Clock with the times of the steps so far.
     """
 
     volume: Volume
+    preprocessing: Preprocessing
     warnings: tuple[str, ...]
     clock: StageClock
 
@@ -129,6 +135,14 @@ def volumes_ml(volume: Volume, task: Task, voxels: Sequence[int]) -> dict[str, f
         name: round(sum(int(counts[value]) for value in region) * volume.voxel_ml, 3)
         for name, region in task.regions.items()
     }
+
+
+def resampled_to_mm(
+    staged: Staged, preprocessing: Preprocessing
+) -> tuple[float, float, float] | None:
+    """Voxel size that a volume is resampled to although `preprocessing` of the model does not."""
+    grid = staged.preprocessing.grid
+    return grid.spacing_mm if grid is not None and preprocessing.grid is None else None
 
 
 def check_classes(classes: int, task: Task) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,13 @@ from attnseg.runtime.cuda.memory import MemoryPlan
 from attnseg.runtime.cuda.upload import Upload, device_arrays, upload
 from attnseg.runtime.engines.base import EngineInfo, not_finite
 from attnseg.runtime.engines.device import DeviceEngine
-from attnseg.runtime.errors import DeviceLostError, EngineError, OutOfMemoryError, Setting
+from attnseg.runtime.errors import (
+    ConfigError,
+    DeviceLostError,
+    EngineError,
+    OutOfMemoryError,
+    Setting,
+)
 from attnseg.runtime.geometry import AxisTransform, Layout
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.base import (
@@ -29,7 +35,15 @@ from attnseg.runtime.pipelines.base import (
 )
 from attnseg.runtime.pipelines.cuda_steps import DeviceSteps, Outcome, Results
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
-from attnseg.runtime.steps.check import check_channel_count, check_input
+from attnseg.runtime.pipelines.host import HostPipeline
+from attnseg.runtime.steps.check import (
+    Checked,
+    InputRules,
+    check_channel_count,
+    check_input,
+    check_strict,
+    choose_grid,
+)
 from attnseg.runtime.steps.clock import StageClock, Step
 
 
@@ -72,6 +86,15 @@ class Timeline:
         return elapsed
 
 
+def _on_device(volume: Volume, rules: InputRules) -> Checked:
+    """Check of a volume whose voxels are on the device, and cannot be looked at or resampled."""
+    check_affine("volume", volume.affine)
+    preprocessing, resampled = choose_grid(volume, replace(rules, resample="never"))
+    warnings = (*volume.warnings, *resampled)
+    check_strict(warnings, rules)
+    return Checked(volume, preprocessing, warnings)
+
+
 class CudaPipeline:
     """Segments volumes on one device, one after the other.
 
@@ -90,30 +113,36 @@ class CudaPipeline:
         """See `Pipeline.engine`."""
         return self._engine.info
 
-    def stage(self, volume: Volume) -> CudaStaged:
-        """See `Pipeline.stage`. Arrays on the device are neither copied nor checked there."""
+    def stage(self, volume: Volume) -> Staged:
+        """See `Pipeline.stage`. Arrays on the device are neither copied nor checked there.
+
+        A volume that needs resampling is not uploaded: it takes the host pipeline.
+        """
         self._refuse_if_lost()
-        plan, clock = self._plan, StageClock()
+        clock = StageClock()
         with self._noting_loss():
             with clock.stage(Step.CHECK):
-                check_channel_count(volume, plan.task)
+                check_channel_count(volume, self._plan.task)
                 arrays = device_arrays(self._device, volume)
-                if arrays is None:
-                    warnings = check_input(volume, plan.task, plan.preprocessing, plan.spacing_mm)
-                else:
-                    check_affine("volume", volume.affine)
-                    warnings = volume.warnings
+                rules = self._plan.rules
+                checked = (
+                    check_input(volume, rules) if arrays is None else _on_device(volume, rules)
+                )
+            warnings = (*self._plan.notes, *checked.warnings)
+            if checked.preprocessing.grid is not None:  # there is no kernel for it
+                return Staged(checked.volume, checked.preprocessing, warnings, clock)
             with clock.stage(Step.UPLOAD):
-                given: Any = arrays or volume.channels
+                given: Any = arrays or checked.volume.channels
                 sent = upload(self._device, given, self._transform(volume))
-        return CudaStaged(volume, warnings, clock, sent)
+        return CudaStaged(checked.volume, checked.preprocessing, warnings, clock, sent)
 
     def submit(
         self, staged: Staged, progress: Progress | None = None, on_device: bool = False
     ) -> Pending:
         """See `Pipeline.submit`. If memory runs out, the smallest batch is tried once."""
         self._refuse_if_lost()
-        assert isinstance(staged, CudaStaged), "it was staged by this pipeline"
+        if not isinstance(staged, CudaStaged):
+            return self._submit_resampled(staged, progress, on_device)
         with self._noting_loss(), self._device.active():
             self._workspace.reserve(staged.upload)
             try:
@@ -129,6 +158,20 @@ class CudaPipeline:
             if not self._workspace.shrink():
                 raise shortage
             return self._enqueue(staged, progress, on_device)
+
+    def _submit_resampled(
+        self, staged: Staged, progress: Progress | None, on_device: bool
+    ) -> Pending:
+        """Segment a volume that is resampled on the host; the engine runs on the device."""
+        if on_device:
+            raise ConfigError(
+                "labels stay on a GPU only for scans with the voxel size of the model",
+                "resample the scan, or leave {} out",
+                Setting("on_device", True),
+            )
+        host: Any = self._engine  # a device engine runs on host arrays too
+        with self._noting_loss():
+            return HostPipeline(host, self._plan).submit(staged, progress)
 
     def _enqueue(self, staged: CudaStaged, progress: Progress | None, on_device: bool) -> Pending:
         """Enqueue every step of a volume on the device."""

@@ -18,6 +18,7 @@ from attnseg.runtime.pipelines.base import (
     Staged,
     check_classes,
     label_values,
+    resampled_to_mm,
     volumes_ml,
 )
 from attnseg.runtime.pipelines.sliding_window import sliding_window
@@ -43,8 +44,9 @@ class HostPipeline:
         """See `Pipeline.stage`."""
         plan, clock = self._plan, StageClock()
         with clock.stage(Step.CHECK):
-            warnings = check_input(volume, plan.task, plan.preprocessing, plan.spacing_mm)
-        return Staged(volume, warnings, clock)
+            checked = check_input(volume, plan.rules)
+        warnings = (*plan.notes, *checked.warnings)
+        return Staged(checked.volume, checked.preprocessing, warnings, clock)
 
     def submit(
         self, staged: Staged, progress: Progress | None = None, on_device: bool = False
@@ -60,7 +62,7 @@ class HostPipeline:
     def _segment(self, staged: Staged, progress: Progress | None) -> Segmentation:
         plan, clock = self._plan, staged.clock
         with clock.stage(Step.PREPROCESS):
-            scan = preprocess(staged.volume, plan.preprocessing, plan.threads)
+            scan = preprocess(staged.volume, staged.preprocessing, plan.threads)
         classes, windows = self._classes(scan, clock, progress)
         with clock.stage(Step.CLEAN_UP):
             classes, removed = remove_small_components(classes, plan.min_voxels)
@@ -74,6 +76,7 @@ class HostPipeline:
             components_removed=removed,
             warnings=staged.warnings,
             engine=self.engine,
+            resampled_to_mm=resampled_to_mm(staged, plan.preprocessing),
         )
 
     def _classes(

@@ -1,20 +1,70 @@
-"""Validation of a volume before processing: errors for invalid, warnings for doubtful input."""
+"""Check of a volume before processing: errors for invalid, warnings for doubtful input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Volume, check_volume
-from attnseg.runtime.errors import ScanError, VolumeError
+from attnseg.runtime.errors import ScanError, Setting, VolumeError
+from attnseg.runtime.geometry import AxisTransform
+from attnseg.runtime.steps.background import clean_background
+from attnseg.runtime.steps.extremes import limit_extremes
 from attnseg.runtime.steps.foreground import background_value
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Task
 
-_SPACING_TOLERANCE = 0.05  # relative; a larger deviation is reported as a warning
+Resample = Literal["auto", "never"]
+"""Treatment of scans whose voxel size is not the model's: resample or refuse them."""
+
+_SPACING_TOLERANCE = 0.05  # relative; beyond it a scan is resampled
+_LARGEST_FACTOR = 20.0  # between the voxel sizes of scan and model
+_FEWEST_VOXELS = 5  # along an axis
 _FULL = 0.9  # fraction of non-zero voxels above which a background of 0 is unlikely
+_WHICH_FILE = "check that the right file was given"
+
+
+@dataclass(frozen=True)
+class InputRules:
+    """Requirements of a model on its input.
+
+    Attributes:
+        task: Task of the model.
+        preprocessing: Preprocessing of the model.
+        spacing_mm: Voxel size of the training data along X, Y and Z.
+        foreground_ml: Largest foreground of the training cases, whose background was 0; None if
+            their background is unknown.
+        resample: Treatment of scans with another voxel size.
+        strict: Whether warnings are errors.
+    """
+
+    task: Task
+    preprocessing: Preprocessing
+    spacing_mm: tuple[float, float, float]
+    foreground_ml: float | None = None
+    resample: Resample = "auto"
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A checked volume.
+
+    Attributes:
+        volume: The volume, without dust in its background and without extreme values.
+        preprocessing: Preprocessing of this volume, with a grid if it is to be resampled.
+        warnings: Warnings for readers of the result.
+    """
+
+    volume: Volume
+    preprocessing: Preprocessing
+    warnings: tuple[str, ...]
 
 
 def check_channel_count(volume: Volume, task: Task) -> None:
@@ -25,77 +75,140 @@ def check_channel_count(volume: Volume, task: Task) -> None:
         )
 
 
-def check_input(
-    volume: Volume, task: Task, preprocessing: Preprocessing, spacing_mm: Sequence[float]
-) -> tuple[str, ...]:
-    """Check a volume in host memory against the input requirements of a model.
-
-    Args:
-        volume: Channels in the model's order.
-        task: Task of the model.
-        preprocessing: Preprocessing of the model.
-        spacing_mm: Voxel size of the training data along X, Y and Z.
-
-    Returns:
-        Warnings for readers of the result.
+def check_input(volume: Volume, rules: InputRules) -> Checked:
+    """Check a volume in host memory against the requirements of a model.
 
     Raises:
         ScanError: The number of channels is wrong.
-        VolumeError: The channels are not finite arrays of one 3-D shape, a channel has a non-zero
-            background where the model requires 0, or two channels are equal.
+        VolumeError: The channels are not finite arrays of one 3-D shape; the volume is too small or
+            has an implausible voxel size; a channel is constant, has a background that is not 0 or
+            contradicts the others; two channels are equal; or, if `rules` are strict, there is a
+            warning.
     """
-    check_channel_count(volume, task)
+    check_channel_count(volume, rules.task)
     check_volume(volume)
-    _check_background(volume, task, preprocessing)
-    _check_distinct(volume, task)
+    preprocessing, resampled = choose_grid(volume, rules)
+    cleaned, doubts = clean_channels(volume, rules)
+    warnings = (*volume.warnings, *resampled, *doubts)
+    check_strict(warnings, rules)
+    return Checked(cleaned, preprocessing, warnings)
+
+
+def check_strict(warnings: Sequence[str], rules: InputRules) -> None:
+    """Raise `VolumeError` if there is a warning and the rules are strict."""
+    if warnings and rules.strict:
+        more = f" (and {len(warnings) - 1} more warnings)" if warnings[1:] else ""
+        raise VolumeError(
+            f"{warnings[0]}{more}", "mend the scan, or leave {} out", Setting("strict")
+        )
+
+
+def choose_grid(volume: Volume, rules: InputRules) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Preprocessing with the grid of a volume, and a warning if the volume is resampled for it.
+
+    Raises:
+        VolumeError: Size or voxel size are implausible, or resampling is needed but not allowed.
+    """
+    preprocessing = rules.preprocessing
+    if min(volume.shape) < _FEWEST_VOXELS:
+        raise VolumeError(
+            f"the volume has {_times(volume.shape)} voxels, at least {_FEWEST_VOXELS} are needed "
+            "along each axis",
+            "give the whole scan",
+        )
+    turn = AxisTransform.between(volume.orientation, preprocessing.orientation)
+    spacing = np.array([volume.spacing_mm[axis] for axis in turn.axes])
+    wanted = np.array(rules.spacing_mm)
+    said = f"spacing is {_times(spacing)} mm, the model was trained at {_times(wanted)} mm"
+    factor = float(np.exp(np.abs(np.log(spacing / wanted)).max()))
+    if not factor <= _LARGEST_FACTOR:
+        raise VolumeError(
+            f"{said}, which differs by a factor of {factor:.3g}", "repair spacing or unit"
+        )
+    if np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
+        return preprocessing, ()
+    if preprocessing.grid is not None:  # a fixed shape does not change with the voxel size
+        return preprocessing, (f"{said}: results may be poor",) if preprocessing.grid.shape else ()
+    if rules.resample == "never":
+        raise VolumeError(said, "resample the scan, or leave {} out", Setting("resample"))
+    warning = f"{said}: the scan was resampled, and the result may be poorer"
+    return replace(preprocessing, grid=Grid(spacing_mm=rules.spacing_mm)), (warning,)
+
+
+def _times(values: Sequence[float] | NDArray[Any]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def channel_labels(volume: Volume, task: Task) -> list[str]:
+    """Name of each channel, with its file if known, for messages."""
+    files = volume.files or ("",) * len(volume.channels)
+    pairs = zip(task.channel_names, files, strict=True)
+    return [f"{name} ({file})" if file else name for name, file in pairs]
+
+
+def clean_channels(volume: Volume, rules: InputRules) -> tuple[Volume, tuple[str, ...]]:
+    """Check the intensities of a volume; extreme values are limited, and dust is cut to 0.
+
+    Returns:
+        The volume and warnings for readers of the result.
+
+    Raises:
+        VolumeError: See `check_input`.
+    """
+    names = channel_labels(volume, rules.task)
+    channels: list[NDArray[Any]] = list(volume.channels)
+    warnings: list[str] = []
+    for index, (name, channel) in enumerate(zip(names, channels, strict=True)):
+        _check_varies(name, channel)
+        channels[index], limited = limit_extremes(name, channel)
+        warnings += limited
+    warnings += _check_background(channels, names, volume, rules)
+    _check_distinct(channels, names)
+    return replace(volume, channels=channels), tuple(warnings)
+
+
+def _check_background(
+    channels: list[NDArray[Any]], names: Sequence[str], volume: Volume, rules: InputRules
+) -> tuple[str, ...]:
+    """Replace channels with dust by cleaned ones, and return warnings."""
+    schemes = rules.preprocessing.normalisation
+    if any(scheme.foreground != "nonzero" for scheme in schemes):
+        return ()
+    if rules.foreground_ml is not None:
+        cleaned = clean_background(channels, names, volume.voxel_ml, rules.foreground_ml)
+        channels[:] = cleaned.channels
+        return cleaned.warnings
+    for name, channel in zip(names, channels, strict=True):
+        value = background_value(channel)
+        if value != 0:
+            raise VolumeError(
+                f"{name}: its background is {value:g}, the model takes 0 there",
+                "set the voxels of the background to 0",
+            )
+    share = np.count_nonzero(channels[0]) / channels[0].size
+    if share <= _FULL:
+        return ()
     return (
-        *volume.warnings,
-        *_spacing_warnings(volume, preprocessing, spacing_mm),
-        *_background_warnings(volume, preprocessing),
+        f"{share:.0%} of the voxels are not 0: the model takes a background of 0, and the result "
+        "is likely wrong",
     )
 
 
-def _check_background(volume: Volume, task: Task, preprocessing: Preprocessing) -> None:
-    schemes = preprocessing.normalisation
-    for name, scheme, channel in zip(task.channel_names, schemes, volume.channels, strict=True):
-        value = background_value(channel)
-        if scheme.foreground == "nonzero" and value != 0:
-            raise VolumeError(
-                f"{name}: its background is {value:g}, the model takes 0 there",
-                "set the voxels outside the brain to 0",
-            )
+def _check_varies(name: str, channel: NDArray[Any]) -> None:
+    """Raise `VolumeError` if a channel holds a single value, apart from 0."""
+    for values in (channel[::4, ::4, ::4], channel):  # a few voxels settle it most times
+        found = values[values != 0]
+        if found.size and found.min() != found.max():
+            return
+    if not found.size:
+        raise VolumeError(f"{name}: holds only zeros", _WHICH_FILE)
+    raise VolumeError(f"{name}: is constant ({float(found[0]):g})", _WHICH_FILE)
 
 
-def _check_distinct(volume: Volume, task: Task) -> None:
-    middle = volume.shape[0] // 2
-    named = zip(task.channel_names, volume.channels, strict=True)
-    for (a, first), (b, second) in combinations(named, 2):
+def _check_distinct(channels: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
+    middle = channels[0].shape[0] // 2
+    for (a, first), (b, second) in combinations(zip(names, channels, strict=True), 2):
         if not np.array_equal(first[middle], second[middle]):
-            continue  # fast path: one differing slice settles it
-        if np.array_equal(first, second) and first.any():
+            continue  # one differing slice settles it
+        if np.array_equal(first, second):
             raise VolumeError(f"{a} and {b} hold the same voxels", "check which file is which")
-
-
-def _spacing_warnings(
-    volume: Volume, preprocessing: Preprocessing, spacing_mm: Sequence[float]
-) -> list[str]:
-    grid, wanted = preprocessing.grid, np.array(spacing_mm)
-    spacing = np.array(volume.oriented(preprocessing.orientation).spacing_mm)
-    resampled = grid is not None and grid.spacing_mm is not None
-    if resampled or np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
-        return []
-    got, want = (" x ".join(f"{v:g}" for v in s.round(3)) for s in (spacing, wanted))
-    return [
-        f"spacing is {got} mm, the model was trained at {want} mm: results may be poor; "
-        "resample the scan first"
-    ]
-
-
-def _background_warnings(volume: Volume, preprocessing: Preprocessing) -> list[str]:
-    share = np.count_nonzero(volume.channels[0]) / volume.channels[0].size
-    if preprocessing.crop == "all" or share <= _FULL:
-        return []
-    return [
-        f"{share:.0%} of the voxels are not 0: the model takes skull-stripped scans with "
-        "a background of 0, and the result is likely wrong"
-    ]

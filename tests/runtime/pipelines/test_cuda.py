@@ -21,7 +21,13 @@ from attnseg.runtime.cuda.statistics import statistics_bytes
 from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.engines.onnxruntime import OnnxSession
-from attnseg.runtime.errors import BundleError, EngineError, OutOfMemoryError, VolumeError
+from attnseg.runtime.errors import (
+    BundleError,
+    ConfigError,
+    EngineError,
+    OutOfMemoryError,
+    VolumeError,
+)
 from attnseg.runtime.model.manifest import Inference, ModelRecord
 from attnseg.runtime.options import Plan, resolve
 from attnseg.runtime.pipelines.base import Segmentation
@@ -252,7 +258,7 @@ def test_the_shipped_model_finds_the_same_in_whole_cases(
 
 @pytest.mark.parametrize("kind", [np.int16, np.float32])
 @pytest.mark.parametrize(
-    ("change", "message"), [(0, "channel 2 holds only zeros"), (7, "channel 2 is constant .7.")]
+    ("change", "message"), [(0, "t1ce: holds only zeros"), (7, "t1ce: is constant .7.")]
 )
 def test_a_channel_without_content_is_refused(
     device: Device, volume: Volume, change: int, message: str, kind: Any
@@ -262,11 +268,51 @@ def test_a_channel_without_content_is_refused(
     segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(device, LINEAR))
     with pytest.raises(VolumeError, match=message):
         segmenter.segment(Volume(channels, volume.affine))
-    empty = [channels[1] * kind(0)] * 4
-    with pytest.raises(VolumeError, match="all voxels of all channels are zero"):
-        segmenter.segment(Volume(empty, volume.affine))
     result, expected = both(Through(device, LINEAR), LINEAR, volume, SegmentOptions())
     np.testing.assert_array_equal(result.labels, expected.labels)  # usable after a failure
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize(
+    ("change", "message"), [(0, "channel 2 holds only zeros"), (7, "channel 2 is constant .7.")]
+)
+def test_a_channel_without_content_on_the_device_is_refused(
+    host: HostDevice, volume: Volume, change: int, message: str, kind: Any
+) -> None:
+    channels = [np.array(c, kind) for c in volume.channels]
+    channels[1] = ((channels[1] > 0) * change).astype(kind)
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+
+    def segment(arrays: list[np.ndarray]) -> None:
+        elsewhere: Any = [Elsewhere(array) for array in arrays]
+        segmenter.segment(Volume(elsewhere, volume.affine))
+
+    with pytest.raises(VolumeError, match=message):
+        segment(channels)
+    with pytest.raises(VolumeError, match="all voxels of all channels are zero"):
+        segment([channels[1] * kind(0)] * 4)
+
+
+def test_a_scan_of_another_voxel_size_takes_the_host_steps(device: Device, volume: Volume) -> None:
+    thick = Volume([c[:, :, ::2] for c in volume.channels], volume.affine @ np.diag([1, 1, 2, 1]))
+    engine = Through(device, LINEAR)
+    result, expected = (
+        Segmenter(BUNDLE, SegmentOptions(), own).segment(thick) for own in (engine, LINEAR)
+    )
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    assert result.resampled_to_mm == expected.resampled_to_mm == (1, 1, 1)
+    assert result.warnings == expected.warnings
+    with pytest.raises(
+        ConfigError, match="labels stay on a GPU only for scans with the voxel size"
+    ):
+        Segmenter(BUNDLE, SegmentOptions(), engine).segment(thick, on_device=True)
+
+
+def test_arrays_on_a_device_are_not_resampled(host: HostDevice, volume: Volume) -> None:
+    elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+    segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+    with pytest.raises(VolumeError, match="spacing is 1 x 1 x 2 mm"):
+        segmenter.segment(Volume(elsewhere, volume.affine @ np.diag([1, 1, 2, 1])))
 
 
 def test_logits_that_are_not_finite_are_refused(device: Device, volume: Volume) -> None:

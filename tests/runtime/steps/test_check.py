@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnseg import Volume
+from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.steps.check import InputRules, check_input
+from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
+from attnseg.synthetic import SyntheticCase
+from tests.conftest import PLAIN
+
+TASK = Task(BRATS_CHANNELS, (Label("background", 0), Label("tumour", 1)), {"WT": (1,)}, ("t1",))
+RULES = InputRules(TASK, PLAIN, (1.0, 1.0, 1.0), foreground_ml=1700)
+UNKNOWN = replace(RULES, foreground_ml=None)
+"""Rules of a model whose training data are unknown."""
+
+
+@pytest.fixture
+def volume(small_synthetic: SyntheticCase) -> Volume:
+    return Volume(small_synthetic.images, small_synthetic.affine)
+
+
+def spaced(volume: Volume, *spacing_mm: float) -> Volume:
+    return replace(volume, affine=volume.affine @ np.diag([*spacing_mm, 1.0]))
+
+
+@pytest.mark.parametrize("spacing_mm", [(1e-3, 1e-3, 1e-3), (1, 1, 21), (0.04, 1, 1)])
+def test_an_implausible_spacing_is_refused(
+    volume: Volume, spacing_mm: tuple[float, float, float]
+) -> None:
+    with pytest.raises(VolumeError, match=r"differs by a factor of .*; repair spacing or unit"):
+        check_input(spaced(volume, *spacing_mm), RULES)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (80, 88, 1), (80, 88, 4), (80, 88)])
+@pytest.mark.parametrize("rules", [RULES, UNKNOWN])
+def test_a_volume_of_a_few_slices_is_refused(shape: tuple[int, ...], rules: InputRules) -> None:
+    channels: Any = np.random.default_rng(0).integers(1, 99, (4, *shape))
+    with pytest.raises(VolumeError, match=r"at least 5 are needed along each|expected a 3-D array"):
+        check_input(Volume(list(channels), np.eye(4)), rules)
+
+
+def test_a_channel_and_its_file_are_named(volume: Volume) -> None:
+    channels = [np.array(c) for c in volume.channels]
+    channels[2] = (channels[2] > 0).astype(np.int16) * 5
+    files = ("a_t1.nii", "a_t1ce.nii", "a_t2.nii", "a_flair.nii")
+    with pytest.raises(VolumeError, match=r"^t2 \(a_t2\.nii\): is constant \(5\)"):
+        check_input(Volume(channels, volume.affine, files=files), RULES)
+    with pytest.raises(VolumeError, match=r"^t2: is constant \(5\)"):
+        check_input(Volume(channels, volume.affine), UNKNOWN)
+
+
+def test_strict_rules_make_warnings_errors(volume: Volume) -> None:
+    thick = spaced(volume, 1, 1, 2)
+    assert "the scan was resampled" in check_input(thick, RULES).warnings[0]
+    with pytest.raises(VolumeError, match=r"the scan was resampled.*leave strict out"):
+        check_input(thick, replace(RULES, strict=True))
+    assert check_input(volume, replace(RULES, strict=True)).warnings == ()
+
+
+def test_a_model_of_unknown_data_warns_of_a_full_volume_and_cuts_nothing(volume: Volume) -> None:
+    noise = np.random.default_rng(0).integers(1, 4, volume.shape)
+    noisy = replace(volume, channels=[np.where(c == 0, noise, c) for c in volume.channels])
+    found = check_input(noisy, UNKNOWN)
+    assert "100% of the voxels are not 0" in found.warnings[0]
+    for channel, given in zip(found.volume.channels, noisy.channels, strict=True):
+        np.testing.assert_array_equal(channel, given)
+    constant = replace(volume, channels=[np.asarray(c) - 1000 for c in volume.channels])
+    with pytest.raises(VolumeError, match="t1: its background is -1000, the model takes 0 there"):
+        check_input(constant, UNKNOWN)
