@@ -119,8 +119,15 @@ def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: 
         cells = [f"{volumes[r]:.1f}" if r in volumes else "" for r in regions]
         elapsed_ms = sum(result.report.get("elapsed_ms", {}).values())
         time_s = f"{elapsed_ms / 1000:.1f}" if result.status == "done" else ""
-        rows.append((result.name, result.status, *cells, time_s))
-    print_table(("case", "result", *(f"{r} ml" for r in regions), "s"), rows, numbers_from=2)
+        warned = len(result.report.get("warnings", ()))
+        rows.append((result.name, result.status, *cells, time_s, str(warned or "")))
+    header = ("case", "result", *(f"{region} ml" for region in regions), "s", "warnings")
+    print_table(header, rows, numbers_from=2)
+    doubtful = sum(bool(result.report.get("warnings")) for result in results)
+    if doubtful:
+        console().print(
+            f"{doubtful} of {len(results)} cases have warnings; see above and pictures."
+        )
     good = any(result.status != "failed" for result in results)
     where = f"Results in {output}" if good else "No results."
     console().print(

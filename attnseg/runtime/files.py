@@ -17,13 +17,17 @@ from typing import IO
 PARTIAL = ".part"
 """Suffix of incomplete files."""
 
+_RANDOM_BYTES = 8
+LONGEST_NAME = 255 - len(f"..{PARTIAL}") - 2 * _RANDOM_BYTES
+"""Longest name of a file that can be written, in bytes; temporary names may have 255."""
+
 Content = bytes | Callable[[IO[bytes]], object]
 """Content of a file, or a function that writes it to a stream."""
 
 
 def _temporary_beside(target: Path) -> Path:
     """An unpredictable file name in the folder of `target`."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{PARTIAL}")
+    return target.with_name(f".{target.name}.{secrets.token_hex(_RANDOM_BYTES)}{PARTIAL}")
 
 
 def _write_temporary(target: Path, content: Content) -> Path:

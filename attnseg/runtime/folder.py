@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from attnseg.runtime.case.nifti import encode_labels, read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import AttnsegError, OutputError
+from attnseg.runtime.files import LONGEST_NAME
 from attnseg.runtime.pipelines.base import Pending, Staged
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.results.picture import render_picture
@@ -66,11 +67,20 @@ def _load(case: Case, segmenter: Segmenter) -> _Loaded:
 
 
 def _check_output(case: Case, output: Path) -> None:
-    """Reject the scan's own folder, where `CASE_seg.nii.gz` is the name of expert labels."""
+    """Reject the scan's own folder, where `CASE_seg.nii.gz` is the name of expert labels.
+
+    A name that is too long for a result is also rejected, before any work.
+    """
     if case.folder.resolve() == output.resolve():
         raise OutputError(
             f"{output}: is the folder of case {case.name}, whose label file could be overwritten",
             "choose another output folder",
+        )
+    longest = max(len(name.encode()) for name in output_names(case.name).values())
+    if longest > LONGEST_NAME:
+        raise OutputError(
+            f"the name of the case is {len(case.name.encode())} bytes long, too long for a result",
+            f"shorten the names of its files by {longest - LONGEST_NAME} bytes",
         )
 
 
@@ -86,7 +96,13 @@ def _finish(
     with clock.stage("encode"):
         labels = encode_labels(result.labels, volume)
     with clock.stage("picture"):
-        picture = render_picture(volume, result.labels, segmenter.bundle.manifest, case.name)
+        picture = render_picture(
+            volume,
+            result.labels,
+            segmenter.bundle.manifest,
+            case.name,
+            warnings=result.warnings,
+        )
     timed = replace(result, elapsed_ms=clock.elapsed_ms)
     provenance = Provenance(segmenter.bundle, result.engine, segmenter.plan.settings())
     report = make_report(case, volume, timed, provenance, labels)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -214,7 +216,7 @@ def test_labels_of_unknown_origin_are_not_overwritten(
 def test_an_error_that_nobody_foresaw_fails_one_case(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("surprise")
 
     monkeypatch.setattr(folder, "render_picture", fail)
@@ -352,3 +354,45 @@ def test_a_gpu_that_is_lost_fails_its_case_and_the_rest_go_on_where_it_was_said(
         assert all("not tried, as the GPU failed" in r.note for r in results[2:])
     written = sorted(f.stem for f in (tmp_path / "out").glob("*.json"))
     assert written == [name for name, status in states if status == "done"]
+
+
+def test_a_name_too_long_for_a_result_is_found_before_any_work(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = find_cases(small_scan).cases
+    long = replace(case, name="x" * 222)  # and 11 for the ending, and 23 for a temporary name
+    monkeypatch.setattr(segmenter, "submit", None)
+    (tmp_path / "out").mkdir()
+    (result,) = segment_folder([long], segmenter, tmp_path / "out", Listener())
+    assert result.note.startswith("the name of the case is 222 bytes long, too long for a result;")
+    assert "by 1 bytes" in result.note
+    monkeypatch.undo()
+    (result,) = segment_folder(
+        [replace(case, name="x" * 221)], segmenter, tmp_path / "out", Listener()
+    )
+    assert result.status == "done"
+
+
+def test_the_warnings_of_a_case_are_in_its_report_and_picture(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = find_cases(small_scan).cases
+    for file in case.files:
+        image = nib.load(file)
+        thick = nib.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([1, 1, 1.5, 1]))
+        nib.save(thick, file)
+    drawn: list[tuple[str, ...]] = []
+    draw = folder.render_picture
+
+    def spy(*args: Any, **given: Any) -> bytes:
+        drawn.append(given["warnings"])
+        return draw(*args, **given)
+
+    monkeypatch.setattr(folder, "render_picture", spy)
+    (result,) = run(small_scan, tmp_path / "out", segmenter)
+    (warning,) = result.report["warnings"]
+    assert warning.startswith("spacing is 1 x 1 x 1.5 mm")
+    assert drawn == [(warning,)]
+    assert result.report["resampled_to_mm"] == [1, 1, 1]
+    written = datetime.fromisoformat(result.report["written"])
+    assert timedelta(0) <= datetime.now(UTC) - written < timedelta(minutes=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def make_report(
     return {
         "case": case.name,
         "attnseg": __version__,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "intended_use": provenance.bundle.manifest.intended_use,
         **provenance.to_dict(),
         "inputs": _inputs(case, volume.sha256, provenance.bundle),
@@ -126,6 +128,7 @@ def make_report(
         "shape": list(volume.shape),
         "spacing_mm": [round(s, 6) for s in volume.spacing_mm],
         "orientation": volume.orientation,
+        "resampled_to_mm": list(result.resampled_to_mm) if result.resampled_to_mm else None,
         "volumes_ml": result.volumes_ml,
         "windows_per_pass": result.windows,
         "components_removed": result.components_removed,
