@@ -16,6 +16,7 @@ from attnseg.runtime.engines.select import Candidate, EngineRequest, candidates
 from attnseg.runtime.errors import AttnsegError, EngineError
 from attnseg.runtime.extras import MODULES, install, missing, version_of
 from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.verdict import over_budget
 from attnseg.runtime.options import available_threads
 
 _LIBRARIES = (
@@ -83,7 +84,9 @@ def _engine(candidate: Candidate, bundle: Bundle) -> Finding:
     except AttnsegError as error:
         return Finding(_subject(candidate), False, error.detached())
     info = engine.info
-    return Finding(_subject(candidate), True, f"{info.version}, runs the model in {info.precision}")
+    state = f"{info.version}, runs the model in {info.precision}"
+    verdict = over_budget(bundle, info.name)
+    return Finding(_subject(candidate), True, f"{state}; {verdict}" if verdict else state)
 
 
 def _engines(bundle: Bundle | None) -> list[Finding]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from attnseg.runtime.extras import install
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import FileEntry
+from attnseg.runtime.model.verdict import read_verdicts
 
 FILES_HEADER = ("file", "role", "precision", "for", "MB", "sha256")
 _SHORT = 12  # digits of a checksum that are shown
@@ -21,10 +22,12 @@ class Contents:
 
     Attributes:
         files: One row per file, with the columns of `FILES_HEADER`.
+        verdicts: One line per engine and precision that the parity gate measured.
         layers: One line per graph: number of nodes by operator and output data type.
     """
 
     files: list[tuple[str, ...]]
+    verdicts: list[str]
     layers: list[str]
 
 
@@ -67,6 +70,7 @@ def inspect_bundle(bundle: Bundle) -> Contents:
         for name, entry in entries.items()
     ]
     graphs = [bundle.folder / name for name, entry in entries.items() if entry.role == "onnx"]
+    verdicts = [str(verdict) for verdict in read_verdicts(bundle)]
     if importlib.util.find_spec("onnx") is None:
-        return Contents(files, [f"layers: need onnx; {install('export')}"])
-    return Contents(files, [_layers(graph) for graph in graphs])
+        return Contents(files, verdicts, [f"layers: need onnx; {install('export')}"])
+    return Contents(files, verdicts, [_layers(graph) for graph in graphs])

@@ -202,5 +202,5 @@ def inspect(folder: Path) -> None:
     click.echo(f"{manifest.intended_use}; made with {manifest.created_with}")
     click.echo(f"sha256 {bundle.sha256}")
     print_table(FILES_HEADER, found.files, numbers_from=len(FILES_HEADER))
-    for line in found.layers:
+    for line in (*found.verdicts, *found.layers):
         click.echo(line)

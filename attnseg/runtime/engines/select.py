@@ -25,6 +25,7 @@ from attnseg.runtime.geometry import Shape
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import FileEntry
+from attnseg.runtime.model.verdict import over_budget
 
 GPU_ENGINES = {
     "tensorrt": ("fp16", "int8", "fp32"),
@@ -209,6 +210,8 @@ def _onnxruntime_cuda(
 
 def _processor(bundle: Bundle, name: str, request: EngineRequest) -> Candidate:
     precision, threads = request.precision, request.threads
+    if precision == "auto" and over_budget(bundle, name):
+        precision = "fp32"
     has_int8 = bundle.has("onnx", "int8")
     file = bundle.file("onnx", "int8" if precision == "int8" and has_int8 else "fp32")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnseg.runtime.engines.base import Engine
+from attnseg.runtime.engines.base import Engine, EngineInfo
 from attnseg.runtime.engines.select import (
     GPU_ENGINES,
     EngineRequest,
@@ -19,6 +19,7 @@ from attnseg.runtime.engines.select import (
 )
 from attnseg.runtime.errors import ConfigError, EngineError, Setting
 from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.verdict import over_budget
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.base import Pipeline, check_classes
 from attnseg.runtime.pipelines.host import HostPipeline
@@ -41,6 +42,22 @@ class Opened:
 def _on_cpu(request: EngineRequest) -> EngineRequest:
     """The request for the CPU, without engine, precision and limit, which were for the GPU."""
     return replace(request, engine="auto", precision="auto", device="cpu", max_memory_bytes=None)
+
+
+def _noted(plan: Plan, bundle: Bundle, engine: EngineInfo) -> Plan:
+    """The plan with a warning for every result if the engine drifted over the parity budget.
+
+    Raises:
+        ConfigError: It did, and the plan is strict.
+    """
+    verdict = over_budget(bundle, engine.name, engine.precision)
+    if verdict is None:
+        return plan
+    if plan.rules.strict:
+        raise ConfigError(
+            f"{verdict}", "leave {} or {} out", Setting("precision"), Setting("strict")
+        )
+    return replace(plan, notes=(f"{verdict}",))
 
 
 def _pipeline(engine: Engine, plan: Plan, open_second: Callable[[], Pipeline]) -> Pipeline:
@@ -78,14 +95,15 @@ def open_pipeline(bundle: Bundle, plan: Plan, engine: Engine | None = None) -> O
         engine: Engine that runs the network; None for the one that the plan requests.
 
     Raises:
-        ConfigError: The plan limits the memory of a GPU, and the model runs on the CPU.
+        ConfigError: The plan limits the memory of a GPU, and the model runs on the CPU; or it is
+            strict, and the requested precision is over the parity budget.
         BundleError: The network's classes are not those of the manifest.
         EngineError: No engine is installed, or the requested one cannot run the model.
     """
 
     def on_cpu() -> Pipeline:
         selected = select_engine(bundle, _on_cpu(plan.engine))
-        return HostPipeline(selected.engine, plan)
+        return HostPipeline(selected.engine, _noted(plan, bundle, selected.engine.info))
 
     if engine is not None:
         return Opened(_pipeline(engine, plan, on_cpu))
@@ -99,5 +117,6 @@ def open_pipeline(bundle: Bundle, plan: Plan, engine: Engine | None = None) -> O
     else:
         prebuilt = tuple(r for r in selected.refusals if r.prebuilt)
         refusals = () if selected.candidate.prebuilt else prebuilt
-        return Opened(_pipeline(selected.engine, plan, on_cpu), refusals)
+        noted = _noted(plan, bundle, selected.engine.info)
+        return Opened(_pipeline(selected.engine, noted, on_cpu), refusals)
     return Opened(on_cpu(), (refused,))
