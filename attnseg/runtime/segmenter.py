@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from attnseg.runtime.case.volume import Volume
@@ -16,8 +17,9 @@ from attnseg.runtime.results.provenance import Provenance
 class Segmenter:
     """Segments volumes with one bundle. Opening is slow; reuse a segmenter for many volumes.
 
-    Not thread-safe; use one segmenter per thread. Only `stage` and `Pending.result` may run in
-    other threads, so that upload, segmentation and download of consecutive volumes overlap.
+    May be called from several threads: volumes are segmented one after the other, while `stage` and
+    `Pending.result` run concurrently, so that upload, segmentation and download of consecutive
+    volumes overlap.
 
     Attributes:
         bundle: Bundle of the model.
@@ -54,6 +56,7 @@ class Segmenter:
         self.plan: Plan = resolve(options or SegmentOptions(), bundle.manifest)
         opened = open_pipeline(bundle, self.plan, engine)
         self._pipeline, self.refusals = opened.pipeline, opened.refusals
+        self._one_at_a_time = threading.Lock()
 
     @property
     def engine(self) -> EngineInfo:
@@ -88,7 +91,8 @@ class Segmenter:
         Raises:
             ConfigError, VolumeError, BundleError, EngineError: See `segment`.
         """
-        return self._pipeline.submit(staged, progress, on_device)
+        with self._one_at_a_time:  # an engine has one set of buffers
+            return self._pipeline.submit(staged, progress, on_device)
 
     def segment(
         self, volume: Volume, progress: Progress | None = None, on_device: bool = False
