@@ -11,7 +11,7 @@ import pytest
 from attnseg import Bundle, Segmenter, SegmentOptions
 from attnseg.evaluation.metrics import region_dice
 from attnseg.runtime.case.nifti import read_volume
-from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases, find_siblings
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ def labels(cases: list[Case]) -> dict[str, np.ndarray]:
 
 
 def truth_of(case: Case) -> np.ndarray:
-    file = case.sibling(LABEL_SUFFIXES)
-    assert file is not None
+    (file,) = find_siblings([case], LABEL_SUFFIXES)[case.name]
     return np.asarray(nib.load(file).dataobj)
 
 

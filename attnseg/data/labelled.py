@@ -7,7 +7,7 @@ channels (BraTS 2018 to 2023), and the `dataset.json` of the Medical Segmentatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from attnseg.data.decathlon import DATASET_JSON, read_decathlon
 from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_labels
-from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases, find_siblings
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError, Setting, TrainingError
 
@@ -75,14 +75,24 @@ def find_labelled_cases(root: Path) -> LabelledScans:
     scans = find_cases(root, BRATS.task.channels)
     faults: dict[str, AttnsegError] = dict(scans.problems)
     labelled = {}
+    found = find_siblings(scans.cases, LABEL_SUFFIXES)
     for case in scans.cases:
-        label = case.sibling(LABEL_SUFFIXES)
-        if label is None:
-            cause = f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz)"
-            faults[case.name] = TrainingError(cause, *_LEAVE_OUT)
+        labels = found[case.name]
+        if len(labels) == 1:
+            labelled[case.name] = LabelledCase(case, labels[0])
         else:
-            labelled[case.name] = LabelledCase(case, label)
+            faults[case.name] = _not_one_label(case, labels)
     return LabelledScans(BRATS, labelled, faults)
+
+
+def _not_one_label(case: Case, labels: Sequence[Path]) -> TrainingError:
+    if not labels:
+        cause = f"{case.folder}: case {case.name} has no label file (*_seg.nii.gz)"
+        return TrainingError(cause, *_LEAVE_OUT)
+    names = ", ".join(file.name for file in labels)
+    return TrainingError(
+        f"{case.folder}: case {case.name} has several label files ({names})", "keep one"
+    )
 
 
 def _find_decathlon(file: Path) -> LabelledScans:

@@ -63,6 +63,16 @@ def test_a_case_without_labels_is_named(tmp_path: Path) -> None:
         open_data_set(tmp_path, None, TrainConfig())
 
 
+def test_a_case_with_two_label_files_is_refused_with_both(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path, "small")
+    shutil.copy(folder / "small_seg.nii.gz", folder / "small-seg.nii.gz")
+    with pytest.raises(
+        TrainingError,
+        match=r"case small has several label files \(small-seg.nii.gz, small_seg.nii.gz\); keep one",
+    ):
+        open_data_set(tmp_path, None, TrainConfig())
+
+
 def test_of_many_unusable_cases_the_first_is_named_and_the_rest_counted(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         write_tiny(tmp_path, name)

@@ -34,7 +34,7 @@ from attnseg.evaluation.metrics import (
     sensitivity,
     specificity,
 )
-from attnseg.runtime.case.scans import LABEL_SUFFIXES, find_cases
+from attnseg.runtime.case.scans import LABEL_SUFFIXES, find_cases, find_siblings
 from attnseg.runtime.errors import TrainingError
 
 Voxel = tuple[int, int, int]
@@ -360,8 +360,9 @@ def test_scores_of_two_cases_are_medpys(integration_data: Path) -> None:
         lambda mask: ndimage.binary_erosion(mask, iterations=2),
         lambda mask: np.roll(mask, (9, -4, 2), (0, 1, 2)),
     )
-    files = [case.sibling(LABEL_SUFFIXES) for case in find_cases(integration_data).cases]
-    truths = [np.asarray(nib.load(file).dataobj) > 0 for file in files[:2] if file is not None]
+    labels = find_siblings(find_cases(integration_data).cases, LABEL_SUFFIXES)
+    files = [file for found in labels.values() for file in found]
+    truths = [np.asarray(nib.load(file).dataobj) > 0 for file in files[:2]]
     assert truths
     for truth, damage in zip(truths, damages, strict=False):
         prediction = damage(truth)

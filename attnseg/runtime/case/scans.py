@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -34,14 +34,6 @@ class Case:
     name: str
     folder: Path
     files: tuple[Path, ...]
-
-    def sibling(self, suffixes: Sequence[str]) -> Path | None:
-        """File of this case with one of `suffixes`, such as its label file; None if missing."""
-        for file in _nifti_files(self.folder):
-            prefix = _prefix(file, suffixes)
-            if prefix is not None and (prefix or self.folder.resolve().name) == self.name:
-                return file
-        return None
 
 
 @dataclass(frozen=True)
@@ -296,6 +288,31 @@ def _single_file(file: Path, channels: Sequence[Channel]) -> Case:
             *settings,
         )
     return explicit_case({channel.name: file for channel in channels}, channels)
+
+
+def find_siblings(cases: Collection[Case], suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """Find the files of each case with one of `suffixes`, such as its label files.
+
+    Each folder is listed once, however many cases it holds.
+
+    Returns:
+        Files by name of the case, sorted; an empty list for a case without such a file.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    listed = {folder: _siblings_in(folder, suffixes) for folder in {c.folder for c in cases}}
+    return {case.name: listed[case.folder].get(case.name, []) for case in cases}
+
+
+def _siblings_in(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """Files in `folder` with one of `suffixes`, by name of their case."""
+    found: dict[str, list[Path]] = {}
+    for file in _nifti_files(folder):
+        prefix = _prefix(file, suffixes)
+        if prefix is not None:
+            found.setdefault(prefix or folder.resolve().name, []).append(file)
+    return found
 
 
 def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Case:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attnseg.runtime.case.nifti import read_volume
-from attnseg.runtime.case.scans import find_cases, find_scans
+from attnseg.runtime.case.scans import find_cases, find_scans, find_siblings
 from attnseg.runtime.errors import ScanError
 from attnseg.runtime.task import BRATS_CHANNELS, Channel
 from tests.conftest import SaveImage
@@ -134,11 +135,35 @@ def test_another_model_brings_its_own_suffixes(tmp_path: Path) -> None:
     assert case.name == "liver_1"
 
 
-def test_a_sibling_is_found_by_its_suffix(tmp_path: Path) -> None:
+def test_siblings_are_found_by_their_suffix(tmp_path: Path) -> None:
     folder = touch(tmp_path / "a", "a", (*LAYOUTS["2018"][1], "_seg"))
-    (case,) = find_cases(tmp_path).cases
-    assert case.sibling(("_seg",)) == folder / "a_seg.nii.gz"
-    assert case.sibling(("_mask",)) is None
+    touch(tmp_path / "b", "", ("t1", "t1ce", "t2", "flair", "seg"))  # named by its folder
+    cases = find_cases(tmp_path).cases
+    assert find_siblings(cases, ("_seg",)) == {
+        "a": [folder / "a_seg.nii.gz"],
+        "b": [tmp_path / "b" / "seg.nii.gz"],
+    }
+    assert find_siblings(cases, ("_mask",)) == {"a": [], "b": []}
+
+
+def test_a_folder_of_many_cases_is_listed_once_for_their_siblings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(20):
+        touch(tmp_path, f"case{index}", (*LAYOUTS["2018"][1], "_seg"))
+    cases, listed = find_cases(tmp_path).cases, []
+    real = Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        listed.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = find_siblings(cases, ("_seg",))
+    assert {name: [f.name for f in files] for name, files in found.items()} == {
+        f"case{index}": [f"case{index}_seg.nii.gz"] for index in range(20)
+    }
+    assert listed == [tmp_path]
 
 
 def test_a_case_named_by_its_folder_keeps_the_name_from_inside_it(
