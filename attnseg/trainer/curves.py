@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from attnseg.runtime.files import write_file
 
@@ -30,6 +31,7 @@ def draw_curves(log: Path, picture: Path, title: str) -> None:
     losses.set(xlabel="epoch", ylabel="loss")
     scores.set(xlabel="epoch", ylabel="Dice on the validation cases", ylim=(0, 1))
     for axes in (losses, scores):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from attnseg.trainer.curves import draw_curves
@@ -22,6 +24,28 @@ def test_the_picture_has_a_line_per_loss_and_per_region(tmp_path: Path) -> None:
     assert {first, second} <= colours[0]
     assert first in colours[1] and second not in colours[1]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["curves.png", "log.csv"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
+def test_ticks_are_whole_epochs(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+
+    def savefig(figure: Figure, stream: BinaryIO, **options: Any) -> None:
+        drawn.append(figure)
+        real(figure, stream, **options)
+
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    rows = "".join(f"{epoch},0.9,1.0,0.1,1e-3,5\n" for epoch in range(1, count + 1))
+    (tmp_path / "log.csv").write_text(HEADER + rows)
+    draw_curves(tmp_path / "log.csv", tmp_path / "curves.png", "run")
+    for axes in drawn[0].axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
 
 
 def test_a_log_without_epochs_gives_no_picture(tmp_path: Path) -> None:
