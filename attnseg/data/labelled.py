@@ -1,8 +1,8 @@
 """Labelled cases: search in a folder, and checks before a long run.
 
 Two layouts are supported: cases as the runtime reads them, each with a label file beside its
-channels (BraTS 2018 to 2023), and the `dataset.json` of the Medical Segmentation Decathlon
-(Antonelli 2022), whose channels and labels define the task.
+channels (BraTS 2018 to 2023), and a `dataset.json` of the Medical Segmentation Decathlon
+(Antonelli 2022) or of nnU-Net, whose channels and labels define the task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from attnseg.data.decathlon import DATASET_JSON, read_decathlon
+from attnseg.data.dataset_json import DATASET_JSON, load_dataset_json
+from attnseg.data.decathlon import read_decathlon
+from attnseg.data.nnunet import is_nnunet, read_nnunet
 from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_labels
 from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases, find_siblings
@@ -71,7 +73,7 @@ def find_labelled_cases(root: Path) -> LabelledScans:
         TrainingError: The `dataset.json` is not valid.
     """
     if (root / DATASET_JSON).is_file():
-        return _find_decathlon(root / DATASET_JSON)
+        return _find_listed(root / DATASET_JSON)
     scans = find_cases(root, BRATS.task.channels)
     faults: dict[str, AttnsegError] = dict(scans.problems)
     labelled = {}
@@ -95,12 +97,14 @@ def _not_one_label(case: Case, labels: Sequence[Path]) -> TrainingError:
     )
 
 
-def _find_decathlon(file: Path) -> LabelledScans:
-    task, pairs = read_decathlon(file)
+def _find_listed(file: Path) -> LabelledScans:
+    """Find the cases of a `dataset.json`."""
+    read = read_nnunet if is_nnunet(load_dataset_json(file)) else read_decathlon
+    task, pairs = read(file)
     labelled: dict[str, LabelledCase] = {}
     faults: dict[str, AttnsegError] = {}
     for case, label in pairs:
-        missing = [f for f in (case.files[0], label) if not f.is_file()]
+        missing = [f for f in (*dict.fromkeys(case.files), label) if not f.is_file()]
         if missing:
             cause = f"{missing[0]}: does not exist, but {DATASET_JSON} names it"
             faults[case.name] = TrainingError(cause, *_LEAVE_OUT)
