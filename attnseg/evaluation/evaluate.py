@@ -200,24 +200,31 @@ def _paper_row(manifest: Manifest, structure: str) -> str:
     return f"{row.dice[structure]:.3f}, {row.hd95_mm[structure]:.1f} mm"
 
 
-def _summary(scoring: _Scoring, segmenter: Segmenter) -> str:
-    manifest, engine = segmenter.bundle.manifest, segmenter.engine
-    scores = scoring.scores
-    options = ", ".join(f"{name} {value}" for name, value in segmenter.plan.settings().items())
-    header = (*MEANS_HEADER, "paper")
-    rows = []
-    for structure in structures_of(manifest):
+def _table(scores: CaseScores, manifest: Manifest) -> str:
+    """Table of the scores, with the paper's values if it states any for this task and network."""
+    text, header, rows = "Mean ± standard deviation (median) over the cases.", [*MEANS_HEADER], []
+    papers = {structure: _paper_row(manifest, structure) for structure in structures_of(manifest)}
+    if any(papers.values()):
+        text += " The paper's values are for its own cases and training."
+        header.append("paper")
+    for structure, paper in papers.items():
         spreads = [
             _spread(column(scores, structure, name), 1 if name == "hd95_mm" else 3)
             for name in SCORES
         ]
-        rows.append((structure, *spreads, _paper_row(manifest, structure)))
+        rows.append([structure, *spreads, paper][: len(header)])
+    return f"{text}\n\n{markdown_table(header, rows)}"
+
+
+def _summary(scoring: _Scoring, segmenter: Segmenter) -> str:
+    manifest, engine = segmenter.bundle.manifest, segmenter.engine
+    scores = scoring.scores
+    options = ", ".join(f"{name} {value}" for name, value in segmenter.plan.settings().items())
     text = (
         f"# {manifest.name}: {len(scores)} cases\n\n"
         f"{manifest.intended_use}. Manifest {segmenter.bundle.sha256[:12]}, {engine.name} "
         f"{engine.version} {engine.precision}; {options}.\n\n"
-        "Mean ± standard deviation (median) over the cases. The paper's values are for its own "
-        "cases and training.\n\n" + markdown_table(header, rows) + "\n"
+        f"{_table(scores, manifest)}\n"
         "HD95 pools the surface distances of both directions. As in the BraTS evaluation, a "
         "structure absent from both result and truth scores Dice 1 and HD95 0 mm, one absent from "
         f"only one of them Dice 0 and HD95 {EMPTY_HD95_MM} mm. One such case shifts the mean HD95 "

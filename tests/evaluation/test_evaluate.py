@@ -230,6 +230,18 @@ def test_data_of_another_task_is_refused(cases: list[LabelledCase]) -> None:
         cases_to_evaluate(other, Bundle.default().manifest, "all")
 
 
+def test_the_summary_of_another_task_says_nothing_of_the_paper(
+    cases: list[LabelledCase], truth: Callable[[Volume], np.ndarray], tmp_path: Path
+) -> None:
+    segmenter = FakeSegmenter(truth)
+    manifest = segmenter.bundle.manifest
+    task = replace(manifest.task, regions={"whole": (1, 2, 4)})
+    segmenter.bundle = SimpleNamespace(manifest=replace(manifest, task=task), sha256="0" * 64)
+    text = evaluate(cases, segmenter, BRATS, tmp_path).summary
+    assert "| whole | 1.000" in text
+    assert "paper" not in text
+
+
 def test_the_box_plots_are_a_picture(cases, truth, tmp_path: Path) -> None:
     evaluate(cases, FakeSegmenter(truth), BRATS, tmp_path)
     image = Image.open(io.BytesIO((tmp_path / "boxes.png").read_bytes()))
