@@ -74,6 +74,7 @@ def evaluate(
     case failed.
     """
     require("attnseg evaluate", "train", ("matplotlib",))
+    from attnseg.data.decide import decide_labels
     from attnseg.data.labelled import find_labelled_cases
     from attnseg.evaluation.cases import cases_to_evaluate
     from attnseg.evaluation.evaluate import check_output
@@ -84,6 +85,8 @@ def evaluate(
     scans = find_labelled_cases(data)
     with _opened(model, SegmentOptions(**settings)) as segmenter:
         chosen = cases_to_evaluate(scans, segmenter.bundle.manifest, cases)
+        with case_progress(len(scans.cases)) as advance:
+            scans = decide_labels(scans, [case.name for case in chosen], advance)
         prepare_folder(output)
         with case_progress(len(chosen)) as advance:
             result = evaluate_cases(

@@ -7,7 +7,7 @@ channels (BraTS 2018 to 2023), and a `dataset.json` of the Medical Segmentation 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,14 @@ from attnseg.data.dataset_json import DATASET_JSON, load_dataset_json
 from attnseg.data.decathlon import read_decathlon
 from attnseg.data.nnunet import is_nnunet, read_nnunet
 from attnseg.data.task import BRATS, LabelledTask
+from attnseg.data.threads import in_threads
+from attnseg.data.values import distinct, some_values, whole_labels
 from attnseg.runtime.case.nifti import read_labels
 from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases, find_siblings
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError, Setting, TrainingError
 
-_LEAVE_OUT = ("add it, or leave the case out with a {}", Setting("split"))
+_LEAVE_OUT = ("add it, or leave the case out (in training, with {})", Setting("split"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class LabelledScans:
     cases: Mapping[str, LabelledCase]
     faults: Mapping[str, AttnsegError]
 
+    @property
+    def decision(self) -> str:
+        """What was decided about label values; empty before `decide_labels`, or if nothing was."""
+        return self.task.decision
+
     def refuse_faults(self, names: Iterable[str] | None = None) -> None:
         """Raise `TrainingError` if a case is unusable, among all cases or only `names`."""
         wanted = self.faults if names is None else set(names)
@@ -63,7 +70,7 @@ class LabelledScans:
 
 
 def find_labelled_cases(root: Path) -> LabelledScans:
-    """Find all cases below `root`, each with its label file.
+    """Find all cases below `root`, each with its label file. No image is read.
 
     Args:
         root: Folder of BraTS cases, or folder with a `dataset.json`.
@@ -113,22 +120,38 @@ def _find_listed(file: Path) -> LabelledScans:
     return LabelledScans(task, labelled, faults)
 
 
-def check_labels(cases: Iterable[LabelledCase], task: LabelledTask) -> None:
+def check_labels(
+    cases: Iterable[LabelledCase],
+    task: LabelledTask,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, frozenset[int]]:
     """Read every label file, to find errors before a long run.
+
+    Args:
+        cases: Cases to check.
+        task: Task of the cases.
+        progress: Function called with the name of each case that was read.
+
+    Returns:
+        Class indices in each case's labels, by name of the case.
 
     Raises:
         TrainingError: Label files are not usable; the message describes the first in full.
     """
-    faults: dict[str, AttnsegError] = {}
-    for labelled in cases:
+
+    def check(labelled: LabelledCase) -> frozenset[int] | AttnsegError:
         try:
-            read_classes(labelled, task)
+            return frozenset(distinct(read_classes(labelled, task).channels[0]))
         except (ScanError, TrainingError) as error:
-            faults[labelled.name] = error
+            return error.detached()
+
+    found = in_threads(check, {case.name: case for case in cases}, progress)
+    faults = {name: own for name, own in found.items() if isinstance(own, AttnsegError)}
     if faults:
         (_, first), *others = faults.items()
         more = f" (also unusable: {', '.join(name for name, _ in others)})" if others else ""
         raise TrainingError(first.cause + more, first.mend, *first.settings)
+    return {name: own for name, own in found.items() if not isinstance(own, AttnsegError)}
 
 
 def read_classes(labelled: LabelledCase, task: LabelledTask) -> Volume:
@@ -140,24 +163,18 @@ def read_classes(labelled: LabelledCase, task: LabelledTask) -> Volume:
     """
     path, files = labelled.label, labelled.case.files
     volume = read_labels(path, files[0], files.count(files[0]))
-    labels = volume.channels[0]
-    values = set(np.unique(labels).tolist())
+    labels = whole_labels(path, volume.channels[0])
+    values = set(distinct(labels))
     classes = task.class_of_label
     doubled = [a for a, value in task.aliases.items() if {a, value} <= values]
     if not values <= set(classes) or doubled:
         either = "".join(f" ({a} in place of {v}, not both)" for a, v in task.aliases.items())
         raise TrainingError(
-            f"{path}: holds labels {_some(values)}", f"expected {sorted(classes)}{either}"
+            f"{path}: holds labels {some_values(values)}", f"expected {sorted(classes)}{either}"
         )
     table = np.zeros(max(classes) + 1, np.uint8)
     table[list(classes)] = list(classes.values())
-    return replace(volume, channels=[table[labels.astype(np.intp)]])
-
-
-def _some(values: set[int]) -> str:
-    """First eight values as text: an image mistaken for labels has thousands."""
-    first = sorted(values)[:8]
-    return f"{first}" if len(values) == len(first) else f"{str(first)[:-1]}, ...]"
+    return replace(volume, channels=[table[labels]])
 
 
 def refuse_data_folder(data: Path, output: Path) -> None:

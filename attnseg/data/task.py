@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnseg.runtime.steps.foreground import Foreground
 from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
@@ -21,6 +21,7 @@ class LabelledTask:
         min_voxels: Smallest component of a class that the clean-up keeps, in voxels.
         foreground: Voxels over which the normalisation computes its statistics.
         description: Short description of a model for the task.
+        decision: What was decided about the label values of a data set; see `decide_labels`.
     """
 
     task: Task
@@ -30,6 +31,7 @@ class LabelledTask:
     min_voxels: int
     foreground: Foreground = "nonzero"
     description: str = ""
+    decision: str = field(default="", compare=False, repr=False)
 
     @property
     def class_of_label(self) -> dict[int, int]:
@@ -57,7 +59,7 @@ BRATS = LabelledTask(
         regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
         display=("flair", "t1ce"),
     ),
-    aliases={3: 4},  # BraTS wrote enhancing tumour as 4 until 2022 and as 3 since
+    aliases={3: 4},  # in either year's files; `decide_labels` chooses for a data set
     orientation="LPS",
     spacing_mm=(1.0, 1.0, 1.0),
     min_voxels=150,  # the paper, section 3.4

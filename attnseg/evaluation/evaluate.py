@@ -168,7 +168,7 @@ def evaluate(
         cause = f"no case could be evaluated: {first.cause}"
         raise TrainingError(cause, first.mend, *first.settings)
     title = f"{manifest.name}, {len(scores)} cases"
-    summary = _summary(scoring, segmenter)
+    summary = _summary(scoring, segmenter, task)
     if other is not None and against is not None:
         summary += compare(scores, other, against)
     (output / "worst").mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def _table(scores: CaseScores, manifest: Manifest) -> str:
     return f"{text}\n\n{markdown_table(header, rows)}"
 
 
-def _summary(scoring: _Scoring, segmenter: Segmenter) -> str:
+def _summary(scoring: _Scoring, segmenter: Segmenter, task: LabelledTask) -> str:
     manifest, engine = segmenter.bundle.manifest, segmenter.engine
     scores = scoring.scores
     options = ", ".join(f"{name} {value}" for name, value in segmenter.plan.settings().items())
@@ -230,6 +230,8 @@ def _summary(scoring: _Scoring, segmenter: Segmenter) -> str:
         f"only one of them Dice 0 and HD95 {EMPTY_HD95_MM} mm. One such case shifts the mean HD95 "
         "considerably, so compare the median too.\n"
     )
+    if task.decision:
+        text += f"\nExpert labels: {task.decision}.\n"
     worst = [result.name for result in scoring.worst]
     values = [f"{name} ({_mean_dice(scores[name], manifest.task.regions):.3f})" for name in worst]
     text += f"\nLowest mean Dice: {', '.join(values)}; see worst/.\n"

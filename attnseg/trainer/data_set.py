@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from attnseg.data.decide import decide_labels
 from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case
 from attnseg.data.split import Split, fold_cases, split_cases
 from attnseg.data.task import LabelledTask
@@ -15,6 +16,7 @@ from attnseg.runtime.case.nifti import read_affine
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import TrainingError, TrainingSetting
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.progress import shown_progress
 
 _SPACING_TOLERANCE = 0.01  # relative
 
@@ -54,15 +56,19 @@ class DataSet:
 def open_data_set(root: Path, split: Split | None, config: TrainConfig) -> DataSet:
     """Find all labelled cases below `root`; if `split` is None, the configuration defines it.
 
+    What label values stand for is decided from all of them, see `decide_labels`.
+
     Raises:
         ScanError: No case was found.
-        TrainingError: A case or the split is not usable, or spacings differ.
+        TrainingError: A case or the split is not usable, label values contradict each other, or
+            spacings differ.
     """
     scans = find_labelled_cases(root)
-    if split:
-        scans.refuse_faults(name for names in split.values() for name in names)
-    else:
-        scans.refuse_faults()
+    names = [name for part in split.values() for name in part] if split else None
+    scans.refuse_faults(names)
+    with shown_progress("reading the labels", len(scans.cases)) as advance:
+        scans = decide_labels(scans, names, advance)
+    if not split:
         if config.folds:
             split = fold_cases(scans.cases, config.folds, config.fold, config.seed)
         else:

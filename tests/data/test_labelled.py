@@ -66,10 +66,8 @@ def test_a_case_without_labels_is_named(tmp_path: Path) -> None:
 def test_a_case_with_two_label_files_is_refused_with_both(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "small")
     shutil.copy(folder / "small_seg.nii.gz", folder / "small-seg.nii.gz")
-    with pytest.raises(
-        TrainingError,
-        match=r"case small has several label files \(small-seg.nii.gz, small_seg.nii.gz\); keep one",
-    ):
+    message = r"case small has several label files \(small-seg.nii.gz, small_seg.nii.gz\); keep"
+    with pytest.raises(TrainingError, match=message):
         open_data_set(tmp_path, None, TrainConfig())
 
 
@@ -134,8 +132,10 @@ def test_labels_on_another_grid_are_refused(tmp_path: Path) -> None:
 def test_the_check_of_labels_names_every_bad_case(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         write_tiny(tmp_path, name)
-    cases = find_labelled_cases(tmp_path).cases
-    check_labels(cases.values(), BRATS)
+    cases, done = find_labelled_cases(tmp_path).cases, []
+    found = check_labels(cases.values(), BRATS, done.append)
+    assert done == ["a", "b", "c", "d"]
+    assert found == {name: {0, 1, 2} for name in done}
     rewrite_labels(cases["b"], labels_with(9))
     cases["c"].label.write_bytes(b"junk")
     rewrite_labels(cases["d"], np.zeros((4, 5, 7), np.uint8))

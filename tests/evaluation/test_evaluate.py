@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from attnseg import Bundle
+from attnseg.data.decide import decide_labels
 from attnseg.data.labelled import LabelledCase, find_labelled_cases
 from attnseg.data.task import BRATS
 from attnseg.evaluation.cases import cases_to_evaluate
@@ -240,6 +241,17 @@ def test_the_summary_of_another_task_says_nothing_of_the_paper(
     text = evaluate(cases, segmenter, BRATS, tmp_path).summary
     assert "| whole | 1.000" in text
     assert "paper" not in text
+
+
+def test_the_summary_says_what_was_decided_about_label_values(
+    cases: list[LabelledCase], truth: Callable[[Volume], np.ndarray], tmp_path: Path
+) -> None:
+    scans = decide_labels(find_labelled_cases(cases[0].case.folder.parent))
+    evaluate(cases, FakeSegmenter(truth), scans.task, tmp_path)
+    line = (
+        "Expert labels: enhancing tumour is label 4, as in BraTS until 2022: 4 of 4 cases have it."
+    )
+    assert line in (tmp_path / "summary.md").read_text().splitlines()
 
 
 def test_the_box_plots_are_a_picture(cases, truth, tmp_path: Path) -> None:

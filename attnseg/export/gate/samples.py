@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from attnseg.data.decide import decide_labels
 from attnseg.data.labelled import LabelledCase, find_labelled_cases
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.cases import cases_to_evaluate, read_truth
@@ -57,7 +58,8 @@ def read_samples(data: Path, manifest: Manifest) -> list[Sample]:
     """
     scans = find_labelled_cases(data)
     cases = cases_to_evaluate(scans, manifest, "held-out")
-    return [_read_sample(case, scans.task) for case in cases]
+    task = decide_labels(scans, [case.name for case in cases]).task
+    return [_read_sample(case, task) for case in cases]
 
 
 def _read_sample(case: LabelledCase, task: LabelledTask) -> Sample:
