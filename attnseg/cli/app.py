@@ -20,7 +20,6 @@ from attnseg.runtime.errors import AttnsegError
 _INTERRUPTED = 130
 _KEPT = {
     "run": "finished cases are kept",
-    "train": "repeat the command with --resume to continue",
     "ablate": "repeat the command to continue",
 }
 """What remains of a command that is interrupted."""
@@ -44,8 +43,8 @@ class _Group(click.Group):
             command = error.ctx.command_path if error.ctx else "attnseg"
             click.echo(f"error: {error.format_message()} See {command} --help", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            kept = _KEPT.get(ctx.invoked_subcommand or "")
+        except KeyboardInterrupt as stop:
+            kept = str(stop) or _KEPT.get(ctx.invoked_subcommand or "")
             click.echo(f"stopped; {kept}" if kept else "stopped", err=True)
             ctx.exit(_INTERRUPTED)
 

@@ -55,15 +55,19 @@ def train(
     """Train a network on labelled cases.
 
     The defaults are the paper's protocol. DATA holds cases with label files (BraTS), or a
-    dataset.json of the Medical Segmentation Decathlon. On several GPUs, run torchrun
-    --nproc-per-node N -m attnseg train ...
+    dataset.json of the Medical Segmentation Decathlon or of nnU-Net. On several GPUs, run
+    torchrun --nproc-per-node N -m attnseg train ...
     """
     require("attnseg train", "train")
     from attnseg.trainer.devices import first_process
     from attnseg.trainer.start import RunChoices, start_run
 
     _show_log()
-    best = start_run(data, output, RunChoices(**choices), resume)
+    try:
+        best = start_run(data, output, RunChoices(**choices), resume)
+    except KeyboardInterrupt as stop:
+        again = " with --resume" if (output / "last.pt").exists() else ""
+        raise KeyboardInterrupt(f"repeat the command{again} to continue") from stop
     if first_process():
         click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
 

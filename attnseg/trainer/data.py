@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case, read_classes
-from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.errors import TrainingError
 from attnseg.runtime.files import write_file
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import resample
 from attnseg.synthetic import make_case, write_case
-from attnseg.trainer.preparation import Preparation
+from attnseg.trainer.preparation import Done, Preparation, read_scan
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
     preprocessing = preparation.preprocessing
     with naming_case(labelled):
         classes = read_classes(labelled, preparation.task).oriented(preprocessing.orientation)
-        scan = preprocess(read_volume(labelled.case.files), preprocessing)
+        scan = preprocess(read_scan(labelled), preprocessing)
     placed = resample(classes.channels[0], scan.grid_shape, nearest=True)[scan.box.slices()]
     image = scan.image.astype(np.float16)
     return TrainingCase(labelled.name, image, np.ascontiguousarray(placed))
@@ -82,6 +81,8 @@ def cached_case(labelled: LabelledCase, preparation: Preparation, cache: Path) -
 
 def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledCase]:
     """Return `count` phantoms below `folder`, after writing those that do not exist yet."""
+    if not count:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     names = {f"synthetic-{seed}": seed for seed in range(first_seed, first_seed + count)}
     for name, seed in names.items():
@@ -90,7 +91,7 @@ def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledC
                 made = write_case(make_case(seed), Path(scratch), name)
                 with suppress(OSError):  # another run that shares the cache has written it
                     os.replace(made, folder / name)
-    found = find_labelled_cases(folder).cases if count else {}
+    found = find_labelled_cases(folder).cases
     return [found[name] for name in names]
 
 
@@ -111,18 +112,32 @@ class PatchSampler:
     """Draws patches from the training cases, reproducibly for a seed."""
 
     def __init__(
-        self, cases: Sequence[TrainingCase], size: int, tumour_share: float, classes: int
+        self,
+        cases: Sequence[TrainingCase],
+        size: int,
+        tumour_share: float,
+        classes: int,
+        progress: Done | None = None,
     ) -> None:
+        """Locate the voxels of each class.
+
+        Args:
+            cases: Prepared cases.
+            size: Edge of the cubic patches, in voxels.
+            tumour_share: Share of patches centred on a tumour voxel.
+            classes: Number of classes, with background.
+            progress: Function called with the name of each case that was searched.
+        """
         self._cases = cases
         self._size = size
         self._tumour_share = tumour_share
-        self._voxels = [
-            [
-                np.flatnonzero(np.asarray(case.classes) == k).astype(np.int32)
-                for k in range(1, classes)
-            ]
-            for case in cases
-        ]
+        self._voxels = []
+        for case in cases:
+            own = np.asarray(case.classes)
+            found = [np.flatnonzero(own == k).astype(np.int32) for k in range(1, classes)]
+            self._voxels.append(found)
+            if progress:
+                progress(case.name)
 
     def _centre(self, index: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Draw a tumour voxel of a random class with probability `tumour_share`, else any voxel."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+log = logging.getLogger(__name__)
 
 
 class Interrupt:
@@ -21,6 +24,8 @@ class Interrupt:
 
     def note(self, number: int, _: FrameType | None) -> None:
         """Handle a signal; a second one of the same kind raises `KeyboardInterrupt` at once."""
+        if not self.asked:
+            log.info("stopping after this step; Ctrl-C again stops at once, without saving it")
         self.asked = True
         signal.signal(number, signal.default_int_handler)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,21 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attnseg.data.labelled import check_labels
-from attnseg.data.task import BRATS
 from attnseg.runtime.errors import Setting, TrainingError, TrainingSetting
 from attnseg.runtime.files import remove_partial
 from attnseg.trainer.augment import augment, margin_voxels
+from attnseg.trainer.cases import check_phantoms, new_preparation, prepare_cases
 from attnseg.trainer.checkpoint import (
     checkpoint_config,
     checkpoint_preparation,
@@ -37,7 +28,7 @@ from attnseg.trainer.checkpoint import (
     save_checkpoint,
 )
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases
+from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase
 from attnseg.trainer.data_set import DataSet
 from attnseg.trainer.devices import Devices, open_devices
 from attnseg.trainer.engine import mixed_precision
@@ -45,7 +36,7 @@ from attnseg.trainer.interrupt import Interrupt, noted_interrupts
 from attnseg.trainer.logs import LOG, cut_log, draw_log, log_epoch
 from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.networks import build_network, count_parameters
-from attnseg.trainer.preparation import Preparation, learn_preparation
+from attnseg.trainer.progress import shown_progress
 from attnseg.trainer.run import (
     Run,
     new_run,
@@ -56,7 +47,6 @@ from attnseg.trainer.run import (
 )
 from attnseg.trainer.validate import validate
 
-SYNTHETIC_SEED = 1000  # first seed of the phantoms mixed into training
 CACHE = "cache"
 _LOCK = ".lock"
 log = logging.getLogger(__name__)
@@ -105,16 +95,6 @@ def _train_step(run: Run, network: nn.Module, feed: BatchFeed, interrupt: Interr
     return stop
 
 
-def _progress_bar(devices: Devices) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not (devices.first and sys.stdout.isatty()),
-    )
-
-
 def _save(run: Run, files: Sequence[Path], feed: BatchFeed) -> None:
     state = run.state(feed.state)
     if run.devices.first:
@@ -125,13 +105,15 @@ def _save(run: Run, files: Sequence[Path], feed: BatchFeed) -> None:
 def _train_epoch(run: Run, network: nn.Module, feed: BatchFeed, interrupt: Interrupt) -> bool:
     """Run the remaining steps of the epoch, and return whether a stop was requested."""
     stop = False
-    with _progress_bar(run.devices) as bar:
-        title = f"epoch {run.epoch + 1}/{run.config.epochs}"
-        task = bar.add_task(title, total=run.steps_per_epoch, completed=len(run.losses))
+    with shown_progress(_epoch_title(run), run.steps_per_epoch, len(run.losses)) as advance:
         while len(run.losses) < run.steps_per_epoch and not stop:
             stop = _train_step(run, network, feed, interrupt)
-            bar.update(task, advance=1)
+            advance(f"loss {run.losses[-1]:.3f}")
     return stop
+
+
+def _epoch_title(run: Run) -> str:
+    return f"epoch {run.epoch + 1} of {run.config.epochs}"
 
 
 def _finish_epoch(run: Run, output: Path, feed: BatchFeed, validation: dict[str, float]) -> None:
@@ -157,28 +139,6 @@ def _finish_epoch(run: Run, output: Path, feed: BatchFeed, validation: dict[str,
     _save(run, [output / "best.pt", output / "last.pt"][0 if improved else 1 :], feed)
 
 
-def _training_cases(
-    data: DataSet,
-    preparation: Preparation,
-    config: TrainConfig,
-    cache: Path,
-    devices: Devices | None = None,
-) -> tuple[list[TrainingCase], list[TrainingCase]]:
-    """Return prepared cases for training, with the phantoms, and for validation.
-
-    With `devices`, return only the share of this process.
-    """
-    phantoms = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
-    training, validation = (
-        [
-            cached_case(case, preparation, cache)
-            for case in (cases[devices.rank :: devices.count] if devices else cases)
-        ]
-        for cases in ([*data.part("train"), *phantoms], data.part("validation"))
-    )
-    return training, validation
-
-
 def _check_patch(config: TrainConfig, device: torch.device) -> None:
     # oneDNN's bfloat16 weight gradient of such convolutions is noise (observed in torch 2.13).
     network = config.network
@@ -192,14 +152,6 @@ def _check_patch(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def _check_phantoms(config: TrainConfig, data: DataSet) -> None:
-    if config.synthetic_cases and data.task.task.channels != BRATS.task.channels:
-        raise TrainingError(
-            f"{data.name}: synthetic_cases are brain scans, which this task does not take",
-            "leave them out",
-        )
-
-
 def _run_for(
     data: DataSet,
     config: TrainConfig,
@@ -208,18 +160,11 @@ def _run_for(
     cache: Path,
 ) -> tuple[Run, list[TrainingCase], list[TrainingCase]]:
     """Return the run, new or restored, its training cases and its validation cases."""
-    with devices.together():
-        if stored:
-            preparation = checkpoint_preparation(stored)
-        else:
-            cases = [case for part in data.split for case in data.part(part)]
-            check_labels(cases[devices.rank :: devices.count], data.task)
-            preparation = learn_preparation(data.part("train"), data.task, config)
-        if devices.first:
-            synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
-    with devices.together():  # each prepares its share, then all read all cases
-        _training_cases(data, preparation, config, cache, devices)
-    training, validation = _training_cases(data, preparation, config, cache)
+    if stored:
+        preparation = checkpoint_preparation(stored)
+    else:
+        preparation = new_preparation(data, config, devices)
+    training, validation = prepare_cases(data, preparation, config, cache, devices)
     steps = steps_per_epoch(config, len(training), devices)
     run = new_run(config, data, preparation, devices, steps)
     if stored:
@@ -269,7 +214,7 @@ def train(
     task = data.task.task
     network = replace(config.network, in_channels=len(task.channels), classes=len(task.labels))
     config = replace(config, network=network)
-    _check_phantoms(config, data)
+    check_phantoms(config, data)
     weights = initial_weights(initial, build_network(network)) if initial else None
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     with open_devices() as devices, _run_folder(output, devices):
@@ -281,8 +226,9 @@ def train(
             cut_log(output, run.epoch)
         if weights and not stored:
             start_from(run, weights)
+        feed = _open_feed(run, training)
         with noted_interrupts() as interrupt:
-            _train_epochs(run, training, validation, output, interrupt)
+            _train_epochs(run, feed, validation, output, interrupt)
     return output / "best.pt"
 
 
@@ -327,9 +273,37 @@ def _announcement(
     )
 
 
+def _open_feed(run: Run, training: Sequence[TrainingCase]) -> BatchFeed:
+    """Return the source of training patches, after a search of each class's voxels."""
+    config = run.config
+    patch = config.patch + 2 * margin_voxels(config)
+    with shown_progress("locating the labels", len(training)) as advance:
+        sampler = PatchSampler(
+            training, patch, config.tumour_share, config.network.classes, advance
+        )
+    return BatchFeed(sampler, config.batch_size, run.rng)
+
+
+def _validate(
+    run: Run, validation: Sequence[TrainingCase], interrupt: Interrupt
+) -> dict[str, float]:
+    devices = run.devices
+    own = len(range(devices.rank, len(validation), devices.count))
+    with shown_progress(f"validation of {_epoch_title(run)}", own) as advance:
+        return validate(
+            run.deployed,
+            validation,
+            run.config,
+            devices=devices,
+            regions=run.preparation.task.class_regions,
+            interrupt=interrupt,
+            progress=advance,
+        )
+
+
 def _train_epochs(
     run: Run,
-    training: Sequence[TrainingCase],
+    feed: BatchFeed,
     validation: Sequence[TrainingCase],
     output: Path,
     interrupt: Interrupt,
@@ -338,9 +312,6 @@ def _train_epochs(
     network: nn.Module = run.model
     if devices.count > 1:
         network = DistributedDataParallel(run.model)
-    patch = config.patch + 2 * margin_voxels(config)
-    sampler = PatchSampler(training, patch, config.tumour_share, config.network.classes)
-    feed = BatchFeed(sampler, config.batch_size, run.rng)
     try:
         while run.epoch < config.epochs:
             with _counted_seconds(run):
@@ -350,14 +321,7 @@ def _train_epochs(
                 raise KeyboardInterrupt
             _share_weights(run)
             with _counted_seconds(run):
-                scores = validate(
-                    run.deployed,
-                    validation,
-                    config,
-                    devices=devices,
-                    regions=run.preparation.task.class_regions,
-                    interrupt=interrupt,
-                )
+                scores = _validate(run, validation, interrupt)
             _finish_epoch(run, output, feed, scores)
             if any(devices.gather(interrupt.asked)) and run.epoch < config.epochs:
                 raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from attnseg.data.labelled import LabelledCase, naming_case
 from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
 from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
 from attnseg.runtime.steps.foreground import Foreground
@@ -26,6 +27,9 @@ from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample_volume
 from attnseg.runtime.task import Channel, Label, Task
 from attnseg.trainer.config import TrainConfig
+
+Done = Callable[[str], None]
+"""Function called with the name of each case that is done."""
 
 
 class _TaskJson(BaseModel):
@@ -124,9 +128,14 @@ def config_grid(config: TrainConfig) -> Grid | None:
 
 
 def learn_preparation(
-    cases: Sequence[LabelledCase], task: LabelledTask, config: TrainConfig
+    cases: Sequence[LabelledCase],
+    task: LabelledTask,
+    config: TrainConfig,
+    progress: Done | None = None,
 ) -> Preparation:
     """Return the preparation of `config`, with landmarks learned from the training `cases`.
+
+    `progress` is called with the name of each case that was read for them.
 
     Raises:
         TrainingError: A case cannot be read, or the images have too few grey values.
@@ -136,23 +145,38 @@ def learn_preparation(
     plain = Preprocessing(task.orientation, config_grid(config), foreground, schemes)
     if not config.histogram_matching:
         return Preparation(task, plain)
-    return Preparation(task, replace(plain, normalisation=learn_landmarks(cases, plain)))
+    landmarks = learn_landmarks(cases, plain, progress)
+    return Preparation(task, replace(plain, normalisation=landmarks))
+
+
+def read_scan(labelled: LabelledCase) -> Volume:
+    """Read the channels of a case for training; every reader of scans in the trainer calls this.
+
+    Raises:
+        TrainingError: The scan cannot be read; the message names the case.
+    """
+    with naming_case(labelled):
+        return read_volume(labelled.case.files)
 
 
 def learn_landmarks(
-    cases: Sequence[LabelledCase], preprocessing: Preprocessing
+    cases: Sequence[LabelledCase], preprocessing: Preprocessing, progress: Done | None = None
 ) -> tuple[LandmarkMatching, ...]:
     """Compute mean percentiles of the z-scores over `cases`, per channel.
+
+    `progress` is called with the name of each case that was read.
 
     Raises:
         TrainingError: A case cannot be read, or the images have too few grey values.
     """
     rows, foreground = [], preprocessing.crop
     for labelled in cases:
+        volume = read_scan(labelled)
         with naming_case(labelled):
-            volume = read_volume(labelled.case.files).oriented(preprocessing.orientation)
-            volume = resample_volume(volume, preprocessing.grid)
+            volume = resample_volume(volume.oriented(preprocessing.orientation), preprocessing.grid)
             rows.append(z_score_percentiles(volume.channels, foreground))
+        if progress:
+            progress(labelled.name)
     mean = np.mean(rows, axis=0)
     try:
         return tuple(
@@ -162,6 +186,7 @@ def learn_landmarks(
     except ConfigError as error:
         raise TrainingError(
             "the images have too few grey values for histogram matching",
-            "train with {}",
+            "train with {} or, if the background is 0, with {}",
             TrainingSetting("histogram_matching", False),
+            TrainingSetting("foreground", "nonzero"),
         ) from error

@@ -20,6 +20,14 @@ def test_the_first_signal_is_noted_and_the_second_stops(number: signal.Signals) 
     assert signal.getsignal(number) is before
 
 
+def test_the_first_signal_is_answered_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "attnseg")
+    with noted_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        (line,) = caplog.messages
+    assert line.startswith("stopping after this step")
+
+
 def test_signals_stop_as_before_once_the_work_is_done() -> None:
     with noted_interrupts():
         pass

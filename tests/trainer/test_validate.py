@@ -83,3 +83,39 @@ def test_an_interrupt_stops_after_the_case() -> None:
             regions={"slab": (1,)},
             interrupt=interrupt,
         )
+
+
+def test_an_interrupt_stops_between_two_windows_of_a_case() -> None:
+    interrupt, seen = Interrupt(), []
+
+    class Interrupted(Sign):
+        def forward(self, image: Tensor) -> Tensor:
+            seen.append(image.shape)
+            interrupt.asked = True
+            return super().forward(image)
+
+    network: Any = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        validate(
+            network,
+            [slab_case("a", 4, 4)],  # ten slices: two windows of eight
+            CONFIG,
+            devices=ALONE,
+            regions={"slab": (1,)},
+            interrupt=interrupt,
+        )
+    assert len(seen) == 1
+
+
+def test_each_finished_case_is_told() -> None:
+    told: list[str] = []
+    validate(
+        Sign(),
+        [slab_case("b", 4, 4), slab_case("a", 2, 6)],
+        CONFIG,
+        devices=ALONE,
+        regions={"slab": (1,)},
+        interrupt=Interrupt(),
+        progress=told.append,
+    )
+    assert told == ["b", "a"]
