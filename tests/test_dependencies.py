@@ -129,12 +129,25 @@ def _run(code: str) -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize("module", ["attnseg", "attnseg.runtime.segmenter"])
-def test_importing_the_runtime_loads_numpy_and_nothing_heavier(module: str) -> None:
+@pytest.mark.parametrize("statement", ["from attnseg import *", "import attnseg.runtime.segmenter"])
+def test_importing_the_runtime_loads_numpy_and_nothing_heavier(statement: str) -> None:
     print_modules = "\nimport sys; print(' '.join(sys.modules))"
     alone = set(_run("import numpy" + print_modules).split())
-    added = set(_run(f"import numpy, {module}" + print_modules).split()) - alone
+    added = set(_run(f"import numpy\n{statement}" + print_modules).split()) - alone
     third_party = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert third_party == {"attnseg", "numpy"}  # numpy loads more of itself
     assert not [name for name in added if name.startswith("attnseg.runtime.cuda")]
-    assert module in added
+    assert "attnseg.runtime.segmenter" in added
+
+
+def test_the_command_line_is_loaded_where_ctrl_c_is_handled() -> None:
+    """`attnseg.__main__`, the entry point, loads neither numpy nor the commands by itself."""
+    loaded = set(_run("import attnseg.__main__, sys; print(' '.join(sys.modules))").split())
+    assert {name for name in loaded if name.startswith("attnseg")} == {
+        "attnseg",
+        "attnseg.__main__",
+        "attnseg._version",
+        "attnseg.interrupt",
+    }
+    assert not {"numpy", "click"} & loaded
+    assert PROJECT["scripts"]["attnseg"] == "attnseg.__main__:main"

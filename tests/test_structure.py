@@ -13,7 +13,7 @@ import pytest
 import attnseg
 
 ROOT = Path(attnseg.__file__).parent
-ABOVE = ("attnseg.cli", "attnseg.demo", "attnseg.doctor", "attnseg.inspect")
+ABOVE = ("attnseg.cli", "attnseg.demo", "attnseg.doctor", "attnseg.inspect", "attnseg.interrupt")
 FORBIDDEN = {
     "runtime": (
         "attnseg.data",
