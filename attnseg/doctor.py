@@ -137,6 +137,7 @@ def examine(model: Path | None = None) -> list[Finding]:
         _libraries(),
         finding,
         *_engines(bundle),
+        _part("attnseg evaluate", "evaluate"),
         _part("attnseg train", "train"),
         _part("attnseg export", "export"),
     ]

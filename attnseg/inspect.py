@@ -56,7 +56,7 @@ def _layers(file: Path) -> str:
 
 
 def inspect_bundle(bundle: Bundle) -> Contents:
-    """Summarise every file of a bundle; `layers` requires onnx (`attnseg[export]`)."""
+    """Summarise every file of a bundle; `layers` requires onnx (the extra `export`)."""
     entries = bundle.manifest.files
     files: list[tuple[str, ...]] = [
         (

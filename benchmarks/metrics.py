@@ -3,7 +3,7 @@
     python -m benchmarks.metrics CASE_FOLDER [--repeats 5]
 
 The ground truth is scored against a copy that is eroded and shifted by two voxels. Requires
-`attnseg[dev]`.
+the extra `dev`.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _third_party(package: str) -> set[str]:
         ("runtime", None),
         ("cli", None),
         ("data", None),
-        ("evaluation", "train"),
+        ("evaluation", "evaluate"),
         ("trainer", "train"),
         ("export", "export"),
     ],
@@ -102,7 +102,7 @@ def test_a_package_loads_only_what_its_extra_installs(package: str, extra: str |
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("evaluation", "train"), ("trainer", "train"), ("export", "export")]
+    ("package", "extra"), [("evaluation", "evaluate"), ("trainer", "train"), ("export", "export")]
 )
 def test_what_a_package_loads_is_looked_for_before_it_starts(package: str, extra: str) -> None:
     loaded = _third_party(package) - _modules(_distributions(None))

@@ -1,1 +1,1 @@
-"""Export of trained models to bundles. Requires PyTorch and ONNX (`attnseg[export]`)."""
+"""Export of trained models to bundles. Requires PyTorch and ONNX (the extra `export`)."""

@@ -2,6 +2,7 @@
 
     AttnsegError            any error that the user can fix; the command line prints one line
     ├── ConfigError         an option or field with an invalid value
+    ├── DependencyError     an optional dependency that is not installed
     ├── ScanError           a scan folder without a usable case, or an incomplete case
     │   └── VolumeError     a scan file that cannot be read, or whose content is not an image
     ├── BundleError         a bundle that is missing, damaged or in an unknown format
@@ -87,6 +88,10 @@ class AttnsegError(Exception):
 
 class ConfigError(AttnsegError):
     """An option or field has an invalid value."""
+
+
+class DependencyError(AttnsegError):
+    """An optional dependency is not installed; the mend names the extra that installs it."""
 
 
 class ScanError(AttnsegError):

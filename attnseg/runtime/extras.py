@@ -6,10 +6,11 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import DependencyError
 
 MODULES = {
     "cpu": ("openvino", "onnxruntime"),
+    "evaluate": ("matplotlib",),
     "train": ("filelock", "matplotlib", "safetensors", "tensorboard", "torch"),
     "export": (
         "cyclonedx",
@@ -28,8 +29,12 @@ MODULES = {
 
 
 def install(extra: str) -> str:
-    """Command that installs an extra."""
-    return f"pip install 'attnseg[{extra}]'"
+    """Command that installs an extra.
+
+    attnseg is on no package index, where its name could be taken by anybody, so the command is
+    for a checkout. This is the only place to change with a release.
+    """
+    return f"pip install '.[{extra}]' in the checkout of attnseg"
 
 
 def missing(modules: Iterable[str]) -> list[str]:
@@ -46,7 +51,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def require(purpose: str, extra: str, modules: Iterable[str] | None = None) -> None:
-    """Raise `ConfigError` unless the modules of an extra are installed.
+    """Raise `DependencyError` unless the modules of an extra are installed.
 
     Args:
         purpose: Subject of the message, such as `attnseg train`.
@@ -54,8 +59,8 @@ def require(purpose: str, extra: str, modules: Iterable[str] | None = None) -> N
         modules: Required modules; None for those of the extra in `MODULES`.
 
     Raises:
-        ConfigError: A module is missing.
+        DependencyError: A module is missing.
     """
     lacking = missing(MODULES[extra] if modules is None else modules)
     if lacking:
-        raise ConfigError(f"{purpose} needs {', '.join(lacking)}", install(extra))
+        raise DependencyError(f"{purpose} needs {', '.join(lacking)}", install(extra))

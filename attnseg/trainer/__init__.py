@@ -1,1 +1,1 @@
-"""The trainer: from labelled cases to a checkpoint. Needs PyTorch (`attnseg[train]`)."""
+"""The trainer: from labelled cases to a checkpoint. Needs PyTorch (the extra `train`)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 
 from attnseg.runtime.errors import UnavailableError
 from attnseg.runtime.extras import install
+
+_NO_DRIVER = "no NVIDIA driver on this machine"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def find_gpu() -> Gpu:
         from cuda.bindings import driver
         from cuda.core import Device
     except ImportError as error:
+        if not _has_driver():  # which no package would bring
+            raise UnavailableError(_NO_DRIVER) from error
         raise UnavailableError("cuda-core is not installed", install("gpu")) from error
     try:
         Device(0)  # starts CUDA
@@ -67,10 +73,19 @@ def find_gpu() -> Gpu:
     return Gpu(device.name, f"sm{device.arch}", int(memory_bytes), cuda, ordinal)
 
 
+def _has_driver() -> bool:
+    """Whether the library of the NVIDIA driver can be loaded."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _why(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "NVIDIA display driver" in text or "libcuda" in text or "nvcuda" in text:
-        return "no NVIDIA driver on this machine"
+        return _NO_DRIVER
     if "CUDA_ERROR_NO_DEVICE" in text or "CUDA_ERROR_INVALID_DEVICE" in text:
         return "no CUDA device (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
     if "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH" in text or "CUDA_ERROR_INVALID_IMAGE" in text:

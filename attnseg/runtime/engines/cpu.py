@@ -35,7 +35,7 @@ def no_engine() -> EngineError:
     """Error for an installation without a CPU engine."""
     return EngineError(
         "no inference engine is installed",
-        f"{install('cpu')} brings {' and '.join(CPU_ENGINES)}",
+        f"{install('cpu')}, which brings {' and '.join(CPU_ENGINES)}",
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from attnseg.runtime.errors import BundleError, ConfigError, Setting
+from attnseg.runtime.errors import BundleError, ConfigError, DependencyError, Setting
 from attnseg.runtime.extras import install
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import MANIFEST, SIGNATURE
@@ -24,7 +24,7 @@ def _cryptography() -> Any:
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError as error:
-        raise ConfigError("signatures need cryptography", install("sign")) from error
+        raise DependencyError("signatures need cryptography", install("sign")) from error
     return serialization
 
 

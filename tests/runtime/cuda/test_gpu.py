@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -69,8 +70,22 @@ def test_what_is_missing_is_said_in_words(
     assert "\n" not in str(caught.value)
 
 
-def test_without_cuda_core_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("driver_here", "message"),
+    [
+        (True, r"^cuda-core is not installed; pip install '\.\[gpu\]'"),
+        (False, "^no NVIDIA driver on this machine$"),  # the extra would not help
+    ],
+)
+def test_without_cuda_core_the_extra_is_named_only_where_there_is_a_driver(
+    monkeypatch: pytest.MonkeyPatch, driver_here: bool, message: str
+) -> None:
+    def load(name: str) -> None:
+        if not driver_here:
+            raise OSError(f"{name}: cannot open shared object file")
+
     missing: Any = None
     monkeypatch.setitem(sys.modules, "cuda.core", missing)
-    with pytest.raises(EngineError, match=r"cuda-core is not installed; .*attnseg\[gpu\]"):
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(EngineError, match=message):
         find_gpu()

@@ -230,7 +230,7 @@ def test_without_any_engine_the_extra_is_named(
     monkeypatch.setattr(cpu, "installed_engines", lambda: dict.fromkeys(CPU_ENGINES))
     for module in CPU_ENGINES:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(EngineError, match=r"pip install 'attnseg\[cpu\]'"):
+    with pytest.raises(EngineError, match=r"pip install '\.\[cpu\]'"):
         select_engine(bundle, REQUEST)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnseg import Bundle
-from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.errors import BundleError, ConfigError, DependencyError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.signature import Signer, check_signature
 from tests.bundles import write_bundle
@@ -97,5 +97,5 @@ def test_without_cryptography_the_extra_is_named(
     bundle = signed_bundle(tmp_path, private)
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
     for use in (lambda: Signer(private), lambda: check_signature(bundle, public)):
-        with pytest.raises(ConfigError, match=r"pip install 'attnseg\[sign\]'"):
+        with pytest.raises(DependencyError, match=r"pip install '\.\[sign\]'"):
             use()
