@@ -21,7 +21,7 @@ from attnseg.runtime.segmenter import Segmenter
 from attnseg.trainer.checkpoint import checkpoint_config, load_checkpoint, load_run
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data_set import DataSet
-from attnseg.trainer.loop import CACHE, train
+from attnseg.trainer.loop import CACHE, refuse_other_files, train
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import cost_of
 from attnseg.trainer.variants import ABLATION, Cost, variant_network
@@ -71,10 +71,11 @@ def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenMod
         The text of `ablation.md`.
 
     Raises:
-        TrainingError: See `train`; or the network has no attention, or an existing row was
-            trained with other settings or another split.
+        TrainingError: See `train`; or the network has no attention, `output` holds other files,
+            or an existing row was trained with other settings or another split.
     """
     _check_network(config.network)
+    refuse_other_files(output, (TABLE, CACHE, *ABLATION))
     scores = {}
     for name, variant in ABLATION.items():
         log.info("%s", name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from attnseg.trainer.data_set import DataSet
 from attnseg.trainer.devices import Devices, open_devices
 from attnseg.trainer.engine import mixed_precision
 from attnseg.trainer.interrupt import Interrupt, noted_interrupts
-from attnseg.trainer.logs import LOG, cut_log, draw_log, log_epoch
+from attnseg.trainer.logs import CURVES, EVENTS, LOG, cut_log, draw_log, log_epoch
 from attnseg.trainer.loss import segmentation_loss
 from attnseg.trainer.networks import build_network, count_parameters
 from attnseg.trainer.progress import shown_progress
@@ -198,19 +198,15 @@ def train(
         File of the checkpoint with the highest mean Dice over regions on the validation part.
 
     Raises:
-        TrainingError: `output` holds another run, a case is not usable, the loss is not
-            finite, `initial` does not fit the network, or a checkpoint cannot be written.
+        TrainingError: `output` holds another run or other files, a case is not usable, the loss
+            is not finite, `initial` does not fit the network, or a checkpoint cannot be written.
         KeyboardInterrupt: The run was stopped by Ctrl-C or SIGTERM, after saving a checkpoint
             to resume from.
     """
-    if stored is None and any((output / name).exists() for name in ("last.pt", "best.pt")):
-        raise TrainingError(
-            f"{output}: holds a run already",
-            "give {} or choose another folder",
-            Setting("resume", True),
-        )
     if stored:
         config, data = checkpoint_config(stored), data.with_split(stored["split"])
+    else:
+        _check_free(output)
     task = data.task.task
     network = replace(config.network, in_channels=len(task.channels), classes=len(task.labels))
     config = replace(config, network=network)
@@ -230,6 +226,28 @@ def train(
         with noted_interrupts() as interrupt:
             _train_epochs(run, feed, validation, output, interrupt)
     return output / "best.pt"
+
+
+def _check_free(output: Path) -> None:
+    """Raise `TrainingError` for a folder that holds a run, or anything that is not of a run."""
+    if any((output / name).exists() for name in ("last.pt", "best.pt")):
+        raise TrainingError(
+            f"{output}: holds a run already",
+            "give {} or choose another folder",
+            Setting("resume", True),
+        )
+    refuse_other_files(output, (CACHE, LOG, CURVES, EVENTS))
+
+
+def refuse_other_files(folder: Path, own: Collection[str]) -> None:
+    """Raise `TrainingError` for a folder with anything besides `own` names and hidden files."""
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if name not in own and not name.startswith(".")]
+    if others:
+        raise TrainingError(
+            f"{folder}: is not empty, and {others[0]} in it is of no run",
+            "choose an empty or a new folder",
+        )
 
 
 @contextmanager

@@ -57,6 +57,13 @@ def empty(volume: Volume) -> np.ndarray:
     return np.zeros(volume.shape, np.uint8)
 
 
+def test_a_folder_with_other_files_is_refused(data: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(TrainingError, match="is not empty, and scans in it is of no run"):
+        ablate(data, TINY, tmp_path, open_empty)
+
+
 def test_the_four_rows_switch_attention_and_multi_scale() -> None:
     networks = {n: variant_network(NetworkConfig(), v) for n, v in ABLATION.items()}
     assert {n: (c.attention, c.multi_scale) for n, c in networks.items()} == {

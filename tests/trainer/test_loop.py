@@ -380,6 +380,13 @@ def test_a_folder_with_a_run_is_not_trained_over(plain: Whole, data: DataSet) ->
     assert (plain.output / "last.pt").read_bytes() == before
 
 
+def test_a_folder_with_other_files_is_not_trained_into(data: DataSet, tmp_path: Path) -> None:
+    for name in ("cache", ".DS_Store", "thesis.tex"):  # the first two are allowed
+        (tmp_path / name).write_text("")
+    with pytest.raises(TrainingError, match=r"is not empty, and thesis\.tex in it is of no run"):
+        train(data, TINY, tmp_path)
+
+
 def test_a_best_checkpoint_alone_is_not_trained_over(data: DataSet, tmp_path: Path) -> None:
     (tmp_path / "best.pt").write_bytes(b"dear")
     with pytest.raises(TrainingError, match="holds a run already"):
