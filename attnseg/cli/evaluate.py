@@ -19,26 +19,26 @@ from attnseg.cli.parameters import (
     segment_options,
     trained_option,
 )
-from attnseg.cli.run import open_segmenter, print_refusals
+from attnseg.cli.run import print_refusals
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.extras import require
+from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.options import SegmentOptions
 from attnseg.runtime.results.output import prepare_folder
 from attnseg.runtime.segmenter import Segmenter
 
 
 @contextmanager
-def _opened(model: Path | None, options: SegmentOptions) -> Iterator[Segmenter]:
-    """Open a bundle, or a checkpoint by exporting it to a temporary bundle."""
+def _bundle_of(model: Path | None) -> Iterator[Bundle]:
+    """Load a bundle, or export a checkpoint to a temporary one."""
     if model is None or model.is_dir():
-        yield open_segmenter(model, options)
+        yield Bundle.load(model) if model else Bundle.default()
         return
     require("a checkpoint", "export")
-    from attnseg.export.trained import open_trained
+    from attnseg.export.trained import trained_bundle
 
-    with open_trained(model, options) as segmenter:
-        print_refusals(segmenter)
-        yield segmenter
+    with trained_bundle(model) as bundle:
+        yield bundle
 
 
 @command()
@@ -73,7 +73,7 @@ def evaluate(
     case), summary.md, boxes.png, and pictures of the worst cases in worst/. The exit code is 1 if a
     case failed.
     """
-    require("attnseg evaluate", "train", ("matplotlib",))
+    require("attnseg evaluate", "evaluate")
     from attnseg.data.decide import decide_labels
     from attnseg.data.labelled import find_labelled_cases
     from attnseg.evaluation.cases import cases_to_evaluate
@@ -83,8 +83,10 @@ def evaluate(
 
     check_output(data, output, overwrite)
     scans = find_labelled_cases(data)
-    with _opened(model, SegmentOptions(**settings)) as segmenter:
-        chosen = cases_to_evaluate(scans, segmenter.bundle.manifest, cases)
+    with _bundle_of(model) as bundle:
+        segmenter = Segmenter(bundle, SegmentOptions(**settings))
+        print_refusals(segmenter)
+        chosen = cases_to_evaluate(scans, bundle.manifest, cases)
         with case_progress(len(scans.cases)) as advance:
             scans = decide_labels(scans, [case.name for case in chosen], advance)
         prepare_folder(output)
@@ -115,21 +117,17 @@ def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: P
     SCAN_DIR is the folder of one case, or of many. For each case, OUTPUT receives
     CASE_attention.png and CASE_attention.csv. The exit code is 1 if a case failed.
     """
-    require("attnseg explain", "train", ("torch", "safetensors", "matplotlib"))
-    from attnseg.export.source.checkpoint import load_trained, weights_of
-    from attnseg.trainer.explain import check_attention, explain_cases
+    require("attnseg explain", "evaluate")
+    from attnseg.evaluation.attention import check_attention
+    from attnseg.evaluation.explain import explain_cases
 
-    trained = load_trained(weights_of(model))
-    check_attention(trained.network)
-    scans = find_cases(scan_dir, trained.preparation.task.task.channels)
-    prepare_folder(output)
-    found = explain_cases(
-        scans.cases, trained.network, trained.preparation, trained.windows, output
-    )
-    with case_progress(len(scans.cases)) as advance:
-        for name in found:
-            advance(name)
-    for name, problem in scans.problems.items():
+    with _bundle_of(model) as bundle:
+        check_attention(bundle.manifest)
+        scans = find_cases(scan_dir, bundle.manifest.task.channels)
+        prepare_folder(output)
+        with case_progress(len(scans.cases)) as advance:
+            failed = explain_cases(scans.cases, bundle, output, lambda name, _: advance(name))
+    for name, problem in {**scans.problems, **failed}.items():
         print_case_error(name, problem)
     click.echo(f"Results in {output}")
-    ctx.exit(1 if scans.problems else 0)
+    ctx.exit(1 if scans.problems or failed else 0)

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from attnseg.evaluation.attention import AttentionGraph
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import AttnsegError
+from attnseg.runtime.folder import case_error
+from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.manifest import Manifest
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.windows import WindowOptions, pad_image
-from attnseg.trainer.model import AttentionResNetUNet
-from attnseg.trainer.networks import Network
-from attnseg.trainer.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -44,71 +42,31 @@ class StageWeights:
     weights: NDArray[np.float32]
 
 
-def check_attention(network: Network) -> None:
-    """Raise `ConfigError` for a network without attention."""
-    kind = network.config.attention
-    if not isinstance(network, AttentionResNetUNet) or kind == "none":
-        raise ConfigError(
-            f"the model has no attention ({network.config.architecture}, {kind})",
-            "give one with gap, se or cbam",
-        )
-
-
-def _attention_of(network: Network) -> list[nn.Module]:
-    """Attention module of each stage, first stage first."""
-    check_attention(network)
-    assert isinstance(network, AttentionResNetUNet)
-    return [stage.attention for stage in reversed(network.decoder)]  # type: ignore[misc]
-
-
-@contextmanager
-def _recorded(modules: list[nn.Module], rows: list[list[NDArray[np.float32]]]) -> Iterator[None]:
-    """Append each module's weights, `(C,)`, to its list in `rows` on every forward pass."""
-
-    def hook(into: list[NDArray[np.float32]]):  # type: ignore[no-untyped-def]
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-            into.append(module.weights(inputs[0])[0, :, 0, 0, 0].numpy())  # type: ignore[operator]
-
-        return record
-
-    pairs = zip(modules, rows, strict=True)
-    handles = [module.register_forward_hook(hook(into)) for module, into in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def attention_weights(
-    network: Network, preparation: Preparation, windows: WindowOptions, volume: Volume
+    graph: AttentionGraph, manifest: Manifest, volume: Volume
 ) -> list[StageWeights]:
     """Run a case window by window and collect the attention weights.
 
     Args:
-        network: Network in evaluation mode, on the CPU.
-        preparation: Preparation of the network's inputs.
-        windows: Size and overlap of the windows; windows of zeros are skipped.
+        graph: Graph of the model.
+        manifest: Manifest of the model, whose windows are used; windows of zeros are skipped.
         volume: Volume of the case, one channel per modality.
 
     Returns:
         Weights of each stage, first stage first.
 
     Raises:
-        ConfigError: The network has no attention.
         VolumeError: The case cannot be normalised.
     """
-    modules = _attention_of(network)
-    rows: list[list[NDArray[np.float32]]] = [[] for _ in modules]
-    image = preprocess(volume, preparation.preprocessing).image
+    inference = manifest.inference
+    windows = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
+    image = preprocess(volume, manifest.preprocessing).image
     plan = windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
-    with torch.inference_mode(), _recorded(modules, rows):
-        for window in plan.windows:
-            content = padded[(slice(None), *window.slices())]
-            if content.any():
-                network(torch.from_numpy(np.ascontiguousarray(content))[None])
-    return [StageWeights(stage, np.stack(row)) for stage, row in enumerate(rows, start=1)]
+    contents = (padded[(slice(None), *window.slices())] for window in plan.windows)
+    rows = [graph.weights(np.ascontiguousarray(c)) for c in contents if c.any()]
+    by_stage = zip(*rows, strict=True)
+    return [StageWeights(stage, np.stack(found)) for stage, found in enumerate(by_stage, start=1)]
 
 
 def draw_weights(stages: list[StageWeights], title: str) -> bytes:
@@ -147,26 +105,42 @@ def encode_weights_table(stages: list[StageWeights]) -> bytes:
     return stream.getvalue().encode()
 
 
+def _explain(case: Case, graph: AttentionGraph, manifest: Manifest, output: Path) -> None:
+    stages = attention_weights(graph, manifest, read_volume(case.files))
+    files = {
+        f"{case.name}_attention.png": draw_weights(stages, case.name),
+        f"{case.name}_attention.csv": encode_weights_table(stages),
+    }
+    write_results(output, files)
+
+
 def explain_cases(
     cases: Sequence[Case],
-    network: Network,
-    preparation: Preparation,
-    windows: WindowOptions,
+    bundle: Bundle,
     output: Path,
-) -> Iterator[str]:
-    """Write `CASE_attention.png` and `CASE_attention.csv` of each case, and yield its name.
+    progress: Callable[[str, AttnsegError | None], None] | None = None,
+) -> dict[str, AttnsegError]:
+    """Write `CASE_attention.png` and `CASE_attention.csv` of each case.
+
+    Args:
+        cases: Cases to explain; the failure of one does not stop the others.
+        bundle: Model with attention.
+        output: Folder for the files; must exist.
+        progress: Function called with the name of each finished case and its error, if any.
+
+    Returns:
+        Error of each failed case, by name.
 
     Raises:
         ConfigError: The network has no attention.
-        VolumeError: A case cannot be read or normalised.
-        OutputError: A file cannot be written.
+        DependencyError, EngineError: ONNX Runtime is not installed, or rejects the graph.
     """
+    graph, failed = AttentionGraph(bundle), dict[str, AttnsegError]()
     for case in cases:
-        volume = read_volume(case.files)
-        stages = attention_weights(network, preparation, windows, volume)
-        files = {
-            f"{case.name}_attention.png": draw_weights(stages, case.name),
-            f"{case.name}_attention.csv": encode_weights_table(stages),
-        }
-        write_results(output, files)
-        yield case.name
+        try:
+            _explain(case, graph, bundle.manifest, output)
+        except Exception as error:  # no error of one case may stop the others
+            failed[case.name] = case_error(case, error)
+        if progress:
+            progress(case.name, failed.get(case.name))
+    return failed
