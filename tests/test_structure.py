@@ -156,9 +156,12 @@ def test_the_runtime_imports_with_every_optional_package_blocked() -> None:
 def test_without_optional_packages_the_command_line_says_what_to_install(tmp_path: Path) -> None:
     call = BLOCK + "from attnseg.cli import main\nmain(ARGUMENTS)"
     for arguments, advice in (
-        (["demo", "-o", str(tmp_path)], "pip install 'attnseg[cpu]'"),
-        (["train", "--data", ".", "-o", str(tmp_path)], "pip install 'attnseg[train]'"),
-        (["export", "x.pt", "-o", str(tmp_path)], "pip install 'attnseg[export]'"),
+        (["demo", "-o", str(tmp_path)], "pip install '.[cpu]'"),
+        (["train", "--data", ".", "-o", str(tmp_path)], "pip install '.[train]'"),
+        (["evaluate", "--data", ".", "-o", str(tmp_path)], "pip install '.[evaluate]'"),
+        (["explain", "."], "pip install '.[evaluate]'"),
+        (["summary"], "attnseg summary needs torch; pip install '.[train]'"),
+        (["export", "x.pt", "-o", str(tmp_path)], "pip install '.[export]'"),
     ):
         result = run_python(call.replace("ARGUMENTS", repr(arguments)))
         assert result.returncode == 1
@@ -166,7 +169,7 @@ def test_without_optional_packages_the_command_line_says_what_to_install(tmp_pat
         assert result.stderr.count("\n") == 1
     result = run_python(call.replace("ARGUMENTS", "['doctor']"))
     assert result.returncode == 1
-    for text in ("not installed", "attnseg[cpu]", "attnseg[train]", "attnseg[export]"):
+    for text in ("not installed", ".[cpu]", ".[evaluate]", ".[train]", ".[export]"):
         assert text in result.stdout
 
 
@@ -181,3 +184,22 @@ assert not {"torch", "monai", "onnx"} & set(sys.modules)
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+WITHOUT_TRAINER = BLOCK.replace(
+    repr(OPTIONAL), repr(("torch", "onnx", "onnxscript", "safetensors"))
+)
+
+
+def test_a_bundle_is_evaluated_and_explained_without_pytorch(
+    small_scan: Path, tmp_path: Path
+) -> None:
+    for arguments in (
+        ["evaluate", "--data", str(small_scan), "--cases", "all", "-o", str(tmp_path / "e")],
+        ["explain", str(small_scan), "-o", str(tmp_path / "x")],
+    ):
+        call = f"from attnseg.cli import main\nmain({arguments!r})"
+        result = run_python(WITHOUT_TRAINER + call)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "e" / "summary.md").exists()
+    assert (tmp_path / "x" / "small_attention.png").exists()

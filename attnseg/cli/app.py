@@ -1,4 +1,7 @@
-"""Group of all commands: one-line errors, and `--debug` for the traceback."""
+"""Group of all commands: one-line errors, exit codes, and the options of every command.
+
+Exit codes: 0 if everything was done, 1 if something failed, 2 for wrong usage, 130 if stopped.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,18 @@ from typing import Any
 import click
 
 from attnseg._version import __version__
-from attnseg.cli.console import debugging, in_one_line
+from attnseg.cli.console import Manner, error_record, in_one_line, manner, print_document
 from attnseg.cli.doctor import doctor
 from attnseg.cli.evaluate import evaluate, explain
 from attnseg.cli.export import export, inspect, verify
 from attnseg.cli.parameters import HeadedOption
 from attnseg.cli.run import demo, run
 from attnseg.cli.train import ablate, summary, train
-from attnseg.runtime.errors import AttnsegError
+from attnseg.interrupt import INTERRUPTED
+from attnseg.runtime.errors import AttnsegError, ConfigError
 
-_INTERRUPTED = 130
-_KEPT = {
-    "run": "finished cases are kept",
-    "ablate": "repeat the command to continue",
-}
-"""What remains of a command that is interrupted."""
+_FAILED, _WRONG_USAGE = 1, 2
+_MESSAGES = "Messages"
 
 
 class _Group(click.Group):
@@ -35,37 +35,61 @@ class _Group(click.Group):
             if isinstance(error, BrokenPipeError):  # the reader of standard output has closed it
                 raise
             with self._context_of(ctx):
-                if debugging():
+                if manner().debug:
                     traceback.print_exc()
+                print_document({"error": error_record(error)})
                 click.echo(f"error: {in_one_line(error)}", err=True)
-            ctx.exit(1)
+            ctx.exit(_WRONG_USAGE if isinstance(error, ConfigError) else _FAILED)
         except click.UsageError as error:
-            command = error.ctx.command_path if error.ctx else "attnseg"
-            click.echo(f"error: {error.format_message()} See {command} --help", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt as stop:
-            kept = str(stop) or _KEPT.get(ctx.invoked_subcommand or "")
-            click.echo(f"stopped; {kept}" if kept else "stopped", err=True)
-            ctx.exit(_INTERRUPTED)
+            with error.ctx or ctx as failed:
+                print_document({"error": error_record(error)})
+                text = f"error: {error.format_message()} See {failed.command_path} --help"
+                click.echo(text, err=True)
+            ctx.exit(_WRONG_USAGE)
+        except KeyboardInterrupt as error:
+            click.echo("; ".join(("stopped", *error.args)), err=True)
+            ctx.exit(INTERRUPTED)
 
     def _context_of(self, ctx: click.Context) -> click.Context:
         """Context of the command that failed, for the options that the mend names."""
-        command = self.commands.get(ctx.invoked_subcommand or "")
-        return click.Context(command, parent=ctx) if command else ctx
+        name = ctx.invoked_subcommand or ""
+        command = self.commands.get(name)
+        return click.Context(command, parent=ctx, info_name=name) if command else ctx
+
+
+def _set(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    chosen = ctx.find_root().ensure_object(Manner)
+    setattr(chosen, str(parameter.name), value)
+    if chosen.quiet and chosen.verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other.", ctx)
+
+
+def _flag(name: str, text: str) -> HeadedOption:
+    return HeadedOption(
+        [name],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set,
+        heading=_MESSAGES,
+        help=text,
+    )
 
 
 def _add(group: click.Group, command: click.Command) -> None:
-    """Add a command, with `--debug`."""
-    command.params.append(
-        HeadedOption(
-            ["--debug"],
-            is_flag=True,
-            expose_value=False,
-            callback=lambda ctx, _, value: ctx.find_root().ensure_object(dict).update(debug=value),
-            help="Show the traceback of an error.",
-        )
-    )
+    """Add a command, with the options on what is printed."""
+    command.params += [
+        _flag("--quiet", "Print only errors, warnings and the result."),
+        _flag("--verbose", "Print also stages, engine, reasons and timings."),
+        _flag("--debug", "Show the traceback of an error."),
+    ]
+    if command in _WITH_DOCUMENT:
+        text = "Print the result as one JSON document on standard output (docs/commands.md)."
+        command.params.append(_flag("--json", text))
     group.add_command(command)
+
+
+_WITH_DOCUMENT = (run, evaluate, verify, inspect, summary, doctor)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

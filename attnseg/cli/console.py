@@ -1,27 +1,107 @@
-"""Terminal output of commands: errors with mends as options, tables, progress bars."""
+"""Output of commands: results on standard output, messages and errors on standard error.
+
+Every command prints its result in two forms, of which one is shown: lines and tables for people
+(`show`, `print_table`, `console`), or with `--json` one document (`print_document`).
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from attnseg._version import __version__
 from attnseg.runtime.errors import AttnsegError, ChannelSetting, Setting, TrainingSetting
 
 
+@dataclass
+class Manner:
+    """How the running command prints, as set by the options that every command has.
+
+    Attributes:
+        quiet: Whether only errors, warnings and the result are printed.
+        verbose: Whether stages, reasons and timings are printed too.
+        json: Whether the result is a JSON document.
+        debug: Whether tracebacks of errors are printed.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+    debug: bool = False
+
+
+def manner() -> Manner:
+    """Return how the running command prints; the default outside of a command."""
+    ctx = click.get_current_context(silent=True)
+    return ctx.find_root().ensure_object(Manner) if ctx else Manner()
+
+
 def console(stderr: bool = False) -> Console:
-    """Return a console without markup: brackets occur in file names and in pip extras."""
-    return Console(stderr=stderr, markup=False, highlight=False)
+    """Return a console without markup: brackets occur in file names and in pip extras.
+
+    With `--json`, the console of standard output is silent.
+    """
+    silent = manner().json and not stderr
+    return Console(stderr=stderr, markup=False, highlight=False, quiet=silent)
 
 
-def debugging() -> bool:
-    """Whether tracebacks are shown."""
-    return bool(click.get_current_context().find_root().ensure_object(dict).get("debug"))
+def show_log() -> None:
+    """Print the log of attnseg, and of no other package, on standard error."""
+    chosen = manner()
+    level = logging.WARNING if chosen.quiet else logging.DEBUG if chosen.verbose else logging.INFO
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("attnseg").setLevel(level)
+
+
+def show(text: str) -> None:
+    """Print a line of the result, unless it is a JSON document."""
+    if not manner().json:
+        click.echo(text)
+
+
+def note(text: str) -> None:
+    """Print a message on standard error, unless `--quiet` is set."""
+    if not manner().quiet:
+        click.echo(text, err=True)
+
+
+def detail(text: str) -> None:
+    """Print a message on standard error if `--verbose` is set."""
+    if manner().verbose:
+        click.echo(text, err=True)
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """Print the result as one JSON document on standard output, if `--json` is set.
+
+    Args:
+        document: Fields of the result; paths become strings. Version and command come first.
+    """
+    if manner().json:
+        head = {"attnseg": __version__, "command": click.get_current_context().info_name}
+        click.echo(json.dumps({**head, **document}, indent=2, default=str))
+
+
+def error_record(error: Exception) -> dict[str, str]:
+    """Fields of an error in a JSON document; the mend names settings as options."""
+    if isinstance(error, click.UsageError):
+        return {"type": "UsageError", "cause": error.format_message(), "mend": ""}
+    if not isinstance(error, AttnsegError):
+        return {"type": type(error).__name__, "cause": in_one_line(error), "mend": ""}
+    mend = AttnsegError("", error.mend, *error.settings)
+    return {
+        "type": type(error).__name__,
+        "cause": in_one_line(error.cause),
+        "mend": in_one_line(mend).removeprefix("; "),
+    }
 
 
 def _option_named(name: str) -> click.Option | None:
@@ -64,10 +144,11 @@ def in_one_line(error: Exception | str) -> str:
 
 def print_case_error(name: str, error: AttnsegError) -> None:
     """Print the error of one case on standard error, with its traceback if `--debug` is set."""
-    if debugging():
+    debug = manner().debug
+    if debug:
         traceback.print_exception(error)
     unforeseen = error.__cause__ is not None and type(error) is AttnsegError
-    hint = " (--debug shows the traceback)" if unforeseen and not debugging() else ""
+    hint = " (--debug shows the traceback)" if unforeseen and not debug else ""
     click.echo(f"{name}: {in_one_line(error)}{hint}", err=True)
 
 
@@ -86,23 +167,3 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_fr
     for row in rows:
         table.add_row(*row)
     console().print(table)
-
-
-def progress_bar() -> Progress:
-    """Return a transient bar on standard error; it is disabled if that is no terminal."""
-    shown = console(stderr=True)
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal)
-
-
-@contextmanager
-def case_progress(count: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar; yields a function to call with the name of each finished case."""
-    with progress_bar() as progress:
-        task = progress.add_task("", total=count)
-
-        def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name)
-
-        yield advance

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from attnseg.cli.console import case_progress, print_case_error, print_table, print_warnings
+from attnseg.cli.console import (
+    error_record,
+    print_case_error,
+    print_document,
+    print_table,
+    print_warnings,
+    show,
+)
 from attnseg.cli.parameters import (
     PATH,
     command,
@@ -19,7 +27,8 @@ from attnseg.cli.parameters import (
     segment_options,
     trained_option,
 )
-from attnseg.cli.run import print_refusals
+from attnseg.cli.progress import case_progress, ended_cases, loading, stage_progress
+from attnseg.cli.run import model_record, print_refusals
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
@@ -35,9 +44,15 @@ def _bundle_of(model: Path | None) -> Iterator[Bundle]:
         yield Bundle.load(model) if model else Bundle.default()
         return
     require("a checkpoint", "export")
-    from attnseg.export.trained import trained_bundle
+    with loading("PyTorch and ONNX", "torch"):
+        from attnseg.export.export import ExportProgress
+        from attnseg.export.trained import trained_bundle
 
-    with trained_bundle(model) as bundle:
+    with ExitStack() as stack:
+        with stage_progress() as stages:
+            stages.step(f"exporting {model}")
+            progress = ExportProgress(stages.step, stages.part)
+            bundle = stack.enter_context(trained_bundle(model, progress))
         yield bundle
 
 
@@ -74,12 +89,13 @@ def evaluate(
     case failed.
     """
     require("attnseg evaluate", "evaluate")
-    from attnseg.data.decide import decide_labels
-    from attnseg.data.labelled import find_labelled_cases
-    from attnseg.evaluation.cases import cases_to_evaluate
-    from attnseg.evaluation.evaluate import check_output
-    from attnseg.evaluation.evaluate import evaluate as evaluate_cases
-    from attnseg.evaluation.scores import MEANS_HEADER, mean_rows
+    with loading("matplotlib", "matplotlib"):
+        from attnseg.data.decide import decide_labels
+        from attnseg.data.labelled import find_labelled_cases
+        from attnseg.evaluation.cases import cases_to_evaluate
+        from attnseg.evaluation.evaluate import check_output
+        from attnseg.evaluation.evaluate import evaluate as evaluate_cases
+        from attnseg.evaluation.scores import MEANS_HEADER, mean_rows, mean_scores
 
     check_output(data, output, overwrite)
     scans = find_labelled_cases(data)
@@ -90,9 +106,10 @@ def evaluate(
         with case_progress(len(scans.cases)) as advance:
             scans = decide_labels(scans, [case.name for case in chosen], advance)
         prepare_folder(output)
-        with case_progress(len(chosen)) as advance:
+        with case_progress(len(chosen)) as progress:
+            ended = ended_cases(progress)
             result = evaluate_cases(
-                chosen, segmenter, scans.task, output, against=against, progress=advance
+                chosen, segmenter, scans.task, output, against=against, progress=ended
             )
     for name, error in result.failed.items():
         print_case_error(name, error)
@@ -100,10 +117,33 @@ def evaluate(
         print_warnings(name, warnings)
     print_table(MEANS_HEADER, mean_rows(result.scores), numbers_from=1)
     scored = f"{len(result.scores)} of " if result.failed else ""
-    click.echo(
-        f"Means over {scored}{len(chosen)} case(s); spread and more in {output / 'summary.md'}"
+    show(f"Means over {scored}{len(chosen)} case(s); spread and more in {output / 'summary.md'}")
+    print_document(
+        {
+            **model_record(segmenter),
+            "output": output,
+            "means": mean_scores(result.scores),
+            "cases": _case_records([case.name for case in chosen], result),
+        }
     )
     ctx.exit(1 if result.failed else 0)
+
+
+def _case_records(names: Sequence[str], result: Any) -> list[dict[str, Any]]:
+    """Fields of each case of an `Evaluation` in the JSON document."""
+    records = []
+    for name in names:
+        error, scores = result.failed.get(name), result.scores.get(name, {})
+        records.append(
+            {
+                "name": name,
+                "status": "failed" if error else "done",
+                "error": error_record(error) if error else None,
+                "warnings": list(result.warnings.get(name, ())),
+                "scores": {structure: asdict(values) for structure, values in scores.items()},
+            }
+        )
+    return records
 
 
 @command()
@@ -118,16 +158,18 @@ def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: P
     CASE_attention.png and CASE_attention.csv. The exit code is 1 if a case failed.
     """
     require("attnseg explain", "evaluate")
-    from attnseg.evaluation.attention import check_attention
-    from attnseg.evaluation.explain import explain_cases
+    with loading("matplotlib", "matplotlib"):
+        from attnseg.evaluation.attention import check_attention
+        from attnseg.evaluation.explain import explain_cases
 
     with _bundle_of(model) as bundle:
         check_attention(bundle.manifest)
         scans = find_cases(scan_dir, bundle.manifest.task.channels)
         prepare_folder(output)
-        with case_progress(len(scans.cases)) as advance:
-            failed = explain_cases(scans.cases, bundle, output, lambda name, _: advance(name))
+        with case_progress(len(scans.cases)) as progress:
+            failed = explain_cases(scans.cases, bundle, output, ended_cases(progress))
     for name, problem in {**scans.problems, **failed}.items():
         print_case_error(name, problem)
-    click.echo(f"Results in {output}")
+    good = len(failed) < len(scans.cases)
+    show(f"Results in {output}" if good else "No results.")
     ctx.exit(1 if scans.problems or failed else 0)

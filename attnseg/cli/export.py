@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from attnseg.cli.console import in_one_line, print_table, progress_bar
+from attnseg.cli.console import in_one_line, note, print_document, print_table, show
 from attnseg.cli.parameters import BUILD, PATH, WORDS, command, gate_options, option, output_option
+from attnseg.cli.progress import keeping, loading, stage_progress
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
 
@@ -37,8 +37,10 @@ def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -
 @option(
     "--target",
     multiple=True,
+    metavar="GPU",
     heading=BUILD,
-    help="GPU to build an engine for, such as rtx3090 or sm89; may be repeated.  [default with "
+    help="GPU to build an engine for: rtx2080ti, a100, rtx3090, rtxa6000, rtx4090, l40s, rtx5090, "
+    "dgx-spark, or a compute capability such as sm89; may be repeated.  [default with "
     "--fp16 or --int8: rtx3090; with --builder tensorrt: this machine's]",
 )
 @option(
@@ -61,6 +63,7 @@ def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -
 @option(
     "--batch",
     type=click.IntRange(1),
+    metavar="WINDOWS",
     default=1,
     show_default=True,
     heading=BUILD,
@@ -109,41 +112,25 @@ def export(model: Path | None, output: Path, data: Path | None, **choices: Any) 
     graphs stays within the budget of the parity gate.
     """
     require("attnseg export", "export")
-    from attnseg.export.export import export_bundle
-    from attnseg.export.gate.samples import read_samples
-    from attnseg.export.options import ExportChoices
-    from attnseg.export.source.default import default_model
+    with loading("PyTorch and ONNX", "torch"):
+        from attnseg.export.export import ExportProgress, export_bundle
+        from attnseg.export.gate.samples import read_samples
+        from attnseg.export.options import ExportChoices
+        from attnseg.export.source.default import default_model
 
     options = ExportChoices(**choices).resolve()
     if model is None:
         model = default_model()
-        click.echo(f"model: {model}", err=True)
+        note(f"model: {model}")
     samples = partial(read_samples, data) if data else None
-    with _export_progress() as progress:
+    with keeping(lambda: "no bundle was written"), stage_progress() as stages:
+        progress = ExportProgress(stages.step, stages.part)
         exported = export_bundle(model, output, options, samples, progress)
     _print_report(exported.report)
     if exported.in_fp32:
-        click.echo(f"Kept in fp32 because they may overflow in fp16: {', '.join(exported.in_fp32)}")
+        show(f"Kept in fp32 because they may overflow in fp16: {', '.join(exported.in_fp32)}")
     following = f"attnseg run scan_dir/ --model {output} -o {output.name}-out"
-    click.echo(f"Bundle: {exported.bundle.folder}. Next: {following}")
-
-
-@contextmanager
-def _export_progress() -> Iterator[Any]:
-    """Yield an `ExportProgress` that prints each step, with a bar while an engine is built."""
-    from attnseg.export.export import ExportProgress
-
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def step(name: str) -> None:
-            progress.update(task, description=name, total=None)
-            progress.console.print(name, soft_wrap=True)
-
-        def build(phase: str, done: int, steps: int) -> None:
-            progress.update(task, description=phase, completed=done, total=steps)
-
-        yield ExportProgress(step, build)
+    show(f"Bundle: {exported.bundle.folder}. Next: {following}")
 
 
 def _print_report(report: Any) -> None:
@@ -151,7 +138,7 @@ def _print_report(report: Any) -> None:
 
     print_table(PARITY_HEADER, parity_rows(report), numbers_from=len(PARITY_HEADER))
     for line in not_run_lines(report):
-        click.echo(line)
+        show(line)
 
 
 @command()
@@ -172,14 +159,16 @@ def verify(
     a graph of the bundle is over the budget; bf16 is measured for information.
     """
     require("attnseg verify", "export")
-    from attnseg.export.gate.parity import describe_failure
-    from attnseg.export.gate.samples import read_samples
-    from attnseg.export.verify import verify_bundle
+    with loading("PyTorch and ONNX", "torch"):
+        from attnseg.export.gate.parity import describe_failure
+        from attnseg.export.gate.samples import read_samples
+        from attnseg.export.verify import verify_bundle
 
     samples = partial(read_samples, data) if data else None
-    with _export_progress() as progress:
-        report = verify_bundle(folder, budget_dice, budget_volume, samples, progress.step)
+    with stage_progress() as stages:
+        report = verify_bundle(folder, budget_dice, budget_volume, samples, stages.step)
     _print_report(report)
+    print_document({"folder": folder, "within_budget": not report.failures(), **report.to_dict()})
     for failed in report.failures():
         reason = in_one_line(describe_failure(failed, report.budget))
         click.echo(f"over the budget: {failed.precision} by {failed.engine}: {reason}", err=True)
@@ -198,9 +187,22 @@ def inspect(folder: Path) -> None:
     bundle = Bundle.load(folder)
     found = inspect_bundle(bundle)
     manifest = bundle.manifest
-    click.echo(f"{manifest.name}: {manifest.description}")
-    click.echo(f"{manifest.intended_use}; made with {manifest.created_with}")
-    click.echo(f"sha256 {bundle.sha256}")
+    show(f"{manifest.name}: {manifest.description}")
+    show(f"{manifest.intended_use}; made with {manifest.created_with}")
+    show(f"sha256 {bundle.sha256}")
     print_table(FILES_HEADER, found.files, numbers_from=len(FILES_HEADER))
     for line in (*found.verdicts, *found.layers):
-        click.echo(line)
+        show(line)
+    print_document(
+        {
+            "folder": folder,
+            "name": manifest.name,
+            "description": manifest.description,
+            "intended_use": manifest.intended_use,
+            "created_with": manifest.created_with,
+            "manifest_sha256": bundle.sha256,
+            "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+            "verdicts": found.verdicts,
+            "layers": found.layers,
+        }
+    )

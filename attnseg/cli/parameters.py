@@ -9,15 +9,26 @@ from typing import Any, TypeVar
 
 import click
 
+from attnseg.cli.console import show_log
 from attnseg.runtime.engines.base import PRECISIONS
-from attnseg.runtime.engines.cpu import CPU_ENGINES
-from attnseg.runtime.engines.select import DEVICES
+from attnseg.runtime.engines.select import DEVICES, ENGINES
 from attnseg.runtime.steps.tta import PASSES
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Decorator = Callable[[_Function], _Function]
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path; an empty one, which `pathlib` takes for the current folder, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        if value == "":  # such as an unset variable of the shell
+            self.fail("the path is empty; give . for the current folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 EVERYDAY = "Options"
 SLIDING = "Windows and test-time augmentation"
 INPUT = "Doubtful scans"
@@ -27,7 +38,7 @@ WORDS = "Description and signature of the bundle"
 GATE = "Parity gate"
 BUILD = "TensorRT engines"
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class HeadedOption(click.Option):
@@ -40,6 +51,11 @@ class HeadedOption(click.Option):
 
 class HeadedCommand(click.Command):
     """A command whose help lists everyday options first and the others under headings."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command.invoke`."""
+        show_log()
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Command.format_options`."""
@@ -86,7 +102,7 @@ def _parse_window(_: click.Context, __: click.Parameter, value: str | None) -> A
     if value is None or value == "full":
         return value
     if not value.isdecimal():
-        raise click.BadParameter("give a number of voxels, such as 64, or full.")
+        raise click.BadParameter(f"give a number of voxels, such as 64, or full, got {value!r}.")
     return int(value)
 
 
@@ -94,19 +110,27 @@ def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int
     """Parse an amount of memory with its unit, such as `4GB`, to bytes."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", value.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", value.strip().upper())
     if not found:
-        raise click.BadParameter("give a number of bytes with its unit, such as 4GB or 500MB.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+        raise click.BadParameter(
+            f"give an amount with its unit, such as 4GB or 500MB, got {value!r}."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
-def parse_pairs(example: str) -> Callable[..., dict[str, str]]:
-    """Return a callback that parses options of the form NAME=VALUE."""
+def parse_pairs(example: str, empty: bool = False) -> Callable[..., dict[str, str]]:
+    """Return a callback that parses options of the form NAME=VALUE.
+
+    Args:
+        example: Example for the text of the error.
+        empty: Whether VALUE may be empty.
+    """
 
     def parse(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
         pairs = [value.partition("=") for value in values]
-        if any(not (name and equals) for name, equals, _ in pairs):
-            raise click.BadParameter(f"give {example}.")
+        for value, (name, equals, text) in zip(values, pairs, strict=True):
+            if not (name and equals and (text or empty)):
+                raise click.BadParameter(f"give {example}, got {value!r}.")
         return {name: text for name, _, text in pairs}
 
     return parse
@@ -156,12 +180,14 @@ segment_options = together(
     option(
         "--overlap",
         type=float,
+        metavar="SHARE",
         heading=SLIDING,
         help="Overlap of neighbouring windows, from 0 to below 1.  [default: the model's]",
     ),
     option(
         "--min-voxels",
         type=int,
+        metavar="VOXELS",
         heading=SLIDING,
         help="Smallest connected component to keep, in voxels.  [default: the model's]",
     ),
@@ -192,10 +218,9 @@ segment_options = together(
         "--engine",
         default="auto",
         show_default=True,
-        metavar=_choices(("auto", *CPU_ENGINES)),
+        metavar=_choices(("auto", *ENGINES)),
         heading=ENGINE,
-        help="Inference engine; auto is the fastest available. GPU engines: tensorrt, "
-        "tensorrt-rtx, onnxruntime-cuda.",
+        help="Inference engine, GPU engines first; auto is the fastest available.",
     ),
     option(
         "--precision",
@@ -205,7 +230,13 @@ segment_options = together(
         heading=ENGINE,
         help="Precision of the network; auto is the engine's fastest.",
     ),
-    option("--threads", type=int, heading=ENGINE, help="Number of CPU threads.  [default: all]"),
+    option(
+        "--threads",
+        type=int,
+        metavar="N",
+        heading=ENGINE,
+        help="Number of CPU threads.  [default: all]",
+    ),
     option(
         "--max-memory",
         "max_memory_bytes",
@@ -234,7 +265,7 @@ training_options = together(
         "--set",
         "settings",
         multiple=True,
-        callback=parse_pairs("FIELD=VALUE, such as learning_rate=1e-3"),
+        callback=parse_pairs("FIELD=VALUE, such as learning_rate=1e-3", empty=True),
         metavar="FIELD=VALUE",
         help="Change a training setting, such as epochs=30 (docs/training.md); may be repeated.",
     ),
@@ -251,12 +282,14 @@ gate_options = together(
     option(
         "--budget-dice",
         type=float,
+        metavar="DICE",
         heading=GATE,
         help="Largest change of Dice.  [default: 0.002; for verify, the bundle's]",
     ),
     option(
         "--budget-volume",
         type=float,
+        metavar="PERCENT",
         heading=GATE,
         help="Largest change of a volume, in %.  [default: 0.5; for verify, the bundle's]",
     ),

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import Progress, TaskID
 
 from attnseg.cli.console import (
     as_option,
     console,
+    detail,
+    error_record,
+    note,
     print_case_error,
+    print_document,
     print_table,
     print_warnings,
-    progress_bar,
+    show,
 )
 from attnseg.cli.parameters import (
     MODALITIES,
@@ -28,6 +33,7 @@ from attnseg.cli.parameters import (
     parse_pairs,
     segment_options,
 )
+from attnseg.cli.progress import case_progress, keeping
 from attnseg.demo import make_demo_scan, score_demo
 from attnseg.runtime.case.scans import Case, find_cases, find_scans
 from attnseg.runtime.errors import ScanError
@@ -56,29 +62,25 @@ def open_segmenter(
 def print_refusals(segmenter: Segmenter) -> None:
     """Print why faster engines are not used, on standard error."""
     for refusal in segmenter.refusals:
-        click.echo(f"not used: {refusal.describe(as_option)}", err=True)
+        note(f"not used: {refusal.describe(as_option)}")
+    engine, settings = segmenter.engine, segmenter.plan.settings().items()
+    device = f" on {engine.device}, {segmenter.plan.threads} threads"
+    detail(f"engine: {engine.name} {engine.version} {engine.precision}{device}")
+    detail(f"options: {', '.join(f'{name} {value}' for name, value in settings)}")
 
 
-class _ProgressListener:
-    """Shows the progress of the current case on the terminal."""
-
-    def __init__(self, progress: Progress, cases: int) -> None:
-        self._progress, self._cases = progress, cases
-        self._task: TaskID | None = None
-        self._started = 0
-
-    def case_started(self, name: str) -> None:
-        """See `attnseg.runtime.folder.Listener`."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._started += 1
-        place = f"{self._started}/{self._cases}"
-        self._task = self._progress.add_task(f"{place} {name}", total=1.0)
-
-    def case_advanced(self, share: float) -> None:
-        """See `attnseg.runtime.folder.Listener`."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=share)
+def model_record(segmenter: Segmenter) -> dict[str, Any]:
+    """Model and engine, as fields of a JSON document."""
+    bundle, engine = segmenter.bundle, segmenter.engine
+    return {
+        "model": {
+            "name": bundle.manifest.name,
+            "folder": bundle.folder,
+            "manifest_sha256": bundle.sha256,
+            "intended_use": bundle.manifest.intended_use,
+        },
+        "engine": asdict(engine),
+    }
 
 
 def _run_cases(
@@ -91,22 +93,55 @@ def _run_cases(
     """Segment cases, print a summary, and return the number of failed cases."""
     shipped = segmenter.bundle.folder == default_folder()
     origin = "shipped with attnseg" if shipped else segmenter.bundle.folder
-    click.echo(f"model: {segmenter.bundle.manifest.name} ({origin})", err=True)
-    results = [CaseResult(n, "failed", error=e) for n, e in problems.items()]
-    for result in results:
-        _print_notes(result)
-    with progress_bar() as progress:
-        listener = _ProgressListener(progress, len(cases))
-        for result in segment_folder(cases, segmenter, output, listener, overwrite):
+    note(f"model: {segmenter.bundle.manifest.name} ({origin})")
+    results = []
+    with (
+        keeping(lambda: "finished cases are kept, and skipped when the command is repeated"),
+        case_progress(len(cases) + len(problems)) as progress,
+    ):
+        failed = (CaseResult(n, "failed", error=e) for n, e in problems.items())
+        segmented = segment_folder(cases, segmenter, output, progress, overwrite)
+        for result in chain(failed, segmented):
             results.append(result)
+            progress.case_ended(result.name, result.status, _elapsed_s(result))
             _print_notes(result)
-    _print_summary(sorted(results, key=lambda r: r.name), segmenter, output)
+    results.sort(key=lambda r: r.name)
+    _print_summary(results, segmenter, output)
+    print_document(
+        {
+            **model_record(segmenter),
+            "output": output,
+            "cases": [_case_record(result) for result in results],
+        }
+    )
     return sum(result.status == "failed" for result in results)
+
+
+def _elapsed_s(result: CaseResult) -> float | None:
+    """Time of a case that is done; a skipped case has the time of an earlier run."""
+    if result.status != "done":
+        return None
+    return float(sum(result.report["elapsed_ms"].values())) / 1000
+
+
+def _case_record(result: CaseResult) -> dict[str, Any]:
+    """Fields of one case in the JSON document."""
+    return {
+        "name": result.name,
+        "status": result.status,
+        "error": error_record(result.error) if result.error else None,
+        "warnings": list(result.report.get("warnings", [])),
+        "volumes_ml": result.report.get("volumes_ml"),
+        "elapsed_ms": result.report.get("elapsed_ms"),
+    }
 
 
 def _print_notes(result: CaseResult) -> None:
     if result.error:
         print_case_error(result.name, result.error)
+    elif result.status == "done":
+        times = (f"{name} {ms:.0f} ms" for name, ms in result.report["elapsed_ms"].items())
+        detail(f"{result.name}: {', '.join(times)}")
     print_warnings(result.name, result.report.get("warnings", []))
 
 
@@ -191,6 +226,8 @@ def run(
     Finished cases are skipped on a second run. The exit code is 1 if a case failed.
     """
     files = _files(settings, channel)
+    if scan_dir is None and not files:
+        raise click.UsageError("no scan was given; give a scan folder or one file per channel.")
     segmenter = open_segmenter(model, SegmentOptions(**settings), key)
     scans = find_scans(scan_dir, files, segmenter.bundle.manifest.task.channels)
     prepare_folder(output)
@@ -210,12 +247,12 @@ def demo(ctx: click.Context, /, output: Path, model: Path | None, **settings: An
     """
     segmenter = open_segmenter(model, SegmentOptions(**settings))
     prepare_folder(output)
-    click.echo("making a synthetic scan", err=True)
+    note("making a synthetic scan")
     scans = find_cases(make_demo_scan(output), segmenter.bundle.manifest.task.channels)
     failed = _run_cases(scans.cases, segmenter, output, True, scans.problems)
     if not failed:
         score = score_demo(scans.cases[0], output, segmenter.bundle.manifest)
         dice = ", ".join(f"{region} {value:.3f}" for region, value in score.items())
-        click.echo(f"Dice against the synthetic truth: {dice}")
-        click.echo(f"Look at {output / (scans.cases[0].name + '.png')}")
+        show(f"Dice against the synthetic truth: {dice}")
+        show(f"Look at {output / (scans.cases[0].name + '.png')}")
     ctx.exit(1 if failed else 0)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.markdown import Markdown
 
-from attnseg.cli.console import console, print_table
+from attnseg.cli.console import console, print_document, print_table, show
 from attnseg.cli.parameters import PATH, command, option, output_option, training_options
+from attnseg.cli.progress import keeping, loading
 from attnseg.runtime.extras import require
-
-
-def _show_log() -> None:
-    """Print the trainer's log on the terminal, and no other package's."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("attnseg").setLevel(logging.INFO)
 
 
 @command()
@@ -59,17 +53,20 @@ def train(
     torchrun --nproc-per-node N -m attnseg train ...
     """
     require("attnseg train", "train")
-    from attnseg.trainer.devices import first_process
-    from attnseg.trainer.start import RunChoices, start_run
+    with loading("PyTorch", "torch"):
+        from attnseg.trainer.devices import first_process
+        from attnseg.trainer.start import RunChoices, start_run
 
-    _show_log()
-    try:
+    with keeping(lambda: _kept_of_run(output)):
         best = start_run(data, output, RunChoices(**choices), resume)
-    except KeyboardInterrupt as stop:
-        again = " with --resume" if (output / "last.pt").exists() else ""
-        raise KeyboardInterrupt(f"repeat the command{again} to continue") from stop
     if first_process():
-        click.echo(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
+        show(f"Best checkpoint: {best}. Next: attnseg export {best} -o model/")
+
+
+def _kept_of_run(output: Path) -> str:
+    if (output / "last.pt").exists():
+        return "repeat the command with --resume to continue"
+    return "no step was saved; repeat the command"
 
 
 @command()
@@ -85,21 +82,22 @@ def ablate(
     command to continue an ablation that was stopped.
     """
     require("attnseg ablate", "export")
-    from attnseg.data.labelled import refuse_data_folder
-    from attnseg.export.trained import open_trained
-    from attnseg.runtime.results.output import prepare_folder
-    from attnseg.trainer.ablate import ablate as run_ablation
-    from attnseg.trainer.start import RunChoices, open_choices
+    with loading("PyTorch", "torch"):
+        from attnseg.data.labelled import refuse_data_folder
+        from attnseg.export.trained import open_trained
+        from attnseg.runtime.results.output import prepare_folder
+        from attnseg.trainer.ablate import ablate as run_ablation
+        from attnseg.trainer.start import RunChoices, open_choices
 
-    _show_log()
     refuse_data_folder(data, output)
     network_only = None if preset == "paper" else preset  # the preset paper also resizes volumes
     choices = RunChoices(preset=network_only, split=split, settings=settings)
     data_set, config = open_choices(data, choices)
     prepare_folder(output)
-    text = run_ablation(data_set, config, output, open_trained)
+    with keeping(lambda: "repeat the command to continue"):
+        text = run_ablation(data_set, config, output, open_trained)
     console().print(Markdown(text))
-    click.echo(f"Results in {output}")
+    show(f"Results in {output}")
 
 
 @command()
@@ -110,8 +108,15 @@ def summary(preset: str | None) -> None:
     The paper's values are shown beside them where it states any.
     """
     require("attnseg summary", "train", ("torch",))
-    from attnseg.trainer.summary import SUMMARY_HEADER, summary_rows
-    from attnseg.trainer.variants import DIFFERENCES
+    with loading("PyTorch", "torch"):
+        from attnseg.trainer.summary import SUMMARY_HEADER, network_costs, summary_rows
+        from attnseg.trainer.variants import DIFFERENCES
 
-    print_table(SUMMARY_HEADER, summary_rows(preset), numbers_from=1)
+    costs = network_costs(preset)
+    print_table(SUMMARY_HEADER, summary_rows(costs), numbers_from=1)
     console().print(DIFFERENCES)
+    networks = [
+        {"network": title, "cost": asdict(own), "paper": asdict(paper)}
+        for title, (own, paper) in costs.items()
+    ]
+    print_document({"window_voxels": 64, "networks": networks})

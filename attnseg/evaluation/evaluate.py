@@ -34,7 +34,7 @@ from attnseg.evaluation.scores import (
 from attnseg.evaluation.tables import markdown_table
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import AttnsegError, ConfigError, Setting, TrainingError
+from attnseg.runtime.errors import AttnsegError, OutputError, Setting, TrainingError
 from attnseg.runtime.folder import case_error
 from attnseg.runtime.model.manifest import Manifest
 from attnseg.runtime.results.output import write_results
@@ -66,12 +66,12 @@ def check_output(data: Path, output: Path, overwrite: bool) -> None:
     """Check that an evaluation would overwrite neither the data nor an earlier evaluation.
 
     Raises:
-        ConfigError: `output` is the folder of the data, or holds an evaluation and
-            `overwrite` is false.
+        ConfigError: `output` is the folder of the data.
+        OutputError: `output` holds an evaluation, and `overwrite` is false.
     """
     refuse_data_folder(data, output)
     if (output / CASES).exists() and not overwrite:
-        raise ConfigError(
+        raise OutputError(
             f"{output}: holds an evaluation already",
             "give {} or choose another folder",
             Setting("overwrite", True),
@@ -132,7 +132,7 @@ def evaluate(
     output: Path,
     *,
     against: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, AttnsegError | None], None] | None = None,
 ) -> Evaluation:
     """Segment and score cases, and write `cases.csv`, `summary.md`, `boxes.png` and `worst/`.
 
@@ -142,7 +142,7 @@ def evaluate(
         task: Task of the cases.
         output: Folder, created if it does not exist; earlier results in it are replaced.
         against: Folder of another evaluation of the same cases, to compare with.
-        progress: Function called with the name of each finished case.
+        progress: Function called with the name of each finished case and its error, if any.
 
     Raises:
         TrainingError: Every case failed, or `against` has none of the cases.
@@ -161,7 +161,7 @@ def evaluate(
         except Exception as error:  # no error of one case may stop the others
             scoring.failed[case.name] = case_error(case.case, error).detached()
         if progress:
-            progress(case.name)
+            progress(case.name, scoring.failed.get(case.name))
     scores, failed = scoring.scores, scoring.failed
     if not scores:
         first = next(iter(failed.values()))

@@ -28,19 +28,20 @@ CaseScores = Mapping[str, Mapping[str, Scores]]
 MEANS_HEADER = ("", "Dice", "HD95, mm", "sensitivity", "specificity", "lesion-wise Dice")
 
 
+def mean_scores(scores: CaseScores) -> dict[str, dict[str, float]]:
+    """Mean of each score over all cases, by structure and name of the score."""
+    return {
+        structure: {name: float(column(scores, structure, name).mean()) for name in SCORES}
+        for structure in next(iter(scores.values()))
+    }
+
+
 def mean_rows(scores: CaseScores) -> list[tuple[str, ...]]:
     """Means over all cases under `MEANS_HEADER`, one row per structure."""
     return [
-        (
-            structure,
-            *(_mean(column(scores, structure, name), name) for name in SCORES),
-        )
-        for structure in next(iter(scores.values()))
+        (structure, *(f"{mean:.{1 if name == 'hd95_mm' else 3}f}" for name, mean in means.items()))
+        for structure, means in mean_scores(scores).items()
     ]
-
-
-def _mean(values: NDArray[np.float64], name: str) -> str:
-    return f"{values.mean():.1f}" if name == "hd95_mm" else f"{values.mean():.3f}"
 
 
 def encode_scores(scores: CaseScores) -> bytes:

@@ -6,6 +6,7 @@ followed by an evaluation on the validation cases.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from pathlib import Path
 from attnseg.evaluation.evaluate import evaluate
 from attnseg.evaluation.scores import CaseScores, column
 from attnseg.evaluation.tables import markdown_table
-from attnseg.runtime.errors import TrainingError, TrainingSetting
+from attnseg.runtime.errors import AttnsegError, TrainingError, TrainingSetting
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.segmenter import Segmenter
 from attnseg.trainer.checkpoint import checkpoint_config, load_checkpoint, load_run
@@ -58,6 +59,16 @@ def _train_row(data: DataSet, config: TrainConfig, run: Path, cache: Path) -> Pa
     return train(data, config, run, stored, cache=cache)
 
 
+def _logged_cases(count: int) -> Callable[[str, AttnsegError | None], None]:
+    """Function that logs each evaluated case, for `evaluate`."""
+    ended = itertools.count(1)
+
+    def log_case(name: str, error: AttnsegError | None) -> None:
+        log.info("%d/%d %s: %s", next(ended), count, name, error or "done")
+
+    return log_case
+
+
 def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenModel) -> str:
     """Train and evaluate the four rows; a second call continues where the first was stopped.
 
@@ -84,7 +95,11 @@ def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenMod
         best = _train_row(data, row, run, output / CACHE)
         with open_model(best) as segmenter:
             cases = data.part("validation")
-            scores[name] = evaluate(cases, segmenter, data.task, run / "evaluation").scores
+            progress = _logged_cases(len(cases))
+            output_of_row = run / "evaluation"
+            scores[name] = evaluate(
+                cases, segmenter, data.task, output_of_row, progress=progress
+            ).scores
     text = _table(data, config, output, scores)
     write_results(output, {TABLE: text.encode()})
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from attnseg.evaluation.paper import RESULTS
 from attnseg.trainer.model import MODELS, network_settings
 from attnseg.trainer.networks import cost_of
@@ -10,8 +12,8 @@ from attnseg.trainer.variants import ABLATION, Cost, variant_network
 SUMMARY_HEADER = ("", "parameters, M", "paper", "GMAC, 64^3", "paper")
 
 
-def summary_rows(preset: str | None = None) -> list[tuple[str, ...]]:
-    """Rows under `SUMMARY_HEADER`: the ablation of a preset, and the baselines.
+def network_costs(preset: str | None = None) -> dict[str, tuple[Cost, Cost]]:
+    """Cost of each network and the paper's, by title: the ablation of a preset, the baselines.
 
     Raises:
         ConfigError: The preset does not exist.
@@ -22,7 +24,12 @@ def summary_rows(preset: str | None = None) -> list[tuple[str, ...]]:
         for name, variant in ABLATION.items()
     }
     rows |= {RESULTS[name].title: (MODELS[name], Cost()) for name in ("unet3d", "deepmedic")}
-    return [(title, *_cells(cost_of(config), paper)) for title, (config, paper) in rows.items()]
+    return {title: (cost_of(config), paper) for title, (config, paper) in rows.items()}
+
+
+def summary_rows(costs: Mapping[str, tuple[Cost, Cost]]) -> list[tuple[str, ...]]:
+    """Rows under `SUMMARY_HEADER` of the costs that `network_costs` returns."""
+    return [(title, *_cells(own, paper)) for title, (own, paper) in costs.items()]
 
 
 def _cells(own: Cost, paper: Cost) -> list[str]:

@@ -9,6 +9,7 @@ CUDA and the GPU engines are imported only when a GPU engine is opened.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,8 @@ from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import FileEntry
 from attnseg.runtime.model.verdict import over_budget
+
+log = logging.getLogger(__name__)
 
 GPU_ENGINES = {
     "tensorrt": ("fp16", "int8", "fp32"),
@@ -308,4 +311,5 @@ def select_engine(bundle: Bundle, request: EngineRequest) -> Selected:
         except EngineError as error:
             found = (candidate.engine, candidate.file, candidate.prebuilt)
             refusals.append(Refusal(*found, error.detached()))
+            log.debug("not available: %s", refusals[-1])
     raise _nothing_runs(request, refusals)
