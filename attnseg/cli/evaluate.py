@@ -27,7 +27,7 @@ from attnseg.cli.parameters import (
     segment_options,
     trained_option,
 )
-from attnseg.cli.progress import case_progress, ended_cases, loading, stage_progress
+from attnseg.cli.progress import case_progress, ended_cases, keeping, loading, stage_progress
 from attnseg.cli.run import model_record, print_refusals
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.extras import require
@@ -106,7 +106,7 @@ def evaluate(
         with case_progress(len(scans.cases)) as advance:
             scans = decide_labels(scans, [case.name for case in chosen], advance)
         prepare_folder(output)
-        with case_progress(len(chosen)) as progress:
+        with keeping(lambda: "no scores were written"), case_progress(len(chosen)) as progress:
             ended = ended_cases(progress)
             result = evaluate_cases(
                 chosen, segmenter, scans.task, output, against=against, progress=ended
@@ -166,7 +166,12 @@ def explain(ctx: click.Context, /, scan_dir: Path, model: Path | None, output: P
         check_attention(bundle.manifest)
         scans = find_cases(scan_dir, bundle.manifest.task.channels)
         prepare_folder(output)
-        with case_progress(len(scans.cases)) as progress:
+        with (
+            keeping(lambda: "finished cases are kept"),
+            case_progress(len(scans.cases) + len(scans.problems)) as progress,
+        ):
+            for name in scans.problems:
+                progress.case_ended(name, "failed")
             failed = explain_cases(scans.cases, bundle, output, ended_cases(progress))
     for name, problem in {**scans.problems, **failed}.items():
         print_case_error(name, problem)

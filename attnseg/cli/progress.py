@@ -5,6 +5,7 @@ With `--verbose` the lines are printed on a terminal too, with `--quiet` nothing
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,16 +35,20 @@ def loading(what: str, module: str) -> Iterator[None]:
 
     Args:
         what: Name for people, such as `PyTorch`.
-        module: Name of the module; nothing is said if it is loaded already.
+        module: Name of the module; nothing is said if it is loaded already, nor by the second and
+            later processes of `torchrun`.
     """
-    text, shown = f"loading {what}", console(stderr=True).is_terminal
-    if module not in sys.modules and not manner().quiet:
-        click.echo(text, err=True, nl=not shown)
+    text, erasable = f"loading {what}", console(stderr=True).is_terminal
+    silent = manner().quiet or module in sys.modules or os.environ.get("RANK", "0") != "0"
     begun = time.monotonic()
-    with leaving_on_interrupt():
-        yield
-    if shown and not manner().quiet:
-        click.echo(_ERASE_LINE, err=True, nl=False)
+    if not silent:
+        click.echo(text, err=True, nl=not erasable)
+    try:
+        with leaving_on_interrupt():
+            yield
+    finally:
+        if erasable and not silent:
+            click.echo(_ERASE_LINE, err=True, nl=False)
     detail(f"{text}: {time.monotonic() - begun:.1f} s")
 
 

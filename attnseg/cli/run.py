@@ -96,7 +96,7 @@ def _run_cases(
     note(f"model: {segmenter.bundle.manifest.name} ({origin})")
     results = []
     with (
-        keeping(lambda: "finished cases are kept, and skipped when the command is repeated"),
+        keeping(lambda: "finished cases are kept"),
         case_progress(len(cases) + len(problems)) as progress,
     ):
         failed = (CaseResult(n, "failed", error=e) for n, e in problems.items())
