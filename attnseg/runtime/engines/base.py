@@ -6,6 +6,7 @@ extended interface in `attnseg.runtime.engines.device`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -37,6 +38,19 @@ class EngineInfo:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in reports."""
         return asdict(self)
+
+
+_NOISE = re.compile(
+    r"Exception from \S+:|\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*? failed:|"
+    r"Check '[^']*' failed at \S+:"
+)
+_LONGEST = 240
+
+
+def reason_of(error: Exception) -> str:
+    """Message of another library's exception in one line, without source lines and file names."""
+    text = " ".join(_NOISE.sub("", str(error)).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3].rstrip()}..."
 
 
 class Engine(Protocol):

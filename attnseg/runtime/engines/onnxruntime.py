@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import EngineInfo, reason_of
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
 
@@ -26,7 +26,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(str(model), settings, providers=providers)
         except Exception as error:  # its exceptions share no base but Exception
-            raise EngineError(f"{model}: ONNX Runtime refuses it ({error})") from error
+            raise EngineError(f"{model}: ONNX Runtime refuses it ({reason_of(error)})") from error
         self._session.disable_fallback()  # to another provider, which would be silent
         self.input = str(self._session.get_inputs()[0].name)
         self._output = self._session.get_outputs()[0]
@@ -46,7 +46,7 @@ class OnnxSession:
             result = self._session.run(None, {self.input: batch.astype(self.dtype, copy=False)})
         except Exception as error:  # its exceptions share no base but Exception
             raise EngineError(
-                f"ONNX Runtime failed on a batch of shape {batch.shape} ({error})"
+                f"ONNX Runtime failed on a batch of shape {batch.shape} ({reason_of(error)})"
             ) from error
         return np.asarray(result[0]).astype(np.float32, copy=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import EngineInfo, reason_of
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
 
@@ -64,7 +64,7 @@ class OpenVinoEngine:
         try:
             self._model = self._core.read_model(model)
         except RuntimeError as error:
-            raise EngineError(f"{model}: OpenVINO refuses it ({error})") from error
+            raise EngineError(f"{model}: OpenVINO refuses it ({reason_of(error)})") from error
         self._takes = self._model.input(0).partial_shape
         self._shape: tuple[int, ...] | None = None
         self._request: Any = None
@@ -85,6 +85,6 @@ class OpenVinoEngine:
             result = self._request.infer(batch, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise EngineError(
-                f"OpenVINO failed on a batch of shape {batch.shape} ({error})"
+                f"OpenVINO failed on a batch of shape {batch.shape} ({reason_of(error)})"
             ) from error
         return np.asarray(result[0])
