@@ -8,6 +8,7 @@ not unpickle or execute anything in them (exception: version-compatible TensorRT
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,12 @@ from attnseg.runtime.model.manifest import (
     Precision,
     Role,
 )
+
+_MODEL_FILES = {
+    ".onnx": "an ONNX file",
+    ".pt": "a checkpoint",
+    ".safetensors": "a file of weights",
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,7 @@ class Bundle:
         folder = Path(folder)
         manifest_file = folder / MANIFEST
         if not folder.is_dir() or not manifest_file.is_file():
-            raise BundleError(
-                f"{folder}: is not a bundle (a folder with {MANIFEST})",
-                "make one with attnseg export",
-            )
+            raise _not_a_bundle(folder)
         stored = manifest_file.read_bytes()
         manifest = _decode(manifest_file, stored)
         for name, entry in manifest.files.items():
@@ -87,6 +91,22 @@ class Bundle:
             entry.role == role and precision in (None, entry.precision)
             for entry in self.manifest.files.values()
         )
+
+
+def _not_a_bundle(path: Path) -> BundleError:
+    """Error for a path that is no bundle; for a model file, with the line that exports it."""
+    suffix, shown = path.suffix.lower(), shlex.quote(str(path))
+    if not path.is_file() or suffix not in _MODEL_FILES:
+        return BundleError(
+            f"{path}: is not a bundle (a folder with {MANIFEST})", "make one with attnseg export"
+        )
+    if (path.parent / MANIFEST).is_file():
+        return BundleError(f"{path}: is a file of a bundle", f"give the bundle, {path.parent}")
+    spec = " --spec model.json" if suffix == ".onnx" else ""
+    return BundleError(
+        f"{path}: is {_MODEL_FILES[suffix]}, not a bundle",
+        f"make one with attnseg export {shown}{spec} -o {shlex.quote(path.stem)}",
+    )
 
 
 def default_folder() -> Path:
@@ -166,6 +186,7 @@ class BundleDraft:
     far, so that engines can open them before the bundle is complete.
 
     Attributes:
+        folder: Temporary folder of the files.
         entries: Manifest entries of the files added so far, by file name.
     """
 
@@ -180,25 +201,26 @@ class BundleDraft:
             manifest: Manifest of the bundle; its `files` are replaced by the added files.
             finish: Function that renames the temporary folder to its destination.
         """
-        self._target, self._folder = target, folder
+        self._target, self.folder = target, folder
         self._manifest, self._finish = manifest, finish
         self.entries: dict[str, FileEntry] = {}
 
     def add(self, name: str, content: bytes, entry: FileEntry) -> None:
         """Write a file and record its manifest entry."""
         with _writing(self._target):
-            (self._folder / name).write_bytes(content)
+            (self.folder / name).write_bytes(content)
         self.entries[name] = entry
 
-    def read(self, name: str) -> bytes:
-        """Content of an added file."""
-        return (self._folder / name).read_bytes()
+    def remove(self, name: str) -> None:
+        """Delete an added file and its manifest entry."""
+        del self.entries[name]
+        (self.folder / name).unlink()
 
     @property
     def bundle(self) -> Bundle:
         """Bundle of the files added so far; its `sha256` is empty."""
         manifest = replace(self._manifest, files=dict(self.entries))
-        return Bundle(self._folder, manifest, "")
+        return Bundle(self.folder, manifest, "")
 
     def commit(self, sign: Callable[[bytes], bytes] | None = None) -> None:
         """Write the manifest and, with `sign`, its signature, and rename the folder."""
@@ -207,9 +229,9 @@ class BundleDraft:
         stored = encode_manifest(self.bundle.manifest)
         signature = sign(stored) if sign else None
         with _writing(self._target):
-            (self._folder / MANIFEST).write_bytes(stored)
+            (self.folder / MANIFEST).write_bytes(stored)
             if signature is not None:
-                (self._folder / SIGNATURE).write_bytes(signature)
+                (self.folder / SIGNATURE).write_bytes(signature)
             self._finish()
 
 
