@@ -17,10 +17,10 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnxconverter_common import float16
 
 from attnseg.export.graphs.graph import Graph
-from attnseg.runtime.errors import ExportError
+from attnseg.runtime.engines.base import reason_of
+from attnseg.runtime.errors import ExportError, Setting
 
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
@@ -66,8 +66,9 @@ def open_session(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no other common base class
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"ONNX Runtime cannot run a form of the graph ({reason})") from error
+        raise ExportError(
+            f"ONNX Runtime cannot run a form of the graph ({reason_of(error)})"
+        ) from error
 
 
 def with_all_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -83,7 +84,10 @@ def with_all_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
 def _magnitudes(
     operators: dict[str, str], session: ort.InferenceSession, window: NDArray[np.float32]
 ) -> Iterator[TensorRange]:
-    values = session.run(None, {session.get_inputs()[0].name: window})
+    try:
+        values = session.run(None, {session.get_inputs()[0].name: window})
+    except Exception as error:  # its exceptions have no other common base class
+        raise ExportError(f"the ranges cannot be measured ({reason_of(error)})") from error
     for (name, operator), value in zip(operators.items(), values, strict=True):
         magnitude = np.abs(value)
         other = int(np.count_nonzero(magnitude))
@@ -110,6 +114,9 @@ def audit_ranges(
     Returns:
         One entry per tensor that a node computes, in node order; each value is the largest over
         the windows.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the graph.
     """
     model = with_all_tensors(graph.model)
     operators = {o: node.op_type for node in model.graph.node for o in node.output if o}
@@ -149,24 +156,43 @@ def convert_to_fp16(graph: Graph, in_fp32: Iterable[str] = (), io: str = "fp16")
         io: Data type of input and output, `fp16` or `fp32`.
 
     Raises:
-        ExportError: The converted graph is not valid ONNX.
+        ExportError: The graph holds fp16 numbers already, cannot be converted, or the result is not
+            valid ONNX.
     """
-    with warnings.catch_warnings():
-        # It warns about each weight below fp16's smallest value; those become that value or stay 0.
-        warnings.simplefilter("ignore")
-        model = float16.convert_float_to_float16(
-            graph.copy(),
-            min_positive_val=SMALLEST,
-            max_finite_val=LARGEST,
-            keep_io_types=io == "fp32",
-            node_block_list=list(in_fp32),
-        )
-    del model.graph.value_info[:]
+    from onnxconverter_common import float16
+
+    _refuse_half(graph)
     try:
+        with warnings.catch_warnings():
+            # It warns about weights below fp16's smallest value; they become that value or stay 0.
+            warnings.simplefilter("ignore")
+            model = float16.convert_float_to_float16(
+                graph.copy(),
+                min_positive_val=SMALLEST,
+                max_finite_val=LARGEST,
+                keep_io_types=io == "fp32",
+                node_block_list=list(in_fp32),
+            )
+        del model.graph.value_info[:]
         onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the fp16 graph is not valid ONNX ({error})") from error
+    except Exception as error:  # those of the converter and of onnx have no common base class
+        raise ExportError(
+            f"the graph cannot be converted to fp16 ({reason_of(error)})",
+            "leave {} out",
+            Setting("fp16"),
+        ) from error
     return Graph(model)
+
+
+def _refuse_half(graph: Graph) -> None:
+    """Refuse a graph in which a tensor is fp16 already."""
+    half = [name for name, kind in graph.types.items() if kind == TensorProto.FLOAT16]
+    if half:
+        raise ExportError(
+            f"{len(half)} tensors of the graph are fp16 already, such as {half[0]}",
+            "give the fp32 model, or leave {} out",
+            Setting("fp16"),
+        )
 
 
 def convolutions_in_fp32(graph: Graph) -> list[str]:
@@ -176,7 +202,7 @@ def convolutions_in_fp32(graph: Graph) -> list[str]:
         node.name
         for node in graph.model.graph.node
         if node.op_type in ("Conv", "ConvTranspose")
-        and TensorProto.FLOAT in {types[name] for name in (*node.input, *node.output) if name}
+        and TensorProto.FLOAT in {types.get(name) for name in (*node.input, *node.output) if name}
     ]
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import onnx
 
+from attnseg.runtime.engines.base import reason_of
+from attnseg.runtime.errors import ExportError
+
 
 class Graph:
     """An immutable ONNX graph: `model` must not be modified; `copy` returns a modifiable model."""
@@ -40,8 +43,15 @@ class Graph:
 
     @cached_property
     def types(self) -> dict[str, int]:
-        """Element type (`onnx.TensorProto.DataType`) of every tensor, by name."""
-        graph = onnx.shape_inference.infer_shapes(self.model, strict_mode=True).graph
+        """Element type (`onnx.TensorProto.DataType`) of every tensor, by name.
+
+        Raises:
+            ExportError: A node contradicts the types or shapes of its inputs.
+        """
+        try:
+            graph = onnx.shape_inference.infer_shapes(self.model, strict_mode=True).graph
+        except onnx.shape_inference.InferenceError as error:
+            raise ExportError(f"the graph contradicts itself ({reason_of(error)})") from error
         values = (*graph.input, *graph.output, *graph.value_info)
         types = {value.name: value.type.tensor_type.elem_type for value in values}
         return types | {i.name: i.data_type for i in graph.initializer}

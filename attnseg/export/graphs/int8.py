@@ -27,6 +27,7 @@ from onnxruntime.quantization import (
 )
 
 from attnseg.export.graphs.graph import Graph
+from attnseg.runtime.engines.base import reason_of
 from attnseg.runtime.errors import ExportError, Setting
 
 QUANTISED = ("Conv",)
@@ -51,9 +52,8 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # from three libraries, without a common base class
-        reason = " ".join(str(error).split())[:200]
         raise ExportError(
-            f"the graph cannot be quantised ({reason})", "leave {} out", Setting("int8")
+            f"the graph cannot be quantised ({reason_of(error)})", "leave {} out", Setting("int8")
         ) from error
 
 

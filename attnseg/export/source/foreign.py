@@ -8,6 +8,8 @@ import onnx
 from onnx import TensorProto
 
 from attnseg.export.graphs.graph import Graph
+from attnseg.export.source.ending import LOGITS, refuse_training_mode, use_logits
+from attnseg.export.source.onnx_file import load_onnx
 from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.runtime.model.manifest_format import decode_spec
@@ -27,19 +29,12 @@ def read_spec(path: Path) -> ModelRecord:
         raise ConfigError(f"{path}: {error.cause}", "see docs/export.md") from error
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # those of protobuf and onnx have no other common base class
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"{path}: is damaged or not valid ONNX ({reason})") from error
-    return model
-
-
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     """Sizes of a tensor; None for dynamic dimensions."""
     return [d.dim_value or None for d in value.type.tensor_type.shape.dim]
+
+
+_LAYOUT = "(batch, channels, x, y, z)"
 
 
 def _check_end(path: Path, value: onnx.ValueInfoProto, count: int, what: str) -> None:
@@ -48,14 +43,19 @@ def _check_end(path: Path, value: onnx.ValueInfoProto, count: int, what: str) ->
         space = f"a {len(dims) - 2}-D model" if len(dims) in (3, 4) else "no model of images"
         raise ExportError(
             f"{path}: is {space} ({value.name} has {len(dims)} dimensions)",
-            "attnseg runs 3-D models, whose tensors are (batch, channels, x, y, z)",
+            f"attnseg runs 3-D models, whose tensors are {_LAYOUT}",
         )
     if kind != TensorProto.FLOAT:
         name = TensorProto.DataType.Name(kind).lower()
-        raise ExportError(f"{path}: {value.name} is {name}", "give the fp32 model")
-    if dims[1] not in (None, count):
+        whole = "float" not in name and what == "labels"
         raise ExportError(
-            f"{path}: {value.name} has {dims[1]} channels, the spec names {count} {what}"
+            f"{path}: {value.name} is {name}", LOGITS if whole else "give the fp32 model"
+        )
+    if dims[1] not in (None, count):
+        listed = f"list its {dims[1]} {what} in the spec"
+        raise ExportError(
+            f"{path}: {value.name} has {dims[1]} channels, the spec names {count} {what}",
+            f"transpose it in the graph to {_LAYOUT}" if dims[4] == count else listed,
         )
 
 
@@ -72,30 +72,48 @@ def _check_window(path: Path, value: onnx.ValueInfoProto, spec: ModelRecord) -> 
         raise ExportError(f"{path}: takes {dims[0]} windows at a time", "give a model for 1 or any")
 
 
-def read_foreign(path: Path, spec: ModelRecord) -> Graph:
+def read_foreign(path: Path, spec: ModelRecord) -> tuple[Graph, tuple[str, ...]]:
     """Read an ONNX file, check it against its spec, and name every unnamed node.
 
+    Returns:
+        The graph, whose output are logits, and sentences on what was changed to that end.
+
     Raises:
-        ExportError: The file is missing or damaged, does not have exactly one input and one output,
-            is not 3-D or not fp32, or its channels or window differ from the spec.
+        ExportError: The file is damaged, see `load_onnx`; it does not have exactly one input and
+            one output, is not 3-D or not fp32, its channels or window differ from the spec, it is
+            in training mode, or it does not end in logits or their softmax.
     """
-    model = _load(path)
+    model = load_onnx(path)
     constants = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     outputs = list(model.graph.output)
     if len(inputs) != 1 or len(outputs) != 1:
+        names = [[value.name for value in values] for values in (inputs, outputs)]
         raise ExportError(
-            f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs",
-            "attnseg runs models of one image and its logits",
+            f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs "
+            f"({'; '.join(', '.join(own) for own in names)})",
+            "attnseg runs models of one image and its logits; export without deep supervision"
+            if len(outputs) > 1
+            else "attnseg runs models of one image and its logits",
         )
+    refuse_training_mode(path, model)
     _check_end(path, inputs[0], len(spec.task.channels), "channels")
+    notes = use_logits(path, model)
     _check_end(path, outputs[0], len(spec.task.labels), "labels")
     _check_window(path, inputs[0], spec)
     inputs[0].type.tensor_type.shape.dim[1].dim_value = len(spec.task.channels)
+    _name_nodes(model)
+    return Graph(model), notes
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node a name of its own, by which later steps identify it."""
     taken = {node.name for node in model.graph.node}
+    seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
-        if not node.name:  # later steps identify nodes by name
+        if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{index}"
             while node.name in taken:
                 node.name += "_"
-    return Graph(model)
+            taken.add(node.name)
+        seen.add(node.name)

@@ -37,12 +37,14 @@ class Source:
             None for an ONNX file.
         reference: Engine that every file of the bundle is compared with.
         manifest: Manifest of the bundle; its `files` list the graph alone.
+        notes: Sentences on what differs between the file and the graph, for the documents.
     """
 
     graph: Graph
     weights: bytes | None
     reference: Engine
     manifest: Manifest
+    notes: tuple[str, ...] = ()
 
 
 def open_source(path: Path, spec: Path | None, words: Mapping[str, Any], budget: Budget) -> Source:
@@ -143,8 +145,8 @@ def _from_checkpoint(model: TrainedModel, budget: Budget) -> Source:
 
 def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, Any], budget: Budget) -> Source:
     spec = dataclasses.replace(read_spec(spec_file), **words)
-    graph = read_foreign(path, spec)
-    return _source(
+    graph, notes = read_foreign(path, spec)
+    source = _source(
         spec,
         graph,
         None,
@@ -154,6 +156,7 @@ def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, Any], budget: Bu
         validation=None,
         budget=budget,
     )
+    return dataclasses.replace(source, notes=notes)
 
 
 def _reference(path: Path, graph: Graph) -> Engine:
@@ -167,5 +170,5 @@ def _reference(path: Path, graph: Graph) -> Engine:
             reason = error.cause.split("refuses it ", 1)[-1]
             raise ExportError(
                 f"{path}: ONNX Runtime cannot run it {reason}",
-                "attnseg exports models of standard ONNX operators",
+                "attnseg exports models of standard ONNX operators that ONNX Runtime runs",
             ) from error

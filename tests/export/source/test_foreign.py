@@ -202,8 +202,19 @@ def test_doctor_runs_a_model_of_one_size_on_its_own_window(tmp_path: Path) -> No
 
 def test_every_node_gets_a_name(tmp_path: Path) -> None:
     path = save(tmp_path, ["n", 1, "x", "y", "z"])
-    graph = read_foreign(path, read_spec(spec_file(tmp_path)))
+    graph, _ = read_foreign(path, read_spec(spec_file(tmp_path)))
     assert [n.name for n in graph.model.graph.node] == ["Concat_0"]
+
+
+def test_a_name_that_two_nodes_have_is_kept_by_the_first(tmp_path: Path) -> None:
+    path = save(tmp_path, ["n", 1, "x", "y", "z"])
+    model = onnx.load(path)
+    (first,) = model.graph.node
+    first.name, first.output[0] = "twice", "joined"
+    model.graph.node.append(helper.make_node("Identity", ["joined"], ["logits"], name="twice"))
+    onnx.save(model, path)
+    graph, _ = read_foreign(path, read_spec(spec_file(tmp_path)))
+    assert [n.name for n in graph.model.graph.node] == ["twice", "Identity_1"]
 
 
 def test_the_spec_of_the_documentation_is_one(tmp_path: Path) -> None:
