@@ -103,13 +103,16 @@ def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -
 @option("--description", heading=WORDS, help="Description of the model.")
 @option("--intended-use", heading=WORDS, help="Intended use of the model, such as 'Research only'.")
 @option("--sign", type=PATH, heading=WORDS, help="Private key to sign with (PEM, Ed25519).")
-def export(model: Path | None, output: Path, data: Path | None, **choices: Any) -> None:
+@click.pass_context
+def export(
+    ctx: click.Context, /, model: Path | None, output: Path, data: Path | None, **choices: Any
+) -> None:
     """Export a model to a bundle for attnseg run.
 
     MODEL is a checkpoint (best.pt), the weights.safetensors of a bundle, or, with --spec, an ONNX
     file of a 3-D model trained elsewhere. Without MODEL, the newest best.pt below runs/ is
-    exported, or the shipped model if there is none. The bundle is written only if each of its
-    graphs stays within the budget of the parity gate.
+    exported, or the shipped model if there is none. What is over the budget of the parity gate is
+    left out, and the exit code is then 1; without the fp32 graph, nothing is written.
     """
     require("attnseg export", "export")
     with loading("PyTorch and ONNX", "torch"):
@@ -131,6 +134,9 @@ def export(model: Path | None, output: Path, data: Path | None, **choices: Any) 
         show(f"Kept in fp32 because they may overflow in fp16: {', '.join(exported.in_fp32)}")
     following = f"attnseg run scan_dir/ --model {output} -o {output.name}-out"
     show(f"Bundle: {exported.bundle.folder}. Next: {following}")
+    for error in exported.left_out:
+        click.echo(f"error: {in_one_line(error)}", err=True)
+    ctx.exit(1 if exported.left_out else 0)
 
 
 def _print_report(report: Any) -> None:
@@ -139,6 +145,7 @@ def _print_report(report: Any) -> None:
     print_table(PARITY_HEADER, parity_rows(report), numbers_from=len(PARITY_HEADER))
     for line in not_run_lines(report):
         show(line)
+    show(f"Compared with {report.reference}")
 
 
 @command()
@@ -155,12 +162,13 @@ def verify(
 ) -> None:
     """Repeat a bundle's parity gate on this machine.
 
-    Every precision that can run here is compared with the trained network. The exit code is 1 if
-    a graph of the bundle is over the budget; bf16 is measured for information.
+    Every precision that can run here is compared with the trained network, or with the fp32 graph
+    where PyTorch is not installed. The exit code is 1 if a graph of the bundle is over the budget;
+    bf16 is measured for information.
     """
-    require("attnseg verify", "export")
-    with loading("PyTorch and ONNX", "torch"):
-        from attnseg.export.gate.parity import describe_failure
+    require("attnseg verify", "export", ("onnx", "onnxruntime"))
+    with loading("ONNX and the engines", "onnx"):
+        from attnseg.export.gate.budget import describe_failure
         from attnseg.export.gate.samples import read_samples
         from attnseg.export.verify import verify_bundle
 
@@ -171,7 +179,8 @@ def verify(
     print_document({"folder": folder, "within_budget": not report.failures(), **report.to_dict()})
     for failed in report.failures():
         reason = in_one_line(describe_failure(failed, report.budget))
-        click.echo(f"over the budget: {failed.precision} by {failed.engine}: {reason}", err=True)
+        where = f"{failed.precision} ({failed.engine})"
+        click.echo(f"over the budget: {where}: {reason}", err=True)
     ctx.exit(1 if report.failures() else 0)
 
 

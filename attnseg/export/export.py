@@ -1,11 +1,14 @@
-"""Export of a model to a bundle, written only after every precision passes the parity gate."""
+"""Export of a model to a bundle of the files that pass the parity gate."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -15,11 +18,12 @@ from numpy.typing import NDArray
 
 from attnseg.export.documents.card import model_card
 from attnseg.export.documents.sbom import bill_of_materials
-from attnseg.export.engines.tensorrt import BuildOptions, BuildProgress, BuiltEngine
+from attnseg.export.engines.tensorrt import BuildOptions, BuildProgress
 from attnseg.export.engines.worker import build_apart
+from attnseg.export.gate.budget import check_budget, left_out
 from attnseg.export.gate.layers import first_wrong_layer
 from attnseg.export.gate.measure import measure_engines, measure_graphs
-from attnseg.export.gate.parity import Gate, Measured, ParityReport, check_budget
+from attnseg.export.gate.parity import Gate, Measured, ParityReport
 from attnseg.export.gate.samples import (
     SampleSource,
     calibration_windows,
@@ -37,8 +41,9 @@ from attnseg.export.graphs.fp16 import (
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.graphs.int8 import quantise
 from attnseg.export.source.checkpoint import check_file
+from attnseg.export.source.first_run import check_first_run
 from attnseg.export.source.model import ONNX_FILE, Source, open_source
-from attnseg.runtime.geometry import Shape
+from attnseg.runtime.errors import AttnsegError, ExportError
 from attnseg.runtime.model.bundle import Bundle, BundleDraft, check_free, draft_bundle, file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden
 from attnseg.runtime.model.manifest import Budget, Precision, Role
@@ -94,11 +99,13 @@ class Exported:
         bundle: The bundle as written.
         report: Report of the parity gate.
         in_fp32: Nodes of the fp16 graph that stayed in fp32.
+        left_out: An error for each file that was requested and is over the budget.
     """
 
     bundle: Bundle
     report: ParityReport
     in_fp32: tuple[str, ...]
+    left_out: tuple[ExportError, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,19 +149,49 @@ def _log_without_times(text: str) -> str:
     return re.sub(r"\d[\d.e+-]* ?(?=(?:seconds|ms)\b)", "- ", text)
 
 
+def _graphs_of_engines(
+    wanted: Mapping[Precision, Graph], draft: BundleDraft
+) -> Iterator[Precision]:
+    """Precisions of the graphs that engines are built from.
+
+    They are those below fp32, without those that were left out, or fp32 if none was requested.
+    """
+    below = [precision for precision in wanted if precision != "fp32"]
+    for precision in below or wanted:
+        if draft.bundle.has("onnx", precision):
+            yield precision
+
+
 def _build_engines(
     graphs: Mapping[Precision, Graph],
-    window: Shape,
+    draft: BundleDraft,
     options: ExportOptions,
     in_fp32: tuple[str, ...],
     progress: ExportProgress,
-) -> Iterator[tuple[str, Precision, BuiltEngine]]:
-    """Build engines from every graph below fp32, or from the fp32 graph if it is the only one."""
-    chosen = {p: graph for p, graph in graphs.items() if p != "fp32"} or graphs
-    for (precision, graph), wanted in product(chosen.items(), options.engines):
-        progress.step(f"{wanted.builder} engine for {wanted.target}")
-        engine = build_apart(graph, window, wanted, in_fp32, progress.build)
-        yield _engine_name(wanted, precision), precision, engine
+) -> None:
+    """Build the engines of a bundle, and add each with its log."""
+    window = draft.bundle.manifest.inference.window
+    for precision, wanted in product(_graphs_of_engines(graphs, draft), options.engines):
+        progress.step(f"{precision} {wanted.builder} engine for {wanted.target}")
+        built = build_apart(graphs[precision], window, wanted, in_fp32, progress.build)
+        name = _engine_name(wanted, precision)
+        draft.add(name, built.content, file_entry("engine", built.content, precision, built.build))
+        _add(draft, f"{name}.log", "log", _log_without_times(built.log).encode())
+
+
+@contextmanager
+def _naming(model: Path, folder: Path) -> Iterator[None]:
+    """Name the user's model in errors in place of the graph in a temporary folder."""
+    try:
+        yield
+    except AttnsegError as error:
+        if str(folder) not in f"{error.cause}{error.mend}":
+            raise
+        cause, mend = (
+            text.replace(str(folder / ONNX_FILE), str(model)).replace(f"{folder}{os.sep}", "")
+            for text in (error.cause, error.mend)
+        )
+        raise type(error)(cause, mend, *error.settings) from error
 
 
 def export_bundle(
@@ -165,6 +202,8 @@ def export_bundle(
     progress: ExportProgress | None = None,
 ) -> Exported:
     """Export a model to a bundle.
+
+    A graph below fp32 or an engine that is over the budget is left out, and the rest is written.
 
     Args:
         model: `.pt` file of the trainer, `weights.safetensors` of a bundle, or `.onnx` file (which
@@ -177,8 +216,8 @@ def export_bundle(
     Raises:
         ConfigError: Options contradict each other, or the spec is invalid.
         TrainingError: The checkpoint cannot be read.
-        ExportError: The ONNX file cannot be exported, a precision is over the budget, or an engine
-            cannot be built in the precision of its graph; nothing is written.
+        ExportError: The ONNX file cannot be exported or converted, the fp32 graph is over the
+            budget, or an engine cannot be built in the precision of its graph; nothing is written.
         EngineError: No engine is installed, or one rejects the graph; nothing is written.
         BundleError: The folder holds other files, or a bundle that is not to be replaced.
     """
@@ -187,58 +226,83 @@ def export_bundle(
     check_free(folder, options.overwrite)
     progress.step("graph")
     source = open_source(model, options.spec, options.words, options.budget)
-    with draft_bundle(folder, source.manifest, options.overwrite) as draft:
-        report, half = _fill(draft, source, options, samples, progress)
+    for note in source.notes:
+        progress.step(note)
+    with (
+        draft_bundle(folder, source.manifest, options.overwrite) as draft,
+        _naming(model, draft.folder),
+    ):
+        filled = _fill(draft, model, source, options, samples, progress)
         draft.commit(options.signer.sign if options.signer else None)
-    return Exported(Bundle.load(folder), report, half.in_fp32)
+    return replace(filled, bundle=Bundle.load(folder))
 
 
 def _fill(
     draft: BundleDraft,
+    model: Path,
     source: Source,
     options: ExportOptions,
     samples: SampleSource | None,
     progress: ExportProgress,
-) -> tuple[ParityReport, _Half]:
+) -> Exported:
     """Add every file to a bundle; engines are built after the graphs have passed the gate."""
     manifest = source.manifest
     graphs: dict[Precision, Graph] = {"fp32": source.graph}
     _add(draft, ONNX_FILE, "onnx", source.graph.content, "fp32")
     if source.weights is not None:
         _add(draft, WEIGHTS_FILE, "weights", source.weights)
+    progress.step("cases")
     phantom = synthetic_sample(manifest)
     cases = samples(manifest) if samples else [phantom]
     # The golden window is part of the bundle, so it never contains patient data.
     phantom_windows = sample_windows(manifest, phantom)
+    windows = sample_windows(manifest, cases[0]) if samples and cases else phantom_windows
+    if source.weights is None:
+        progress.step("first run")
+        middle = windows[len(windows) // 2]
+        check_first_run(model, source.reference, middle[None], manifest)
+    progress.step("golden window")
     golden = make_golden(source.reference, phantom_windows)
     _add(draft, GOLDEN_FILE, "golden", encode_golden(golden))
     half = _Half()
     if options.fp16:
-        progress.step("range audit")
-        windows = sample_windows(manifest, cases[0]) if samples and cases else phantom_windows
+        progress.step("range audit and fp16 graph")
         half = _make_half(source.graph, windows, options.io)
         assert half.graph is not None
         graphs["fp16"] = half.graph
         _add(draft, FP16_FILE, "onnx", half.graph.content, "fp16")
     if options.calibration:
-        progress.step("calibration")
+        progress.step("calibration and int8 graph")
         scans = calibration_windows(options.calibration, manifest)
         graphs["int8"] = quantise(source.graph, scans)
         _add(draft, INT8_FILE, "onnx", graphs["int8"].content, "int8")
     gate = Gate(draft.bundle, source.reference, golden, cases, progress.step)
     report = measure_graphs(gate, draft.bundle, options.budget)
-    _refuse_failures(report, source.graph, half, golden)
-    window = manifest.inference.window
-    for name, precision, engine in _build_engines(graphs, window, options, half.in_fp32, progress):
-        entry = file_entry("engine", engine.content, precision, engine.build)
-        draft.add(name, engine.content, entry)
-        _add(draft, f"{name}.log", "log", _log_without_times(engine.log).encode())
+    check_budget(report, ONNX_FILE)
+    detail = partial(_wrong_layer, graph=source.graph, half=half, golden=golden)
+    errors = _leave_out(draft, report, detail)
+    _build_engines(graphs, draft, options, half.in_fp32, progress)
     report = measure_engines(gate, draft.bundle, report)
-    _refuse_failures(report, source.graph, half, golden)
+    errors += _leave_out(draft, report, lambda _: "")
+    report = replace(report, left_out=tuple(e.cause for e in errors), notes=source.notes)
     _add(draft, SBOM_FILE, "sbom", bill_of_materials(manifest, draft.entries))
     _add(draft, PARITY_FILE, "parity", _encode_report(report, half))
     _add(draft, CARD_FILE, "card", model_card(manifest, report).encode())
-    return report, half
+    in_fp32 = half.in_fp32 if FP16_FILE in draft.entries else ()
+    return Exported(draft.bundle, report, in_fp32, tuple(errors))
+
+
+def _leave_out(
+    draft: BundleDraft, report: ParityReport, detail: Callable[[Measured], str]
+) -> list[ExportError]:
+    """Remove the files that are over the budget from a bundle, and return why."""
+    errors = []
+    for failed in report.failures():
+        if failed.file in draft.entries:  # the first failure of a file is the one to state
+            errors.append(left_out(failed, report, detail(failed)))
+            for name in {failed.file, f"{failed.file}.log"} & {*draft.entries}:
+                draft.remove(name)
+    return errors
 
 
 def _wrong_layer(failed: Measured, graph: Graph, half: _Half, golden: Golden) -> str:
@@ -252,11 +316,6 @@ def _wrong_layer(failed: Measured, graph: Graph, half: _Half, golden: Golden) ->
         f"; the first wrong layer is {wrong.tensor} ({wrong.operator}), off by "
         f"{wrong.difference:.1e} of its largest value"
     )
-
-
-def _refuse_failures(report: ParityReport, graph: Graph, half: _Half, golden: Golden) -> None:
-    failures = report.failures()
-    check_budget(report, _wrong_layer(failures[0], graph, half, golden) if failures else "")
 
 
 def _encode_report(report: ParityReport, half: _Half) -> bytes:

@@ -15,9 +15,9 @@ from attnseg.export.engines.tensorrt import (
     parse_target,
 )
 from attnseg.export.export import ExportOptions
+from attnseg.export.gate.budget import make_budget
 from attnseg.runtime.cuda.gpu import find_gpu
 from attnseg.runtime.errors import ConfigError, EngineError, Setting
-from attnseg.runtime.model.manifest import Budget
 from attnseg.runtime.model.signature import Signer
 
 DEFAULT_TARGET = "rtx3090"
@@ -35,26 +35,6 @@ def _default_target(builder: str, compatibility: str) -> str:
             "use {}, which needs none",
             Setting("builder", "tensorrt-rtx"),
         ) from error
-
-
-def make_budget(
-    dice: float | None, volume_percent: float | None, default: Budget | None = None
-) -> Budget:
-    """Make a budget in which omitted values take their defaults.
-
-    Args:
-        dice: Largest drift of Dice; None for the default.
-        volume_percent: Largest drift of a volume, in percent; None for the default.
-        default: Budget that the defaults come from; None for the project's.
-
-    Raises:
-        ConfigError: A value is not positive, or Dice exceeds 1 or the volume 100.
-    """
-    default = default or Budget()
-    return Budget(
-        default.dice if dice is None else dice,
-        default.volume_percent if volume_percent is None else volume_percent,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.checkpoint import encode_weights, load_trained
 from attnseg.export.source.onnx import export_onnx, fold_batch_norms
 from attnseg.runtime.engines.cpu import CPU_ENGINES, open_engine
-from attnseg.runtime.errors import BundleError, EngineError, ExportError, TrainingError
+from attnseg.runtime.errors import BundleError, EngineError, ExportError, Setting, TrainingError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import Manifest
@@ -260,19 +261,28 @@ def scaled_layer(graph: Graph, factor: float) -> Graph:
     return Graph(model)
 
 
-def test_an_fp16_graph_with_a_layer_that_is_wrong_is_refused_by_name(
+def test_an_fp16_graph_with_a_layer_that_is_wrong_is_left_out_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(graph: Graph, *rest: Any) -> Graph:
         return scaled_layer(convert_to_fp16(graph, *rest), 1e4)
 
     monkeypatch.setattr(export_module, "convert_to_fp16", wrong)
-    with pytest.raises(
-        ExportError,
-        match=r"fp16 .* is over the budget: .* the first wrong layer is \S+ \(Conv\).*no bundle",
-    ):
-        export_bundle(WEIGHTS, tmp_path / "model", ExportOptions(fp16=True), one_window)
-    assert list(tmp_path.iterdir()) == []
+    options = ExportOptions(fp16=True, engines=(SM86,))
+    exported = export_bundle(WEIGHTS, tmp_path / "model", options, one_window)
+    (error,) = exported.left_out
+    message = (
+        r"model-fp16\.onnx is left out of the bundle: fp16 \(simulated .* is over the budget: .* "
+        r"the first wrong layer is \S+ \(Conv\)"
+    )
+    assert re.search(message, error.cause)
+    assert error.settings[-1] == Setting("fp16")
+    files = exported.bundle.manifest.files
+    assert {e.precision for e in files.values() if e.role in ("onnx", "engine")} == {"fp32"}
+    assert exported.bundle.has("weights") and exported.in_fp32 == ()
+    record = json.loads(exported.bundle.file("parity").read_text())
+    assert record["left_out"] == [error.cause]
+    assert {m["file"] for m in record["measured"] if not m["within_budget"]} == {"model-fp16.onnx"}
 
 
 def test_a_convolution_left_in_fp32_is_refused_by_name(
@@ -296,7 +306,7 @@ def test_a_graph_that_differs_from_torch_is_not_written(
         return export_onnx(other)
 
     monkeypatch.setattr("attnseg.export.source.model.export_onnx", wrong)
-    message = r"fp32 by openvino .* logits differ by .* no bundle was written"
+    message = r"fp32 \(openvino .* logits differ by .* no bundle was written"
     with pytest.raises(ExportError, match=message):
         export_bundle(WEIGHTS, tmp_path / "model", samples=one_window)
     assert list(tmp_path.iterdir()) == []

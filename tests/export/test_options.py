@@ -11,7 +11,8 @@ import pytest
 from attnseg.export import options as options_module
 from attnseg.export.engines import tensorrt as builder
 from attnseg.export.engines.tensorrt import BuildOptions
-from attnseg.export.options import ExportChoices, make_budget
+from attnseg.export.gate.budget import make_budget
+from attnseg.export.options import ExportChoices
 from attnseg.runtime.cuda.gpu import Gpu
 from attnseg.runtime.errors import ConfigError, EngineError
 from attnseg.runtime.model.manifest import Budget

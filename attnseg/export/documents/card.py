@@ -75,6 +75,7 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
             "",
             markdown_table(("value", "class"), labels),
             _training(manifest),
+            *(f"{note}\n" for note in report.notes),
             "## Precision",
             "",
             f"Every precision against {report.reference}: logits (share of the largest) and "
@@ -83,7 +84,7 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
             f"{budget.volume_percent:g} % volume; `attnseg verify` measures it again.",
             "",
             markdown_table(PARITY_HEADER, parity_rows(report)),
-            *(f"- {line}" for line in not_run_lines(report)),
+            *(f"- {line}" for line in (*report.left_out, *not_run_lines(report))),
             "",
         )
     )

@@ -24,34 +24,39 @@ def _on_cpu(gate: Gate, bundle: Bundle) -> Iterator[Measured]:
         raise no_engine()
     graph = bundle.file("onnx")
     for name in installed:
-        yield gate.measure(open_engine(name, graph, "fp32", threads), "fp32")
+        gate.step(f"{name} fp32: golden window")
+        yield gate.measure(open_engine(name, graph, "fp32", threads), "fp32", file=graph.name)
     if "openvino" in installed:
         # bf16 is a mode of running the fp32 file, not a file of its own
         yield from _if_it_opens(gate, "openvino", graph, "bf16")
     if bundle.has("onnx", "fp16"):
-        half = Graph.read(bundle.file("onnx", "fp16"))
-        yield gate.measure(SimulatedFp16(half, threads), "fp16")
+        gate.step("simulated fp16: golden window")
+        half = bundle.file("onnx", "fp16")
+        engine = SimulatedFp16(Graph.read(half), threads)
+        yield gate.measure(engine, "fp16", file=half.name)
     if bundle.has("onnx", "int8"):
         yield from _if_it_opens(gate, "onnxruntime", bundle.file("onnx", "int8"), "int8")
 
 
 def _if_it_opens(gate: Gate, name: str, file: Path, precision: str) -> Iterator[Measured]:
+    gate.step(f"{name} {precision}: golden window")
     try:
         engine = open_engine(name, file, precision, available_threads())
     except EngineError:
         return  # the processor has no bf16, or the engine is not installed
-    yield gate.measure(engine, precision, gated=precision != "bf16")
+    yield gate.measure(engine, precision, gated=precision != "bf16", file=file.name)
 
 
 def _measure_candidate(gate: Gate, candidate: Candidate) -> Measured | NotRun:
     name = f"{candidate.engine} ({candidate.file.name})"
+    gate.step(f"{candidate.engine} {candidate.precision}: golden window")
     try:
         engine = candidate.open()
     except MismatchError as error:
         raise ExportError(f"{name}: {error.cause}", error.mend) from error
     except UnavailableError as error:
         return NotRun(candidate.precision, name, str(error))
-    return gate.measure(engine, candidate.precision)
+    return gate.measure(engine, candidate.precision, file=candidate.file.name)
 
 
 def _measure_on_gpu(

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 from attnseg import Bundle, Volume
 from attnseg.export.documents.card import model_card, not_run_lines, parity_rows
 from attnseg.export.gate.layers import LayerError, compare_layers, stands_out
-from attnseg.export.gate.parity import Drift, Gate, Measured, NotRun, ParityReport, check_budget
+from attnseg.export.gate.parity import Drift, Gate, Measured, NotRun, ParityReport
 from attnseg.export.gate.samples import Sample
 from attnseg.export.graphs.fp16 import convert_to_fp16, simulate_fp16
-from attnseg.runtime.errors import EngineError, ExportError
+from attnseg.runtime.errors import EngineError
 from attnseg.runtime.model.golden import Golden
 from attnseg.runtime.model.manifest import Budget
 from tests.conftest import LinearEngine
@@ -102,35 +102,6 @@ def measured(
 
 def report(*results: Measured) -> ParityReport:
     return ParityReport("torch", BUDGET, results, (NotRun("fp16", "tensorrt-rtx", "no GPU"),))
-
-
-@pytest.mark.parametrize(
-    ("result", "reason"),
-    [
-        (measured(dice=0.0021), "TC of a case drifts by 0.0021 Dice .*budget 0.002"),
-        (measured(volume_percent=0.51), "drifts by 0.0000 Dice and 0.51 % volume"),
-        (measured("fp32", logits=0.002), "fp32 logits differ by 2.0e-03"),
-        (measured("fp32", logits=float("nan")), "fp32 logits differ by nan"),
-    ],
-    ids=["dice", "volume", "logits", "nan"],
-)
-def test_what_is_over_the_budget_is_refused_with_the_reason(result: Measured, reason: str) -> None:
-    with pytest.raises(ExportError, match=rf"is over the budget: .*{reason}.*no bundle"):
-        check_budget(report(measured(), result))
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        measured(dice=0.002, volume_percent=0.5),
-        measured("bf16", gated=False, dice=0.5),
-        measured("fp32", logits=0.0009),
-        measured(hd95_mm=40),
-    ],
-    ids=["at the budget", "not gated", "fp32", "distance"],
-)
-def test_what_is_within_the_budget_passes(result: Measured) -> None:
-    check_budget(report(result))
 
 
 def test_the_card_has_a_row_for_each_engine_and_says_what_was_not_run() -> None:

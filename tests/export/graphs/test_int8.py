@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -119,12 +120,27 @@ def test_int8_is_exported_measured_and_run(graph: Path, tmp_path: Path, scans: P
     assert (info.name, info.precision) == ("onnxruntime", "int8")
 
 
-def test_int8_over_the_budget_is_not_written(graph: Path, tmp_path: Path, scans: Path) -> None:
+def test_int8_over_the_budget_is_left_out_and_the_rest_is_written(
+    graph: Path, tmp_path: Path, scans: Path
+) -> None:
     budget = Budget(dice=1e-9, volume_percent=1e-9)
-    options = ExportOptions(spec=spec_file(tmp_path), calibration=scans, budget=budget)
-    with pytest.raises(ExportError, match=r"int8 by onnxruntime .* is over the budget"):
-        export_bundle(graph, tmp_path / "model", options)
-    assert not (tmp_path / "model").exists()
+    engines = (BuildOptions("tensorrt-rtx", "sm86"),)
+    spec = spec_file(tmp_path)
+    options = ExportOptions(spec=spec, calibration=scans, budget=budget, engines=engines)
+    exported = export_bundle(graph, tmp_path / "model", options)
+    (error,) = exported.left_out
+    assert "model-int8.onnx is left out of the bundle: int8 (onnxruntime" in error.cause
+    names = [setting.name for setting in error.settings]
+    assert "budget_dice" in names and names[-1] == "int8"
+    # Neither the int8 graph nor an engine from another graph than the one that was asked for.
+    files = exported.bundle.manifest.files
+    assert {e.precision for e in files.values() if e.role in ("onnx", "engine")} == {"fp32"}
+    assert not [e for e in files.values() if e.role == "engine"]
+    assert error.cause in exported.bundle.file("card").read_text()
+    kept = {s.name: s.value for s in error.settings}
+    enough = Budget(kept["budget_dice"], kept.get("budget_volume", 100))
+    again = export_bundle(graph, tmp_path / "kept", replace(options, budget=enough, engines=()))
+    assert again.left_out == () and again.bundle.has("onnx", "int8")
 
 
 def test_calibration_needs_scans_of_the_models_channels(
