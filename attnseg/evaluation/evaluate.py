@@ -20,7 +20,7 @@ from attnseg.data.labelled import LabelledCase, refuse_data_folder
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.cases import read_truth
 from attnseg.evaluation.metrics import EMPTY_HD95_MM, Scores, score_structures
-from attnseg.evaluation.paper import RESULTS, table_row
+from attnseg.evaluation.paper import RESULTS, Row, is_papers_task, table_row
 from attnseg.evaluation.scores import (
     CASES,
     MEANS_HEADER,
@@ -192,27 +192,31 @@ def _spread(values: NDArray[np.float64], digits: int) -> str:
     return f"{values.mean():.{digits}f} ± {deviation:.{digits}f} ({np.median(values):.{digits}f})"
 
 
-def _paper_row(manifest: Manifest, structure: str) -> str:
-    regions = manifest.task.regions
-    row = RESULTS.get(table_row(manifest.network))
-    if row is None or set(regions) != {"WT", "TC", "ET"} or structure not in regions:
+def _papers_row(manifest: Manifest) -> Row | None:
+    """Row of the paper's table for a model; None unless task and network are the paper's."""
+    row = table_row(manifest.network)
+    return RESULTS[row] if row and is_papers_task(manifest.task.regions) else None
+
+
+def _papers_cell(row: Row, structure: str) -> str:
+    if structure not in row.dice:
         return ""
     return f"{row.dice[structure]:.3f}, {row.hd95_mm[structure]:.1f} mm"
 
 
 def _table(scores: CaseScores, manifest: Manifest) -> str:
     """Table of the scores, with the paper's values if it states any for this task and network."""
-    text, header, rows = "Mean ± standard deviation (median) over the cases.", [*MEANS_HEADER], []
-    papers = {structure: _paper_row(manifest, structure) for structure in structures_of(manifest)}
-    if any(papers.values()):
-        text += " The paper's values are for its own cases and training."
-        header.append("paper")
-    for structure, paper in papers.items():
+    paper = _papers_row(manifest)
+    header = (*MEANS_HEADER, *(["paper"] if paper else []))
+    rows = []
+    for structure in structures_of(manifest):
         spreads = [
             _spread(column(scores, structure, name), 1 if name == "hd95_mm" else 3)
             for name in SCORES
         ]
-        rows.append([structure, *spreads, paper][: len(header)])
+        rows.append((structure, *spreads, *([_papers_cell(paper, structure)] if paper else [])))
+    own_cases = " The paper's values are for its own cases and training." if paper else ""
+    text = f"Mean ± standard deviation (median) over the cases.{own_cases}"
     return f"{text}\n\n{markdown_table(header, rows)}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,20 @@ RESULTS: dict[str, Row] = {
 }
 
 
-def table_row(network: Mapping[str, Any]) -> str:
-    """Key in `RESULTS` that a network corresponds to; it may be absent there.
+def is_papers_task(regions: Iterable[str]) -> bool:
+    """Whether a task with these regions is the paper's, so that its results can be compared."""
+    return set(regions) == set(RESULTS["attnresunet"].dice)
+
+
+def table_row(network: Mapping[str, Any]) -> str | None:
+    """Key in `RESULTS` of a network; None if the paper has no such network.
 
     Args:
         network: Fields of the network's configuration, as stored in manifests.
     """
     architecture = str(network.get("architecture", ""))
-    plain = network.get("attention") == "none" and not network.get("multi_scale")
-    return "resunet" if architecture == "attnresunet" and plain else architecture
+    if architecture != "attnresunet":
+        return architecture if architecture in RESULTS else None
+    modules = network.get("attention"), network.get("multi_scale")
+    rows = {("gap", True): "attnresunet", ("none", False): "resunet"}
+    return next((row for own, row in rows.items() if own == modules), None)

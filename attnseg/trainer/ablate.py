@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from attnseg.evaluation.evaluate import evaluate
+from attnseg.evaluation.paper import is_papers_task
 from attnseg.evaluation.scores import CaseScores, column
 from attnseg.evaluation.tables import markdown_table
 from attnseg.runtime.errors import AttnsegError, TrainingError, TrainingSetting
@@ -105,16 +106,14 @@ def ablate(data: DataSet, config: TrainConfig, output: Path, open_model: OpenMod
     return text
 
 
-def _both(own: float, paper: float | None, digits: int) -> str:
-    return f"{own:.{digits}f} ({'-' if paper is None else f'{paper:.1f}'})"
-
-
 def _table(data: DataSet, config: TrainConfig, output: Path, scores: dict[str, CaseScores]) -> str:
     regions = list(data.task.task.regions)
+    compared = is_papers_task(regions)
+    paper = " (paper)" if compared else ""
     header = [
         "",
-        "M params (paper)",
-        "GMAC (paper)",
+        f"M params{paper}",
+        f"GMAC{paper}",
         f"Dice {' / '.join(regions)}",
         "HD95, mm",
         "epoch",
@@ -122,19 +121,26 @@ def _table(data: DataSet, config: TrainConfig, output: Path, scores: dict[str, C
     rows = []
     for name, variant in ABLATION.items():
         state = load_checkpoint(output / name / "best.pt")
-        cost, paper = cost_of(checkpoint_config(state).network), variant.paper
+        cost = cost_of(checkpoint_config(state).network)
+        costs = _costs(cost, variant.paper if compared else None)
         dice = " / ".join(f"{column(scores[name], r, 'dice').mean():.3f}" for r in regions)
         hd95 = " / ".join(f"{column(scores[name], r, 'hd95_mm').mean():.1f}" for r in regions)
-        rows.append([name, *_costs(cost, paper), dice, hd95, str(state["epoch"])])
+        rows.append([name, *costs, dice, hd95, str(state["epoch"])])
     part = data.split["validation"]
+    known = "; the paper's values in brackets where they are known" if compared else ""
     return (
         f"# Ablation on {data.name}\n\n{len(data.split['train'])} training cases, {len(part)} "
         f"validation cases, {config.epochs} epochs at most, seed {config.seed}. Means over the "
-        "validation cases, on which the epoch was chosen too; the paper's values in brackets "
-        f"where they are known.\n\n{markdown_table(header, rows)}"
+        f"validation cases, on which the epoch was chosen too{known}.\n\n"
+        f"{markdown_table(header, rows)}"
     )
 
 
-def _costs(cost: Cost, paper: Cost) -> list[str]:
-    assert cost.parameters_m is not None and cost.gmac is not None
-    return [_both(cost.parameters_m, paper.parameters_m, 2), _both(cost.gmac, paper.gmac, 2)]
+def _costs(own: Cost, paper: Cost | None) -> list[str]:
+    """Parameters and GMAC of a network, with the paper's in brackets if there is a paper's."""
+    assert own.parameters_m is not None and own.gmac is not None
+    costs = [f"{own.parameters_m:.2f}", f"{own.gmac:.2f}"]
+    if paper is None:
+        return costs
+    theirs = ("-" if v is None else f"{v:.1f}" for v in (paper.parameters_m, paper.gmac))
+    return [f"{cost} ({value})" for cost, value in zip(costs, theirs, strict=True)]

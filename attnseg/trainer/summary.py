@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attnseg.evaluation.paper import RESULTS
-from attnseg.trainer.model import MODELS, network_settings
+from attnseg.trainer.model import MODELS, NetworkConfig, network_settings
 from attnseg.trainer.networks import cost_of
 from attnseg.trainer.variants import ABLATION, Cost, variant_network
 
@@ -15,12 +15,17 @@ SUMMARY_HEADER = ("", "parameters, M", "paper", "GMAC, 64^3", "paper")
 def network_costs(preset: str | None = None) -> dict[str, tuple[Cost, Cost]]:
     """Cost of each network and the paper's, by title: the ablation of a preset, the baselines.
 
+    The paper's costs stand beside the networks of the paper's size only.
+
     Raises:
         ConfigError: The preset does not exist.
     """
     network = network_settings(None, preset)
     rows = {
-        f"ablation: {name}": (variant_network(network, variant), variant.paper)
+        f"ablation: {name}": (
+            variant_network(network, variant),
+            variant.paper if network == NetworkConfig() else Cost(),
+        )
         for name, variant in ABLATION.items()
     }
     rows |= {RESULTS[name].title: (MODELS[name], Cost()) for name in ("unet3d", "deepmedic")}

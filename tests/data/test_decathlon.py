@@ -110,7 +110,10 @@ def test_the_manifest_is_that_of_the_task(bundle: Bundle) -> None:
     assert manifest.preprocessing == Preprocessing("LPS", None, "all", (ZScore("all"),))
     assert manifest.task.display == ("CT",)
     assert manifest.inference.min_voxels == 0
-    assert manifest.description == "Attention-ResNetUNet for Thorax"
+    assert manifest.name == "thorax-attention-resnet-unet-gap-single-scale"
+    assert manifest.description == (
+        "Attention-ResNetUNet with attention gap and without the multi-scale module for Thorax"
+    )
     assert manifest.training is not None
     assert manifest.training.data == "Task99_Thorax"
     assert manifest.validation is not None

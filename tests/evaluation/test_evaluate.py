@@ -132,6 +132,25 @@ def test_the_summary_has_the_papers_row_beside(cases, truth, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": {"architecture": "attnresunet", "attention": "se", "multi_scale": True}},
+        {"network": {"onnx": "other.onnx"}},
+        {"task": replace(BRATS.task, regions={"lesion": (1, 2, 4)})},
+    ],
+    ids=["another network", "an ONNX file", "another task"],
+)
+def test_only_the_papers_network_and_task_are_compared_with_the_paper(
+    cases, truth, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    segmenter = FakeSegmenter(truth)
+    bundle = segmenter.bundle
+    segmenter.bundle = replace(bundle, manifest=replace(bundle.manifest, **changes))
+    evaluate(cases, segmenter, BRATS, tmp_path)
+    assert "paper" not in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
     ("error", "reason"),
     [
         (VolumeError("case1_t1.nii.gz: holds only zeros"), "case1_t1.nii.gz: holds only zeros"),

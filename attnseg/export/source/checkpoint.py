@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save
 
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.paper import RESULTS, table_row
-from attnseg.runtime.errors import ConfigError, TrainingError
+from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import Training, Validation
 from attnseg.runtime.steps.windows import WindowOptions
@@ -128,10 +129,26 @@ def _from_checkpoint(path: Path) -> TrainedModel:
 
 
 def _describe(config: NetworkConfig, task: LabelledTask) -> Description:
-    """Default name and description of a model."""
+    """Default name and description of a model: its data set and its architecture."""
+    name, title = _architecture(config)
+    if not task.description:
+        return Description(name, title)
+    data = re.sub(r"\W+", "-", task.description.lower()).strip("-")
+    return Description(f"{data}-{name}", f"{title} for {task.description}")
+
+
+def _architecture(config: NetworkConfig) -> tuple[str, str]:
+    """Name and title of a network; those of the paper for the paper's networks alone."""
     row = table_row(config.to_dict())
-    title = RESULTS[row].title
-    return Description(_NAMES.get(row, row), f"{title} for {task.description}")
+    if row is not None:
+        return _NAMES.get(row, row), RESULTS[row].title
+    scales = "" if config.multi_scale else "-single-scale"
+    without = "with" if config.multi_scale else "without"
+    return (
+        f"attention-resnet-unet-{config.attention}{scales}",
+        f"Attention-ResNetUNet with attention {config.attention} and {without} the multi-scale "
+        "module",
+    )
 
 
 def _from_safetensors(path: Path) -> TrainedModel:
@@ -171,9 +188,23 @@ def load_trained(path: Path) -> TrainedModel:
     """Load a checkpoint (`.pt`) or the weights of a bundle (`.safetensors`).
 
     Raises:
-        TrainingError: The file is missing, damaged, or not written by attnseg.
+        TrainingError: The file is missing, damaged, or not written by attnseg, or a weight is NaN
+            or infinite.
     """
     check_file(path)
+    model = _read_trained(path)
+    for name, value in model.network.state_dict().items():
+        wrong = int(torch.count_nonzero(~torch.isfinite(value)))
+        if wrong:
+            raise TrainingError(
+                f"{path}: {wrong} of the {value.numel()} values of {name} are NaN or infinite",
+                "give an earlier checkpoint, or train again with a lower {}",
+                TrainingSetting("learning_rate"),
+            )
+    return model
+
+
+def _read_trained(path: Path) -> TrainedModel:
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     try:
