@@ -35,6 +35,7 @@ from attnseg.export.graphs.fp16 import (
     TensorRange,
     audit_ranges,
     check_convolutions,
+    check_fp32,
     convert_to_fp16,
     nodes_at_risk,
 )
@@ -125,6 +126,7 @@ class _Half:
 
 def _make_half(graph: Graph, windows: NDArray[np.float32], io: str) -> _Half:
     """Convert a graph to fp16, except nodes that may overflow on `windows` `(N, C, X, Y, Z)`."""
+    check_fp32(graph)
     chosen = windows[:: max(1, len(windows) // AUDIT_WINDOWS)]
     ranges = audit_ranges(graph, (window[None] for window in chosen), available_threads())
     in_fp32 = nodes_at_risk(graph, ranges)

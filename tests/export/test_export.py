@@ -15,6 +15,7 @@ import torch
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from onnx import numpy_helper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
@@ -349,3 +350,16 @@ def test_a_truncated_weights_file_is_refused(tmp_path: Path) -> None:
     copy.write_bytes(copy.read_bytes()[:-100])
     with pytest.raises(TrainingError, match=r"w\.safetensors: is damaged"):
         load_trained(copy)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    with safe_open(WEIGHTS, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(WEIGHTS)
+    tensors["head.weight"].view(-1)[3] = float("nan")
+    save_file(tensors, tmp_path / "w.safetensors", metadata)
+    message = (
+        r"w\.safetensors: 1 of the 48 values of head\.weight are NaN or infinite; give an earl"
+    )
+    with pytest.raises(TrainingError, match=message):
+        export_bundle(tmp_path / "w.safetensors", tmp_path / "model")

@@ -147,6 +147,22 @@ def nodes_at_risk(graph: Graph, ranges: Iterable[TensorRange]) -> list[str]:
     return [n.name for n in model.graph.node if risky & {*n.input, *n.output}]
 
 
+def check_fp32(graph: Graph) -> None:
+    """Refuse a graph in which a tensor is fp16 or bf16 already.
+
+    Raises:
+        ExportError: The graph holds such a tensor.
+    """
+    half = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    found = [name for name, kind in graph.types.items() if kind in half]
+    if found:
+        raise ExportError(
+            f"{len(found)} tensors of the graph are fp16 or bf16 already, such as {found[0]}",
+            "give the fp32 model, or leave {} out",
+            Setting("fp16"),
+        )
+
+
 def convert_to_fp16(graph: Graph, in_fp32: Iterable[str] = (), io: str = "fp16") -> Graph:
     """Convert a graph to fp16, reproducibly byte for byte.
 
@@ -156,12 +172,10 @@ def convert_to_fp16(graph: Graph, in_fp32: Iterable[str] = (), io: str = "fp16")
         io: Data type of input and output, `fp16` or `fp32`.
 
     Raises:
-        ExportError: The graph holds fp16 numbers already, cannot be converted, or the result is not
-            valid ONNX.
+        ExportError: The graph cannot be converted, or the result is not valid ONNX.
     """
     from onnxconverter_common import float16
 
-    _refuse_half(graph)
     try:
         with warnings.catch_warnings():
             # It warns about weights below fp16's smallest value; they become that value or stay 0.
@@ -182,17 +196,6 @@ def convert_to_fp16(graph: Graph, in_fp32: Iterable[str] = (), io: str = "fp16")
             Setting("fp16"),
         ) from error
     return Graph(model)
-
-
-def _refuse_half(graph: Graph) -> None:
-    """Refuse a graph in which a tensor is fp16 already."""
-    half = [name for name, kind in graph.types.items() if kind == TensorProto.FLOAT16]
-    if half:
-        raise ExportError(
-            f"{len(half)} tensors of the graph are fp16 already, such as {half[0]}",
-            "give the fp32 model, or leave {} out",
-            Setting("fp16"),
-        )
 
 
 def convolutions_in_fp32(graph: Graph) -> list[str]:

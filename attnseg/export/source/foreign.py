@@ -51,11 +51,14 @@ def _check_end(path: Path, value: onnx.ValueInfoProto, count: int, what: str) ->
         raise ExportError(
             f"{path}: {value.name} is {name}", LOGITS if whole else "give the fp32 model"
         )
+    if dims[1] != count and dims[4] == count:
+        raise ExportError(
+            f"{path}: {value.name} has its channels last", f"transpose it in the graph to {_LAYOUT}"
+        )
     if dims[1] not in (None, count):
-        listed = f"list its {dims[1]} {what} in the spec"
         raise ExportError(
             f"{path}: {value.name} has {dims[1]} channels, the spec names {count} {what}",
-            f"transpose it in the graph to {_LAYOUT}" if dims[4] == count else listed,
+            f"list its {dims[1]} {what} in the spec",
         )
 
 

@@ -23,14 +23,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     """Read and check an ONNX file, and all weights that it stores in other files.
 
     Raises:
-        ExportError: The file is empty, damaged or not valid ONNX, a file of weights is missing or
-            too short, the whole exceeds 2 GB, or a weight is not finite.
+        ExportError: The file is empty, damaged, too new or not valid ONNX, a file of weights is
+            missing or too short, the whole exceeds 2 GB, or a weight is not finite.
     """
     _check_bytes(path, path.stat().st_size)
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # those of protobuf and onnx have no other common base class
         raise _invalid(path, error) from error
+    _check_versions(path, model)
     _check_external(path, model)
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
@@ -44,6 +45,21 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 def _invalid(path: Path, error: Exception) -> ExportError:
     return ExportError(f"{path}: is damaged or not valid ONNX ({reason_of(error)})")
+
+
+def _check_versions(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse a file of a version that the installed packages do not know."""
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    for what, version, known in (
+        ("IR version", model.ir_version, onnx.IR_VERSION),
+        ("opset", opset, onnx.defs.onnx_opset_version()),
+    ):
+        if version > known:
+            raise ExportError(
+                f"{path}: has ONNX {what} {version}, the installed onnx {onnx.__version__} knows "
+                f"{known} at most",
+                f"export it with {what} {known} or earlier",
+            )
 
 
 def _check_bytes(path: Path, count: int) -> None:

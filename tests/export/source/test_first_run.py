@@ -92,7 +92,7 @@ def test_a_graph_partly_in_fp16_is_exported_but_not_converted_again(tmp_path: Pa
     ]
     path = save_model(tmp_path / "m.onnx", *nodes, half=half)
     spec = spec_file(tmp_path)
-    with pytest.raises(ExportError, match=r"3 tensors .* fp16 already.* or leave fp16 out"):
+    with pytest.raises(ExportError, match=r"3 tensors .* fp16 or bf16 already.* or leave fp16 out"):
         export_bundle(path, tmp_path / "model", ExportOptions(spec=spec, fp16=True))
     assert not (tmp_path / "model").exists()
     export_bundle(path, tmp_path / "model", ExportOptions(spec=spec))

@@ -67,6 +67,22 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         load_onnx(tmp_path / "m.onnx")
 
 
+def test_a_file_of_a_later_version_is_no_damaged_one(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "m.onnx")
+    for field, message in (
+        ("ir", "has ONNX IR version 99, the installed onnx .* knows"),
+        ("opset", "has ONNX opset 99, .*; export it with opset"),
+    ):
+        model = onnx.load(save_model(path))
+        if field == "ir":
+            model.ir_version = 99
+        else:
+            model.opset_import[0].version = 99
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ExportError, match=message):
+            load_onnx(path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
     wrong = LOGIT_WEIGHTS.copy()
