@@ -173,6 +173,40 @@ def test_without_optional_packages_the_command_line_says_what_to_install(tmp_pat
         assert text in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["train", "--data", ".", "-o", "o"], "train"),
+        (["summary"], "train"),
+        (["explain", "."], "train"),
+        (["evaluate", "--data", ".", "-o", "o"], "train"),
+        (["ablate", "--data", ".", "-o", "o"], "export"),
+        (["export", "x.pt"], "export"),
+        (["verify", "x"], "export"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_missing_package_is_needed_by_the_command_that_was_called(
+    arguments: list[str], extra: str
+) -> None:
+    call = BLOCK + f"from attnseg.cli import main\nmain({arguments!r})"
+    result = run_python(call)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: attnseg {arguments[0]} needs "), result.stderr
+    assert f"attnseg[{extra}]" in result.stderr
+
+
+def test_verification_loads_no_package_of_the_trainer() -> None:
+    code = """
+import sys
+import attnseg.export.verify
+assert not {"torch", "safetensors", "onnxconverter_common", "onnxscript"} & set(sys.modules)
+assert not [name for name in sys.modules if name.startswith("attnseg.trainer")]
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_running_a_case_never_loads_torch() -> None:
     code = """
 import sys

@@ -32,6 +32,10 @@ from tests.conftest import WEIGHTS
 FP32 = ("--precision", "fp32")
 
 
+STEPS = {"loading PyTorch and ONNX", "loading the engines", "bundle"}
+"""Steps that are printed before the arguments of a command can be judged."""
+
+
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -414,7 +418,22 @@ def check_engine_of_the_rtx_3090(model: Path) -> None:
     assert f"{convolutions['model.onnx']} float16" in found.stdout
     strict = call("verify", model, "--budget-volume", "1e-9")
     assert strict.exit_code == 1, strict.output
-    assert "over the budget: fp16 by simulated by onnxruntime" in strict.stderr
+    assert "over the budget: fp16 (simulated by onnxruntime" in strict.stderr
+
+
+def test_what_is_over_the_budget_is_left_out_with_the_option_that_keeps_it(
+    tmp_path: Path, small_scan: Path
+) -> None:
+    choices = ("--int8", "--calibrate", small_scan, "--builder", "none", "--budget-dice", "1")
+    result = call("export", WEIGHTS, "-o", tmp_path / "model", *choices)
+    assert result.exit_code == 1, result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: model-int8.onnx is left out of the bundle: int8 (onnxruntime")
+    option = re.search(r"; keep it with --budget-volume (\S+), or leave --int8 out$", last)
+    assert option and float(option[1]) > 0.5, last
+    assert "Bundle: " in result.stdout
+    files = Bundle.load(tmp_path / "model").manifest.files
+    assert "model.onnx" in files and "model-int8.onnx" not in files
 
 
 @pytest.mark.parametrize("command", ["export", "verify"])

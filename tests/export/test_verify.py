@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attnseg import Bundle
+from attnseg.export import verify
 from attnseg.export.export import ExportOptions, export_bundle
 from attnseg.export.gate.samples import read_samples, sample_windows, synthetic_sample
 from attnseg.export.verify import verify_bundle
@@ -49,6 +52,48 @@ def test_a_golden_window_of_other_weights_is_refused(bundle: Bundle, tmp_path: P
     write_bundle(tmp_path / "changed", manifest, files)
     with pytest.raises(BundleError, match="do not belong together; export it again"):
         verify_bundle(tmp_path / "changed", samples=one_window)
+
+
+def test_without_torch_the_reference_is_the_fp32_graph_checked_on_the_golden_window(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "torch" in verify_bundle(bundle.folder, samples=lambda _: ()).reference
+    monkeypatch.setattr(verify, "missing", list)  # of the modules that are asked for
+    report = verify_bundle(bundle.folder, samples=lambda _: ())
+    found = r"onnxruntime \S+ fp32 \(the fp32 graph, as PyTorch is not installed, within (\S+) of"
+    match = re.match(found, report.reference)
+    assert match and 0 < float(match[1]) < 1e-4, report.reference
+    golden = read_golden(bundle)
+    files = {n: (bundle.folder / n).read_bytes() for n in bundle.manifest.files}
+    files["golden.npz"] = encode_golden(Golden(golden.image, golden.logits * 1.01))
+    entries = {**bundle.manifest.files, "golden.npz": file_entry("golden", files["golden.npz"])}
+    write_bundle(tmp_path / "changed", replace(bundle.manifest, files=entries), files)
+    with pytest.raises(BundleError, match="do not belong together"):
+        verify_bundle(tmp_path / "changed", samples=lambda _: ())
+
+
+def test_every_step_is_named_before_it_starts(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    opened: list[str] = []
+
+    def load(folder: Path) -> Bundle:
+        opened.append(steps[-1])
+        return bundle
+
+    def reference(_: Bundle) -> Any:
+        opened.append(steps[-1])
+        return real(bundle)
+
+    real = verify._reference
+    monkeypatch.setattr(verify.Bundle, "load", load)
+    monkeypatch.setattr(verify, "_reference", reference)
+    verify_bundle(bundle.folder, samples=one_window, progress=steps.append)
+    assert opened == ["bundle", "reference"]
+    assert steps[:4] == ["bundle", "reference", "cases", "golden window"]
+    assert steps.index("openvino fp32: golden window") < steps.index("openvino fp32: small brain")
+    assert "simulated fp16: golden window" in steps
 
 
 def test_a_damaged_engine_is_refused(bundle: Bundle, tmp_path: Path) -> None:

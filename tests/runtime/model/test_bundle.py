@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_a_missing_file_is_named(bundle_folder: Path) -> None:
     (bundle_folder / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"model\.onnx: cannot be read"):
         Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m.onnx", "is an ONNX file, .*attnseg export {}/m.onnx --spec model.json -o m$"),
+        ("best.pt", "is a checkpoint, .* attnseg export {}/best.pt -o best$"),
+        ("w.safetensors", "is a file of weights, .* attnseg export {}/w.safetensors -o w$"),
+    ],
+)
+def test_a_model_file_is_refused_with_the_line_that_exports_it(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(BundleError, match=message.format(re.escape(str(tmp_path)))):
+        Bundle.load(tmp_path / name)
+
+
+def test_a_file_of_a_bundle_is_refused_with_the_name_of_the_bundle(bundle_folder: Path) -> None:
+    message = f"is a file of a bundle; give the bundle, {re.escape(str(bundle_folder))}$"
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(bundle_folder / "model.onnx")
 
 
 def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> None:
