@@ -32,10 +32,6 @@ from tests.conftest import WEIGHTS
 FP32 = ("--precision", "fp32")
 
 
-STEPS = {"loading PyTorch and ONNX", "loading the engines", "bundle"}
-"""Steps that are printed before the arguments of a command can be judged."""
-
-
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -125,7 +121,8 @@ def test_failures_are_one_line_without_a_traceback_and_end_with_1(
 def check_error(result: Result, message: str, exit_code: int) -> None:
     """Check that a command printed one line, after those that say what is loaded."""
     assert result.exit_code == exit_code, result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("loading ")]
+    begun = ("loading ", "bundle")  # steps that begin before the arguments can be judged
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(begun)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(message), result.stderr
 
