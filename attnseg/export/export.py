@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -326,4 +327,13 @@ def _encode_report(report: ParityReport, half: _Half) -> bytes:
         "nodes_in_fp32": list(half.in_fp32),
         "ranges": [asdict(r) for r in half.ranges],
     }
-    return (json.dumps(record, indent=2) + "\n").encode()
+    return (json.dumps(_as_json(record), indent=2, allow_nan=False) + "\n").encode()
+
+
+def _as_json(value: Any) -> Any:
+    """A copy of nested values with null for numbers that JSON does not have: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

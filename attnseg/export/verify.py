@@ -81,7 +81,6 @@ def verify_bundle(
         ConfigError: A value of the budget is out of range.
         BundleError: The bundle is damaged, or its golden window does not match its weights.
         EngineError: No engine is installed, or one rejects the graph.
-        ExportError: An engine on a GPU computes different logits on the golden window.
     """
     progress("bundle")
     bundle = Bundle.load(folder)

@@ -38,7 +38,8 @@ from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import Network
 from attnseg.trainer.preparation import Preparation
 from tests.conftest import WEIGHTS
-from tests.export.conftest import lively_network
+from tests.export.conftest import lively_network, spec_file
+from tests.export.source.graphs import node, save_model
 
 SM86 = BuildOptions("tensorrt-rtx", "sm86")
 GRAPH_ALONE = {"model.onnx": file_entry("onnx", b"graph", "fp32")}
@@ -363,3 +364,23 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(TrainingError, match=message):
         export_bundle(tmp_path / "w.safetensors", tmp_path / "model")
+
+
+def test_an_fp16_graph_that_overflows_is_left_out_and_the_report_is_strict_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [node("Mul", "logits up", "a"), node("Mul", "a down", "out")]
+    numbers = {"up": np.array(6e4, np.float32), "down": np.array(1e-4, np.float32)}
+    model = save_model(tmp_path / "m.onnx", *nodes, **numbers)
+    monkeypatch.setattr(export_module, "nodes_at_risk", lambda *_: [])
+    options = ExportOptions(spec=spec_file(tmp_path), fp16=True)
+    exported = export_bundle(model, tmp_path / "model", options)
+    (error,) = exported.left_out
+    assert (error.mend, error.settings) == ("leave {} out", (Setting("fp16"),))  # no budget helps
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = exported.bundle.file("parity").read_text()
+    measured = json.loads(text, parse_constant=refuse)["measured"]
+    assert [m["logits"] for m in measured if m["precision"] == "fp16"] == [None]

@@ -32,6 +32,10 @@ def make_budget(
 def describe_failure(measured: Measured, budget: Budget) -> str:
     """One line on the largest drift over the budget."""
     over = [drift for drift in measured.drifts if not drift.within(budget)]
+    if measured.failure:
+        return measured.failure
+    if not over and measured.precision != "fp32":
+        return "its logits on the golden window are not finite"
     if not over:
         return (
             f"its fp32 logits differ by {measured.logits:.1e} of the largest, more than "
@@ -56,7 +60,7 @@ def _round_up(value: float) -> float:
 
 def _settings_that_allow(measured: Measured, budget: Budget) -> list[Setting]:
     """Settings of the smallest budget that a result keeps; empty if no budget helps."""
-    if not math.isfinite(measured.logits):
+    if measured.failure or not math.isfinite(measured.logits):
         return []
     if measured.precision == "fp32" and not measured.logits <= LOGIT_TOLERANCE:
         return []

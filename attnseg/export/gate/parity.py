@@ -26,6 +26,7 @@ from attnseg.runtime.model.manifest import Budget, Manifest
 from attnseg.runtime.options import SegmentOptions
 from attnseg.runtime.segmenter import Segmenter
 
+_FINITE = float(np.finfo(np.float64).max)
 LOGIT_TOLERANCE = 1e-3  # for fp32 logits, as a share of the largest logit
 _LEAST_ML = 1.0  # divisor for smaller volumes, where single voxels would dominate
 
@@ -68,6 +69,7 @@ class Measured:
         labels: Share of the golden window's voxels whose most likely class differs.
         drifts: Drifts by case and region.
         file: Name of the bundle's file that the engine ran.
+        failure: Reason that it was not compared on cases; empty if it was.
     """
 
     precision: str
@@ -77,11 +79,18 @@ class Measured:
     labels: float
     drifts: tuple[Drift, ...]
     file: str = ""
+    failure: str = ""
 
     def within(self, budget: Budget) -> bool:
-        """Whether every drift is within the budget and fp32 logits are within `LOGIT_TOLERANCE`."""
-        equal = self.precision != "fp32" or self.logits <= LOGIT_TOLERANCE
-        return equal and all(drift.within(budget) for drift in self.drifts)
+        """Whether every drift is within the budget, and its logits are finite.
+
+        In fp32 they must be within `LOGIT_TOLERANCE` too.
+        """
+        if self.failure or not self.logits <= (
+            LOGIT_TOLERANCE if self.precision == "fp32" else _FINITE
+        ):
+            return False
+        return all(drift.within(budget) for drift in self.drifts)
 
 
 @dataclass(frozen=True)

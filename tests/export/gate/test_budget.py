@@ -98,3 +98,9 @@ def test_a_report_says_what_was_left_out_and_changed() -> None:
     found = ParityReport("torch", report().budget, (), (), ("a is left out",), ("b was changed",))
     assert found.to_dict()["left_out"] == ["a is left out"]
     assert found.to_dict()["notes"] == ["b was changed"]
+
+
+def test_logits_that_overflow_are_over_the_budget_without_a_case() -> None:
+    result = replace(measured(logits=float("nan")), drifts=())
+    assert not result.within(report().budget)
+    assert "its logits on the golden window are not finite" in left(result).cause
