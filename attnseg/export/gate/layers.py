@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from attnseg.export.graphs.fp16 import open_session, simulate_fp16, with_all_tensors
 from attnseg.export.graphs.graph import Graph
+from attnseg.runtime.engines.base import reason_of
+from attnseg.runtime.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ def compare_layers(
         rounded: Model to compare, with fp32 input.
         window: Input `(B, C, X, Y, Z)`, float32.
         threads: Number of processor threads.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run one of them.
     """
     source = with_all_tensors(exact.model)
     operators = {o: node.op_type for node in source.graph.node for o in node.output if o}
@@ -45,7 +50,10 @@ def compare_layers(
     values = []
     for session in sessions:
         names = [o.name for o in session.get_outputs()]
-        found = session.run(None, {session.get_inputs()[0].name: window})
+        try:
+            found = session.run(None, {session.get_inputs()[0].name: window})
+        except Exception as error:  # its exceptions have no other common base class
+            raise ExportError(f"the layers cannot be compared ({reason_of(error)})") from error
         values.append(dict(zip(names, found, strict=True)))
     errors = []
     for name, operator in operators.items():
