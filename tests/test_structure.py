@@ -178,8 +178,8 @@ def test_without_optional_packages_the_command_line_says_what_to_install(tmp_pat
     [
         (["train", "--data", ".", "-o", "o"], "train"),
         (["summary"], "train"),
-        (["explain", "."], "train"),
-        (["evaluate", "--data", ".", "-o", "o"], "train"),
+        (["explain", "."], "evaluate"),
+        (["evaluate", "--data", ".", "-o", "o"], "evaluate"),
         (["ablate", "--data", ".", "-o", "o"], "export"),
         (["export", "x.pt"], "export"),
         (["verify", "x"], "export"),
@@ -193,7 +193,7 @@ def test_a_missing_package_is_needed_by_the_command_that_was_called(
     result = run_python(call)
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: attnseg {arguments[0]} needs "), result.stderr
-    assert f"attnseg[{extra}]" in result.stderr
+    assert f"'.[{extra}]'" in result.stderr
 
 
 def test_verification_loads_no_package_of_the_trainer() -> None:

@@ -12,6 +12,7 @@ import click
 
 from attnseg.cli.console import (
     error_record,
+    note,
     print_case_error,
     print_document,
     print_table,
@@ -103,8 +104,8 @@ def evaluate(
         segmenter = Segmenter(bundle, SegmentOptions(**settings))
         print_refusals(segmenter)
         chosen = cases_to_evaluate(scans, bundle.manifest, cases)
-        with case_progress(len(scans.cases)) as advance:
-            scans = decide_labels(scans, [case.name for case in chosen], advance)
+        note("reading the labels")
+        scans = decide_labels(scans, [case.name for case in chosen])
         prepare_folder(output)
         with keeping(lambda: "no scores were written"), case_progress(len(chosen)) as progress:
             ended = ended_cases(progress)

@@ -7,6 +7,7 @@ as a float16 array on disk, which is memory-mapped: about 27 MB per case, indepe
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from attnseg.runtime.steps.resample import resample
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer.preparation import Done, Preparation, read_scan
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainingCase:
@@ -44,7 +47,10 @@ def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
     preprocessing = preparation.preprocessing
     with naming_case(labelled):
         classes = read_classes(labelled, preparation.task).oriented(preprocessing.orientation)
-        scan = preprocess(read_scan(labelled), preprocessing)
+        volume = read_scan(labelled, preparation.task, preprocessing)
+        scan = preprocess(volume, preprocessing)
+    for warning in volume.warnings:
+        log.warning("warning: case %s: %s", labelled.name, warning)
     placed = resample(classes.channels[0], scan.grid_shape, nearest=True)[scan.box.slices()]
     image = scan.image.astype(np.float16)
     return TrainingCase(labelled.name, image, np.ascontiguousarray(placed))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from attnseg.data.labelled import LabelledCase, naming_case
@@ -15,6 +17,7 @@ from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
 from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
+from attnseg.runtime.steps.check import InputRules, clean_channels
 from attnseg.runtime.steps.foreground import Foreground
 from attnseg.runtime.steps.normalise import (
     DECILES,
@@ -66,6 +69,7 @@ class _PreparationJson(BaseModel):
     task: _TaskJson | None = None
     grid: Grid | None
     normalisation: NormalisationJson
+    foreground_ml: float | None = None
 
 
 def _task_to_dict(labelled: LabelledTask) -> dict[str, Any]:
@@ -91,10 +95,13 @@ class Preparation:
     Attributes:
         task: Task of the data set.
         preprocessing: Steps applied to a case before the network.
+        foreground_ml: Largest foreground among the training cases; None if the foreground is the
+            whole volume.
     """
 
     task: LabelledTask
     preprocessing: Preprocessing
+    foreground_ml: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as stored in checkpoints and in the metadata of weights."""
@@ -103,17 +110,20 @@ class Preparation:
             "task": _task_to_dict(self.task),
             "grid": None if grid is None else asdict(grid),
             "normalisation": encode_normalisation(self.preprocessing.normalisation),
+            "foreground_ml": self.foreground_ml,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
-        own = {key: values.get(key) for key in ("task", "grid", "normalisation")}
+        names = ("task", "grid", "normalisation", "foreground_ml")
+        own = {key: values.get(key) for key in names}
         stored = _PreparationJson.model_validate(own)
         task = stored.task.task() if stored.task else BRATS
         schemes = stored.normalisation.schemes(len(task.task.channels))
         crop = stored.normalisation.foreground
-        return cls(task, Preprocessing(task.orientation, stored.grid, crop, schemes))
+        preprocessing = Preprocessing(task.orientation, stored.grid, crop, schemes)
+        return cls(task, preprocessing, stored.foreground_ml)
 
 
 def config_grid(config: TrainConfig) -> Grid | None:
@@ -133,50 +143,68 @@ def learn_preparation(
     config: TrainConfig,
     progress: Done | None = None,
 ) -> Preparation:
-    """Return the preparation of `config`, with landmarks learned from the training `cases`.
-
-    `progress` is called with the name of each case that was read for them.
-
-    Raises:
-        TrainingError: A case cannot be read, or the images have too few grey values.
-    """
-    foreground = task.foreground if config.foreground == "task" else config.foreground
-    schemes: tuple[Scheme, ...] = (ZScore(foreground),) * len(task.task.channels)
-    plain = Preprocessing(task.orientation, config_grid(config), foreground, schemes)
-    if not config.histogram_matching:
-        return Preparation(task, plain)
-    landmarks = learn_landmarks(cases, plain, progress)
-    return Preparation(task, replace(plain, normalisation=landmarks))
-
-
-def read_scan(labelled: LabelledCase) -> Volume:
-    """Read the channels of a case for training; every reader of scans in the trainer calls this.
-
-    Raises:
-        TrainingError: The scan cannot be read; the message names the case.
-    """
-    with naming_case(labelled):
-        return read_volume(labelled.case.files)
-
-
-def learn_landmarks(
-    cases: Sequence[LabelledCase], preprocessing: Preprocessing, progress: Done | None = None
-) -> tuple[LandmarkMatching, ...]:
-    """Compute mean percentiles of the z-scores over `cases`, per channel.
+    """Return the preparation of `config`, as learned from the training `cases`.
 
     `progress` is called with the name of each case that was read.
 
     Raises:
-        TrainingError: A case cannot be read, or the images have too few grey values.
+        TrainingError: A case cannot be read or used, or the images have too few grey values.
     """
-    rows, foreground = [], preprocessing.crop
+    foreground = task.foreground if config.foreground == "task" else config.foreground
+    schemes: tuple[Scheme, ...] = (ZScore(foreground),) * len(task.task.channels)
+    plain = Preprocessing(task.orientation, config_grid(config), foreground, schemes)
+    if not config.histogram_matching and foreground == "all":
+        return Preparation(task, plain)  # nothing to learn
+    rows, sizes_ml = [], []
     for labelled in cases:
-        volume = read_scan(labelled)
-        with naming_case(labelled):
-            volume = resample_volume(volume.oriented(preprocessing.orientation), preprocessing.grid)
-            rows.append(z_score_percentiles(volume.channels, foreground))
+        volume = read_scan(labelled, task, plain)
+        sizes_ml.append(_foreground_ml(volume))
+        if config.histogram_matching:
+            with naming_case(labelled):
+                placed = resample_volume(volume.oriented(plain.orientation), plain.grid)
+                rows.append(z_score_percentiles(placed.channels, foreground))
         if progress:
             progress(labelled.name)
+    learned = replace(plain, normalisation=_landmarks(rows, foreground)) if rows else plain
+    return Preparation(task, learned, max(sizes_ml) if foreground == "nonzero" else None)
+
+
+def read_scan(labelled: LabelledCase, task: LabelledTask, preprocessing: Preprocessing) -> Volume:
+    """Read the channels of a case for training, with the checks and repairs of the runtime.
+
+    Every reader of scans in the trainer calls this, so that no model is trained on what `attnseg
+    run` refuses.
+
+    Returns:
+        The volume as the runtime cleans it; its `warnings` are those of the files and the checks.
+
+    Raises:
+        TrainingError: The scan cannot be read or used; the message names the case.
+    """
+    known = preprocessing.crop == "nonzero"
+    rules = InputRules(
+        task.task, preprocessing, task.spacing_mm, foreground_ml=math.inf if known else None
+    )
+    with naming_case(labelled):
+        volume = read_volume(labelled.case.files)
+        cleaned, warnings = clean_channels(volume, rules)
+    return replace(cleaned, warnings=(*volume.warnings, *warnings))
+
+
+def _foreground_ml(volume: Volume) -> float:
+    """Volume of the voxels that are not 0 in any channel, to 0.1 ml."""
+    foreground = np.logical_or.reduce([channel != 0 for channel in volume.channels])
+    return round(float(np.count_nonzero(foreground)) * volume.voxel_ml, 1)
+
+
+def _landmarks(
+    rows: Sequence[NDArray[np.float64]], foreground: Foreground
+) -> tuple[LandmarkMatching, ...]:
+    """Mean percentiles of the z-scores over cases, per channel.
+
+    Raises:
+        TrainingError: The images have too few grey values.
+    """
     mean = np.mean(rows, axis=0)
     try:
         return tuple(

@@ -81,6 +81,7 @@ def test_the_report_holds_what_was_asked_for(small_scan: Path, tmp_path: Path) -
         "window": [48, 48, 48],
         "overlap": 0.5,
         "min_voxels": 20,
+        "resample": "auto",
     }
     assert report["engine"]["name"] == "onnxruntime"
 

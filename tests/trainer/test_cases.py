@@ -25,13 +25,11 @@ PLAIN = TrainConfig(histogram_matching=False)
 def write(root: Path, name: str, *values: int) -> None:
     """A case whose labels are `values` and 0."""
     (root / name).mkdir(parents=True)
-    image = np.arange(1, 121, dtype=np.int16).reshape(4, 5, 6)
-    labels = np.zeros((4, 5, 6), np.uint8)
-    labels[0, 0, : len(values)] = values
-    for suffix, array in (
-        *((s, image) for s in ("t1", "t1ce", "t2", "flair")),
-        ("seg", labels),
-    ):
+    image = np.pad(np.arange(1, 121, dtype=np.int16).reshape(4, 5, 6), 2)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[2, 2, 2 : 2 + len(values)] = values
+    modalities = enumerate(("t1", "t1ce", "t2", "flair"), start=1)
+    for suffix, array in (*((s, image * np.int16(n)) for n, s in modalities), ("seg", labels)):
         nib.save(nib.Nifti1Image(array, np.eye(4)), root / name / f"{name}_{suffix}.nii.gz")
 
 
@@ -97,5 +95,5 @@ def test_a_run_stopped_before_its_first_step_has_nothing_to_resume(
     monkeypatch.setattr(cases, "cached_case", stop)
     result = call(*train_command(phantoms, tmp_path / "run", SETTINGS))
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "stopped; repeat the command to continue"
+    assert result.stderr.splitlines()[-1] == "stopped; no step was saved; repeat the command"
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from attnseg.data.labelled import find_labelled_cases
+from attnseg.data.labelled import LabelledCase, find_labelled_cases
 from attnseg.data.task import BRATS
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.errors import TrainingError
 from attnseg.runtime.steps.foreground import foreground_box
-from attnseg.runtime.steps.normalise import ZScore, normalise
+from attnseg.runtime.steps.normalise import Scheme, ZScore, normalise
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import Grid, resample
 from attnseg.synthetic import make_case
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases
-from attnseg.trainer.preparation import Preparation, config_grid, learn_landmarks, learn_preparation
+from attnseg.trainer.preparation import Preparation, config_grid, learn_preparation
 from tests.conftest import PLAIN
 
 PREPARATION = Preparation(BRATS, PLAIN)
+
+
+def learned(cases: Sequence[LabelledCase]) -> tuple[Scheme, ...]:
+    """Normalisation with the landmarks of `cases`."""
+    return learn_preparation(cases, BRATS, TrainConfig()).preprocessing.normalisation
 
 
 def test_a_prepared_case_is_what_the_runtime_would_see(small_scan: Path, tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_the_cache_is_used_for_the_same_normalisation_only(
     files = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
     cached_case(case, PREPARATION, cache)
     assert {f: f.stat().st_mtime_ns for f in cache.iterdir()} == files
-    matched = replace(PLAIN, normalisation=learn_landmarks([case], PLAIN))
+    matched = replace(PLAIN, normalisation=learned([case]))
     cached_case(case, Preparation(BRATS, matched), cache)
     assert len(list(cache.iterdir())) == 2 * len(files)
 
@@ -77,10 +82,10 @@ def test_a_case_that_cannot_be_used_is_named(small_scan: Path, tmp_path: Path) -
     (case,) = find_labelled_cases(small_scan).cases.values()
     image = nib.load(case.case.files[1])
     nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), case.case.files[1])
-    with pytest.raises(TrainingError, match=r"case small: channel 2 is constant .7."):
+    with pytest.raises(TrainingError, match=r"case small: t1ce .*: is constant \(7\)"):
         cached_case(case, PREPARATION, tmp_path / "cache")
-    with pytest.raises(TrainingError, match=r"case small: channel 2 is constant .7."):
-        learn_landmarks([case], PLAIN)
+    with pytest.raises(TrainingError, match=r"case small: t1ce .*: is constant \(7\)"):
+        learned([case])
 
 
 @pytest.mark.parametrize("grid", [Grid(shape=(40, 40, 32)), Grid(spacing_mm=(2.0, 2.0, 3.0))])
@@ -109,10 +114,11 @@ def test_the_config_asks_for_a_shape_a_spacing_or_neither() -> None:
     [("task", "nonzero", "nonzero"), ("task", "all", "all"), ("all", "nonzero", "all")],
 )
 def test_the_foreground_is_the_tasks_unless_the_config_names_one(
-    foreground: str, task: str, expected: str
+    small_scan: Path, foreground: str, task: str, expected: str
 ) -> None:
+    cases = find_labelled_cases(small_scan).cases.values()
     config = TrainConfig(foreground=foreground, histogram_matching=False)
-    preparation = learn_preparation([], replace(BRATS, foreground=task), config)
+    preparation = learn_preparation(list(cases), replace(BRATS, foreground=task), config)
     assert preparation.preprocessing == replace(
         PLAIN, crop=expected, normalisation=(ZScore(expected),) * 4
     )
@@ -120,17 +126,62 @@ def test_the_foreground_is_the_tasks_unless_the_config_names_one(
 
 def test_landmarks_are_the_mean_over_the_training_cases(small_scan: Path) -> None:
     (case,) = find_labelled_cases(small_scan).cases.values()
-    first = learn_landmarks([case], PLAIN)
+    first = learned([case])
     for file in case.case.files[:1]:  # invert the z-scores of t1
         image = nib.load(file)
         array = np.asarray(image.dataobj)
         turned = np.where(array > 0, array.max() + 1 - array, 0).astype(np.int16)
         nib.save(nib.Nifti1Image(turned, image.affine), file)
-    second = learn_landmarks([case], PLAIN)
-    learned = learn_preparation([case, case], BRATS, TrainConfig()).preprocessing.normalisation
-    assert learned == second
+    second = learned([case])
+    assert learned([case, case]) == second
     np.testing.assert_allclose(second[0].values, -np.array(first[0].values)[::-1], atol=1e-5)
     assert second[1:] == first[1:]
+
+
+def test_the_largest_foreground_is_that_of_the_training_cases(small_scan: Path) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    arrays = [np.asarray(nib.load(file).dataobj) for file in case.case.files]
+    voxels = np.count_nonzero(np.any(np.stack(arrays) != 0, axis=0))
+    for matching in (True, False):
+        config = TrainConfig(histogram_matching=matching)
+        assert learn_preparation([case], BRATS, config).foreground_ml == round(voxels / 1000, 1)
+    config = TrainConfig(histogram_matching=False, foreground="all")
+    every = learn_preparation([case], BRATS, config)
+    assert every.foreground_ml is None
+    assert Preparation.from_dict(every.to_dict()) == every
+
+
+@pytest.mark.parametrize("background", [-1024, 300])
+def test_a_background_that_run_refuses_is_refused_before_training(
+    small_scan: Path, tmp_path: Path, background: int
+) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    for file in case.case.files:
+        image = nib.load(file)
+        array = np.asarray(image.dataobj)
+        shifted = np.where(array == 0, background, array).astype(np.int16)
+        nib.save(nib.Nifti1Image(shifted, image.affine), file)
+    message = rf"case small: t1 \(small_t1\.nii\.gz\): its background is {background}, not 0"
+    with pytest.raises(TrainingError, match=message):
+        learn_preparation([case], BRATS, TrainConfig())
+    with pytest.raises(TrainingError, match=message):
+        cached_case(case, PREPARATION, tmp_path)
+
+
+def test_dust_is_cut_before_training_and_the_log_says_so(
+    small_scan: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (case,) = find_labelled_cases(small_scan).cases.values()
+    clean = cached_case(case, PREPARATION, tmp_path / "clean")
+    for file in case.case.files[1:]:
+        image = nib.load(file)
+        array = np.asarray(image.dataobj, np.float32)
+        dusty = np.where(array == 0, np.float32(1e-5), array)
+        nib.save(nib.Nifti1Image(dusty, image.affine), file)
+    dusty = cached_case(case, PREPARATION, tmp_path / "dusty")
+    np.testing.assert_allclose(dusty.image, clean.image, atol=2e-3)
+    assert "warning: case small: t1ce (small_t1ce.nii.gz), t2" in caplog.text
+    assert "the background is not 0" in caplog.text
 
 
 def test_images_of_few_grey_values_are_refused_with_advice(small_scan: Path) -> None:
@@ -140,7 +191,7 @@ def test_images_of_few_grey_values_are_refused_with_advice(small_scan: Path) -> 
     few[40:] *= 2
     nib.save(nib.Nifti1Image(few, image.affine), case.case.files[0])
     with pytest.raises(TrainingError, match=r"too few grey values .* histogram_matching=False"):
-        learn_landmarks([case], PLAIN)
+        learned([case])
 
 
 def test_phantoms_are_made_once_and_counted(

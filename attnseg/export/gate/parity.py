@@ -7,7 +7,7 @@ every region. What exceeds the budget is judged by `budget`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,9 @@ class Gate:
 
     def _segment(self, engine: Engine, sample: Sample) -> NDArray[np.uint8]:
         self.step(f"{engine.info.name} {engine.info.precision}: {sample.name}")
-        segmenter = Segmenter(self._bundle, SegmentOptions(), engine)
+        # The phantom may be larger than any training case.
+        manifest = replace(self._bundle.manifest, foreground_ml=None)
+        segmenter = Segmenter(replace(self._bundle, manifest=manifest), SegmentOptions(), engine)
         labels: NDArray[np.uint8] = segmenter.segment(sample.volume).labels
         return labels
 

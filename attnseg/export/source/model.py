@@ -130,6 +130,7 @@ def _from_checkpoint(model: TrainedModel, budget: Budget) -> Source:
             window_multiple=model.network.config.stride,
             min_voxels=stored.min_voxels,
         ),
+        foreground_ml=model.preparation.foreground_ml,
     )
     return _source(
         record,

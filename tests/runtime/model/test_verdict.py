@@ -99,9 +99,7 @@ def test_a_precision_over_the_budget_that_was_asked_for_is_warned_of(
     assert segmenter.engine.precision == "bf16"
     assert segmenter.segment(volume).warnings == (OVER,)
     assert Segmenter(bundle, options()).segment(volume).warnings == ()
-    with pytest.raises(
-        ConfigError, match=r"over the parity budget.*; leave precision or strict"
-    ):
+    with pytest.raises(ConfigError, match=r"over the parity budget.*; leave precision or strict"):
         Segmenter(bundle, options(precision="bf16", strict=True))
 
 
