@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnseg.data.task import LabelledTask
-from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.errors import ConfigError, TrainingError
 from attnseg.runtime.task import Channel, Label, Task
+from attnseg.runtime.user_json import parse_json
 
 DATASET_JSON = "dataset.json"
 EXTENSIONS = (".nii.gz", ".nii")
@@ -23,11 +23,11 @@ def load_dataset_json(file: Path) -> Any:
         TrainingError: The file cannot be read, or is not JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise TrainingError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise TrainingError(f"{file}: {_WHAT} (no JSON: {error})", _WANTED) from error
+    except ConfigError as error:
+        raise TrainingError(f"{file}: {error.cause}") from error
 
 
 _WHAT = "is not a dataset.json of the Medical Segmentation Decathlon or of nnU-Net"

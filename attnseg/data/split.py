@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.errors import ConfigError, TrainingError
+from attnseg.runtime.user_json import parse_json
 
 Split = dict[str, list[str]]
 """Case names under `train` and `validation`."""
@@ -89,14 +89,16 @@ def read_split(path: Path) -> Split:
             a subject is in both.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_bytes())
         split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
     except OSError as error:
         raise TrainingError(
             f"{path}: cannot be read ({error.strerror})",
             "give JSON with lists train and validation",
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ConfigError as error:
+        raise TrainingError(f"{path}: {error.cause}") from error
+    except (KeyError, TypeError) as error:
         raise TrainingError(
             f"{path}: is not a split file", "expected JSON with lists train and validation"
         ) from error

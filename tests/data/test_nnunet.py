@@ -182,5 +182,5 @@ def test_a_byte_order_mark_is_skipped_and_broken_json_is_located(tmp_path: Path)
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert len(find_labelled_cases(tmp_path).cases) == 3
     file.write_text(text.replace('"TZ": 2}', '"TZ": 2,}'))
-    with pytest.raises(TrainingError, match=r"no JSON: .*line 1 column"):
+    with pytest.raises(TrainingError, match="is not JSON: a comma before the closing"):
         find_labelled_cases(tmp_path)

@@ -101,7 +101,7 @@ def test_one_subject_cannot_be_split(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ("{", "is not a split file"),
+        ("{", "is not JSON: "),
         ("[]", "is not a split file"),
         ('{"train": ["a"]}', "is not a split file"),
         ('{"train": 3, "validation": ["a"]}', "is not a split file"),

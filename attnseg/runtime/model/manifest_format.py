@@ -29,6 +29,7 @@ from attnseg.runtime.steps.normalise import LandmarkMatching, Scheme, ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Channel, Label, Task
+from attnseg.runtime.user_json import parse_json
 
 FORMAT_VERSION: Literal[2] = 2
 
@@ -183,10 +184,7 @@ def decode_spec(stored: bytes) -> ModelRecord:
     Raises:
         ConfigError: The bytes are not JSON, or violate a rule; the message names the field.
     """
-    try:
-        record = json.loads(stored)
-    except ValueError as error:
-        raise ConfigError(f"is not JSON ({error})") from error
+    record = parse_json(stored)
     try:
         found = ModelRecord(**ModelJson.model_validate(_complete_spec(record)).record())
     except ValidationError as error:

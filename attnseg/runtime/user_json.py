@@ -1,0 +1,28 @@
+"""JSON that users write by hand: specs, splits and descriptions of data sets."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from attnseg.runtime.errors import ConfigError
+
+
+def parse_json(stored: bytes) -> Any:
+    """Parse the bytes of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ConfigError: The bytes are not JSON; the cause names the line and continues a file name.
+    """
+    try:
+        return json.loads(stored)
+    except json.JSONDecodeError as error:
+        # Python reports a trailing comma at the comma or at the bracket, by version.
+        comma = re.search(r",\s*([}\]])\s*$", error.doc[: error.pos] + error.doc[error.pos :][:1])
+        comma = comma or re.match(r",\s*([}\]])", error.doc[error.pos :])
+        reason = f"a comma before the closing {comma[1]}" if comma else error.msg
+        raise ConfigError(f"is not JSON: {reason} (line {error.lineno})") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "no text"
+        raise ConfigError(f"is not JSON: {reason}") from error
