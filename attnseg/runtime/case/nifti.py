@@ -231,7 +231,7 @@ def _label_header(labels: NDArray[np.uint8], volume: Volume) -> nib.Nifti1Header
     if volume.header is None:
         return nib.Nifti1Image(labels, volume.affine).header  # with its sizes and affine
     header: nib.Nifti1Header = volume.header.copy()
-    header.set_data_shape(labels.shape)
+    header["dim"] = [3, *labels.shape, 1, 1, 1, 1]  # `set_data_shape` changes voxel sizes too
     header.set_data_dtype(np.uint8)
     for text in {"data_type", "db_name", "intent_name", "aux_file", "unused_str"} & set(header):
         header[text] = b""

@@ -61,10 +61,13 @@ def clean_background(
         VolumeError: The background of a channel is not 0, the foregrounds of the channels
             contradict each other, or the foreground is more than the object.
     """
-    cleaned, dust = _without_dust(channels, names)
+    coarse = [_coarse(channel) for channel in channels]
+    cleaned, dust = _without_dust(channels, coarse, names)
     for name, given, channel in zip(names, channels, cleaned, strict=True):
         _check_edges(name, given, channel)
-    masks = np.stack([_coarse(channel) != 0 for channel in cleaned])
+    if dust:
+        coarse = [_coarse(channel) for channel in cleaned]
+    masks = np.stack([values != 0 for values in coarse])
     apart = _compare_foregrounds(masks, names)
     foreground_ml = _share_of(np.asarray(masks.any(axis=0))) * cleaned[0].size * voxel_ml
     larger = _check_size(foreground_ml, largest_ml)
@@ -81,10 +84,9 @@ def _share_of(mask: NDArray[np.bool_]) -> float:
     return float(np.count_nonzero(mask)) / mask.size
 
 
-def _dust_limit(channel: NDArray[Any], share: float) -> float:
+def _dust_limit(coarse: NDArray[Any], share: float) -> float:
     """Largest dust of a channel, from the 99th percentile of the magnitudes other than 0."""
-    values = _coarse(channel)
-    values = values[values != 0]
+    values = coarse[coarse != 0]
     if not values.size:
         return 0.0
     return share * float(np.percentile(np.abs(values.astype(np.float32)), 99))
@@ -101,12 +103,11 @@ def _dust_in(channels: Sequence[NDArray[Any]], limits: Sequence[float]) -> NDArr
 
 
 def _without_dust(
-    channels: Sequence[NDArray[Any]], names: Sequence[str]
+    channels: Sequence[NDArray[Any]], coarse: Sequence[NDArray[Any]], names: Sequence[str]
 ) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
     """Channels without dust, and a warning if there was any."""
     share = _DUST if len(channels) > 2 else _DUST_OF_FEW
-    limits = [_dust_limit(channel, share) for channel in channels]
-    coarse = [_coarse(channel) for channel in channels]
+    limits = [_dust_limit(values, share) for values in coarse]
     foreground = np.logical_or.reduce([c != 0 for c in coarse])
     if np.count_nonzero(_dust_in(coarse, limits)) <= _FEW * np.count_nonzero(foreground):
         return list(channels), ()
