@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.errors import BundleError, ConfigError, EngineError
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
@@ -158,8 +159,7 @@ class AttentionGraph:
             )
 
     def _open(self, model: bytes) -> Any:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = available_threads()
         settings.log_severity_level = 3

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo, reason_of
+from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
 
@@ -17,8 +18,7 @@ class OnnxSession:
     """ONNX Runtime session of a graph with one input."""
 
     def __init__(self, model: Path, options: dict[str, Any], providers: list[Any]) -> None:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         for name, value in options.items():
@@ -56,9 +56,7 @@ class OnnxSession:
 
     def run_bound(self, binding: Any) -> None:
         """Run the graph on the memory of a binding; need not wait for the device."""
-        import onnxruntime as ort
-
-        options = ort.RunOptions()
+        options = import_onnxruntime().RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._session.run_with_iobinding(binding, options)
 
@@ -98,7 +96,7 @@ class OnnxRuntimeEngine:
                 Setting("engine", "openvino"),
             )
         try:
-            import onnxruntime  # noqa: F401
+            import_onnxruntime()
         except ImportError as error:
             raise EngineError("engine onnxruntime is not installed", install("cpu")) from error
         options = {"intra_op_num_threads": threads}

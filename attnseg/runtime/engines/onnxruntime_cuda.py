@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.cuda.gpu import find_gpu
 from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.engines.onnxruntime import OnnxSession
 from attnseg.runtime.errors import EngineError, OutOfMemoryError, UnavailableError
 from attnseg.runtime.extras import install
@@ -111,7 +112,7 @@ def _import_gpu_runtime() -> Any:
     """ONNX Runtime with its CUDA provider. Raises `UnavailableError` if it is not installed."""
     try:
         importlib.metadata.version("onnxruntime-gpu")
-        import onnxruntime as ort
+        ort = import_onnxruntime()
     except ImportError as error:  # PackageNotFoundError is an ImportError
         raise UnavailableError("onnxruntime-gpu is not installed", install("gpu")) from error
     if _PROVIDER not in ort.get_available_providers():

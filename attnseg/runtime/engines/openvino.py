@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo, reason_of
+from attnseg.runtime.engines.libraries import import_openvino
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
 
@@ -24,9 +25,7 @@ def _core() -> Any:
     freed in the order of their creation, the thread is left with an unmapped stack, and the next
     signal that Python handles, such as Ctrl-C, crashes the process (seen in OpenVINO 2026.4).
     """
-    import openvino
-
-    return openvino.Core()
+    return import_openvino().Core()
 
 
 class OpenVinoEngine:
@@ -43,7 +42,7 @@ class OpenVinoEngine:
                 this CPU.
         """
         try:
-            import openvino as ov
+            ov = import_openvino()
         except ImportError as error:
             raise EngineError("engine openvino is not installed", install("cpu")) from error
         self._ov = ov
