@@ -2,18 +2,28 @@
 
 The content decides, not the file's ending: both `.nii` files that are gzipped and `.nii.gz` files
 that are not occur. A truncated scan yields a plausible but wrong segmentation, so gzip streams are
-checked to the last byte and CRC. gzip is decompressed with ISA-L.
+checked to the last byte and CRC. No more is inflated than the header promises, and what it promises
+is bounded by the size of the file, so that a small file cannot take a large amount of memory.
+gzip is decompressed with ISA-L.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from isal import igzip, isal_zlib
 
-from attnseg.runtime.case.header import LONGEST_HEADER, is_header
+from attnseg.runtime.case.header import LONGEST_HEADER, Header, is_header, parse_header
 from attnseg.runtime.errors import VolumeError
 
+LARGEST_BEHIND = 1 << 20
+"""Number of bytes behind the image that are ignored; more are refused."""
+_LARGE_BYTES = 256 << 20  # size of an image from which its compression is looked at
+_LARGEST_RATIO = 100  # of the sizes of a large image and its file
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_AGAIN = "copy or download it again"
 _OTHERS = (
@@ -26,42 +36,100 @@ _OTHERS = (
 """Offset and text by which another format is recognised, its name and the mend."""
 
 
-def read_content(path: Path) -> tuple[bytes, bytes]:
-    """Read a file: its bytes as stored, and the bytes of its NIfTI image.
+@dataclass(frozen=True)
+class Content:
+    """Content of a NIfTI file.
+
+    Attributes:
+        header: The header.
+        data: Bytes from the start of the header to the last voxel; more may follow.
+        sha256: SHA-256 of the file as stored.
+    """
+
+    header: Header
+    data: bytes
+    sha256: str
+
+
+def read_content(path: Path) -> Content:
+    """Read a file.
 
     Raises:
-        VolumeError: The file cannot be read, or is neither NIfTI nor gzipped NIfTI.
+        VolumeError: The file cannot be read, is neither NIfTI nor gzipped NIfTI, holds less or much
+            more than its header promises, or promises more than a file of its size can hold.
     """
+    header = parse_header(path, read_start(path))
+    size = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    stored = _read(path, size)
+    data = _inflate(path, stored, size) if stored[:2] == _GZIP_MAGIC else stored
+    if len(data) < size:
+        raise VolumeError(f"{path}: has {len(data)} bytes, its header promises {size}", _COPY_AGAIN)
+    if len(data) > size + LARGEST_BEHIND:
+        raise _too_much(path, size)
+    return Content(header, data, hashlib.sha256(stored).hexdigest())
+
+
+def _read(path: Path, size: int) -> bytes:
+    """The file as stored, if an image of `size` bytes is plausible in it."""
+    stored_size = path.stat().st_size
+    if size > _LARGE_BYTES and stored_size < size / _LARGEST_RATIO:
+        raise VolumeError(
+            f"{path}: has {stored_size} bytes, its header promises {size}, more than "
+            f"{_LARGEST_RATIO} times as many",
+            _COPY_AGAIN,
+        )
+    if stored_size > size + 2 * LARGEST_BEHIND + size // 1000:  # gzip may add a few bytes
+        raise _too_much(path, size)
+    return path.read_bytes()
+
+
+def _too_much(path: Path, size: int) -> VolumeError:
+    return VolumeError(
+        f"{path}: holds more than {LARGEST_BEHIND} bytes behind the {size} of its header's image",
+        _COPY_AGAIN,
+    )
+
+
+def _inflate(path: Path, stored: bytes, size: int) -> bytes:
+    """The first `size` bytes of a gzip stream, whose rest is checked."""
     try:
-        stored = path.read_bytes()
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
-    data = stored
-    if stored[:2] == _GZIP_MAGIC:
-        try:
-            data = bytes(igzip.decompress(stored))  # type: ignore[no-untyped-call]
-        except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
-            raise VolumeError(
-                f"{path}: the gzip stream is truncated or damaged ({error})", _COPY_AGAIN
-            ) from error
-    if not is_header(data):
-        raise _another_format(path, data, data is not stored)
-    return stored, data
+        with igzip.IGzipFile(fileobj=io.BytesIO(stored)) as stream:  # type: ignore[no-untyped-call]
+            data = bytes(stream.read(size))
+            behind = len(stream.read(LARGEST_BEHIND + 1))
+    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
+        raise _damaged(path, error) from error
+    if behind > LARGEST_BEHIND:
+        raise _too_much(path, size)
+    return data
+
+
+def _damaged(path: Path, error: Exception) -> VolumeError:
+    return VolumeError(f"{path}: the gzip stream is truncated or damaged ({error})", _COPY_AGAIN)
 
 
 def read_start(path: Path) -> bytes:
     """Read the part of a file that holds its NIfTI header.
 
     Raises:
-        VolumeError: The file cannot be read.
+        VolumeError: The file cannot be read, or does not start with a NIfTI header.
     """
     try:
+        if not path.is_file() and path.exists():
+            raise VolumeError(f"{path}: is not a regular file", "give the image itself")
         with path.open("rb") as raw:
-            zipped = raw.read(2) == _GZIP_MAGIC
-        with igzip.open(path) if zipped else path.open("rb") as stream:  # type: ignore[no-untyped-call]
-            return bytes(stream.read(LONGEST_HEADER))
-    except (OSError, EOFError, isal_zlib.error) as error:  # type: ignore[misc]
-        raise VolumeError(f"{path}: cannot be read ({error})") from error
+            start = raw.read(LONGEST_HEADER)
+        if zipped := start[:2] == _GZIP_MAGIC:
+            with igzip.open(path) as stream:  # type: ignore[no-untyped-call]
+                start = bytes(stream.read(LONGEST_HEADER))
+    except OSError as error:
+        if error.strerror is None:  # of the gzip stream
+            raise _damaged(path, error) from error
+        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
+    except (EOFError, isal_zlib.error) as error:  # type: ignore[misc]
+        raise _damaged(path, error) from error
+    if not is_header(start):
+        raise _another_format(path, start, zipped)
+    return start
 
 
 def _another_format(path: Path, data: bytes, zipped: bool) -> VolumeError:

@@ -110,6 +110,8 @@ def _parse(stored: nib.Nifti1Header) -> Header:
     repaired = stored.copy()
     repaired.check_fix(logger=_SILENT)
     shape = tuple(int(size) for size in repaired.get_data_shape())
+    if not shape or min(shape) < 1:
+        raise ValueError(f"its dimensions are {shape}")
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     name, length_mm = _unit(stored)

@@ -6,7 +6,6 @@ axis orders of one space; they are turned to that of the first.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -44,12 +43,11 @@ class _Image:
 
 def _read_image(path: Path, volumes: int = 1) -> _Image:
     """Read the image of a file: `(X, Y, Z)`, or `(X, Y, Z, volumes)` if `volumes` > 1."""
-    stored, data = read_content(path)
-    header = parse_header(path, data)
-    array = _voxels(path, data, header, volumes)
+    content = read_content(path)
+    header = content.header
+    array = _voxels(path, content.data, header, volumes)
     check_finite(path, array)
-    checksum = hashlib.sha256(stored).hexdigest()
-    return _Image(path, array, header.affine, header.stored, checksum, header.warnings)
+    return _Image(path, array, header.affine, header.stored, content.sha256, header.warnings)
 
 
 def _voxels(path: Path, data: bytes, header: Header, volumes: int) -> NDArray[Any]:
@@ -66,12 +64,6 @@ def _voxels(path: Path, data: bytes, header: Header, volumes: int) -> NDArray[An
         )
     if dtype.kind not in "iuf":
         raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers", "convert them")
-    size = math.prod(shape) * dtype.itemsize
-    if header.offset < header.stored.sizeof_hdr or len(data) < header.offset + size:
-        raise VolumeError(
-            f"{path}: has {len(data)} bytes, its header promises {header.offset + size}",
-            "copy or download it again",
-        )
     array = np.frombuffer(data, dtype, math.prod(shape), header.offset).reshape(shape, order="F")
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="), order="K")
