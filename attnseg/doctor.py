@@ -86,7 +86,7 @@ def _engine(candidate: Candidate, bundle: Bundle) -> Finding:
     info = engine.info
     state = f"{info.version}, runs the model in {info.precision}"
     verdict = over_budget(bundle, info.name)
-    return Finding(_subject(candidate), True, f"{state}; {verdict}" if verdict else state)
+    return Finding(_subject(candidate), True, f"{state}, as {verdict}" if verdict else state)
 
 
 def _engines(bundle: Bundle | None) -> list[Finding]:

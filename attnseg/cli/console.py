@@ -61,6 +61,18 @@ def show_log() -> None:
     logging.getLogger("attnseg").setLevel(level)
 
 
+LIVE: list[Console] = []
+"""Console of a bar that is being drawn, which messages must go through to stay above it."""
+
+
+def tell(text: str) -> None:
+    """Print a line on standard error, above a bar that is being drawn."""
+    if LIVE:
+        LIVE[-1].print(text, soft_wrap=True)
+    else:
+        click.echo(text, err=True)
+
+
 def show(text: str) -> None:
     """Print a line of the result, unless it is a JSON document."""
     if not manner().json:
@@ -70,13 +82,13 @@ def show(text: str) -> None:
 def note(text: str) -> None:
     """Print a message on standard error, unless `--quiet` is set."""
     if not manner().quiet:
-        click.echo(text, err=True)
+        tell(text)
 
 
 def detail(text: str) -> None:
     """Print a message on standard error if `--verbose` is set."""
     if manner().verbose:
-        click.echo(text, err=True)
+        tell(text)
 
 
 def print_document(document: Mapping[str, Any]) -> None:
@@ -149,13 +161,13 @@ def print_case_error(name: str, error: AttnsegError) -> None:
         traceback.print_exception(error)
     unforeseen = error.__cause__ is not None and type(error) is AttnsegError
     hint = " (--debug shows the traceback)" if unforeseen and not debug else ""
-    click.echo(f"{name}: {in_one_line(error)}{hint}", err=True)
+    tell(f"{name}: {in_one_line(error)}{hint}")
 
 
 def print_warnings(name: str, warnings: Iterable[str]) -> None:
     """Print the warnings of one case on standard error."""
     for warning in warnings:
-        click.echo(f"{name}: warning: {warning}", err=True)
+        tell(f"{name}: warning: {warning}")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int) -> None:

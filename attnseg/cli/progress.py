@@ -14,19 +14,28 @@ from contextlib import contextmanager
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from attnseg.cli.console import console, detail, manner, note
+from attnseg.cli.console import LIVE, console, detail, manner, note
 from attnseg.interrupt import leaving_on_interrupt
 
 _ERASE_LINE = "\r\033[2K"
 
 
-def _bar() -> Progress:
-    """A transient bar on standard error; disabled if that is no terminal, and by `--quiet`."""
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """Draw a transient bar on standard error, unless that is no terminal, or with `--quiet`."""
     shown = console(stderr=True)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), TimeElapsedColumn())
     disable = manner().quiet or not shown.is_terminal
-    return Progress(*columns, console=shown, transient=True, disable=disable)
+    with Progress(*columns, console=shown, transient=True, disable=disable) as bar:
+        if disable:
+            yield bar
+            return
+        LIVE.append(bar.console)
+        try:
+            yield bar
+        finally:
+            LIVE.pop()
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from attnseg.runtime.model.bundle import Bundle, default_folder
 from attnseg.runtime.model.signature import check_signature
 from attnseg.runtime.options import SegmentOptions
 from attnseg.runtime.results.output import prepare_folder
+from attnseg.runtime.results.report import output_names
 from attnseg.runtime.segmenter import Segmenter
 
 _BRATS = ("t1", "t1ce", "t2", "flair")
@@ -158,13 +159,18 @@ def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: 
         rows.append((result.name, result.status, *cells, time_s, str(warned or "")))
     header = ("case", "result", *(f"{region} ml" for region in regions), "s", "warnings")
     print_table(header, rows, numbers_from=2)
+    if failures := [result for result in results if result.status == "failed"]:
+        console().print(f"{len(failures)} of {len(results)} cases failed; see above.")
+        kept = [r.name for r in failures if (output / output_names(r.name)["report"]).exists()]
+        if kept:
+            console().print(f"Results of an earlier run remain in {output}: {', '.join(kept)}.")
     doubtful = sum(bool(result.report.get("warnings")) for result in results)
     if doubtful:
         console().print(
             f"{doubtful} of {len(results)} cases have warnings; see above and pictures."
         )
     good = any(result.status != "failed" for result in results)
-    where = f"Results in {output}" if good else "No results."
+    where = f"Results in {output}" if good else "No new results."
     console().print(
         f"{manifest.name} ({manifest.intended_use}), {engine.name} {engine.version} "
         f"{engine.precision}. {where}",

@@ -127,6 +127,8 @@ def _listed_cases(file: Path, listed: Any, channels: int) -> list[tuple[Case, Pa
         )
     cases = []
     for name, entry in listed.items():
+        if Path(name).name != name or "\\" in name:
+            raise TrainingError(f"{file}: case name {name!r} is not a plain file name")
         try:
             images = [file.parent / image for image in entry["images"]]
             label = file.parent / entry["label"]
@@ -164,6 +166,8 @@ def read_nnunet(file: Path) -> tuple[LabelledTask, list[tuple[Case, Path]]]:
     if not cases:
         raise TrainingError(f"{file}: has no training case", f"put images into {IMAGES}")
     wanted = stored.get("numTraining", len(cases))
+    if type(wanted) is not int:
+        raise TrainingError(f"{file}: numTraining must be a number, got {wanted!r}")
     if wanted != len(cases):
         raise TrainingError(
             f"{file}: promises {wanted} cases (numTraining), and has {len(cases)}",

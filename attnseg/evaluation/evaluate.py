@@ -239,6 +239,8 @@ def _summary(scoring: _Scoring, segmenter: Segmenter, task: LabelledTask) -> str
     worst = [result.name for result in scoring.worst]
     values = [f"{name} ({_mean_dice(scores[name], manifest.task.regions):.3f})" for name in worst]
     text += f"\nLowest mean Dice: {', '.join(values)}; see worst/.\n"
+    for name, warnings in scoring.warnings.items():
+        text += f"\nWarned: {name}: {'; '.join(warnings)}\n"
     for name, reason in scoring.failed.items():
         text += f"\nFailed: {name}: {reason}\n"
     return text
@@ -271,4 +273,6 @@ def _overlay(result: _Result, manifest: Manifest, scores: Mapping[str, Scores]) 
     """Draw a PNG file: result above, truth below, on the same slices."""
     dice = ", ".join(f"{region} {scores[region].dice:.3f}" for region in manifest.task.regions)
     title = f"{result.name}: found, Dice {dice}"
-    return render_picture(result.volume, result.found, manifest, title, result.truth)
+    return render_picture(
+        result.volume, result.found, manifest, title, result.truth, result.warnings
+    )

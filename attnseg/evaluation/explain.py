@@ -24,7 +24,9 @@ from attnseg.runtime.errors import AttnsegError
 from attnseg.runtime.folder import case_error
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.options import SegmentOptions, resolve
 from attnseg.runtime.results.output import write_results
+from attnseg.runtime.steps.check import check_input
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.windows import WindowOptions, pad_image
 
@@ -60,7 +62,9 @@ def attention_weights(
     """
     inference = manifest.inference
     windows = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
-    image = preprocess(volume, manifest.preprocessing).image
+    rules = resolve(SegmentOptions(), manifest).rules
+    checked = check_input(volume, rules)
+    image = preprocess(checked.volume, checked.preprocessing).image
     plan = windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
     contents = (padded[(slice(None), *window.slices())] for window in plan.windows)

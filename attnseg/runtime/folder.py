@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from attnseg.runtime.case.nifti import encode_labels, read_volume
 from attnseg.runtime.case.scans import Case
-from attnseg.runtime.errors import AttnsegError, OutputError
+from attnseg.runtime.errors import AttnsegError, OutputError, Setting, VolumeError
 from attnseg.runtime.files import LONGEST_NAME
 from attnseg.runtime.pipelines.base import Pending, Staged
 from attnseg.runtime.results.output import write_results
@@ -134,6 +134,10 @@ def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | Non
         report = earlier_report(output, case, segmenter.provenance)
     except AttnsegError as error:
         return _failed(case, error)
+    if report and segmenter.plan.rules.strict and report.get("warnings"):
+        first = str(report["warnings"][0])
+        warned = VolumeError(first, "mend the scan, or leave {} out", Setting("strict"))
+        return CaseResult(case.name, "failed", report, warned)
     return CaseResult(case.name, "skipped", report) if report else None
 
 

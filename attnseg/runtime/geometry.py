@@ -6,7 +6,7 @@ increasing index along each axis, as in nibabel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,11 @@ def _permute(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
 def reorient(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:
     """View of an array `(X, Y, Z)`, reoriented from `source` to `target`."""
     return AxisTransform.between(source, target).apply(array)
+
+
+def format_size(values: Iterable[float]) -> str:
+    """Three numbers as text, such as `240 x 240 x 155`."""
+    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def orientation_of(affine: NDArray[np.float64]) -> str:

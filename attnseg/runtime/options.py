@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.engines.select import EngineRequest
@@ -158,6 +158,8 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     min_voxels = defaults.min_voxels if options.min_voxels is None else options.min_voxels
     threads = available_threads() if options.threads is None else options.threads
     memory = options.max_memory_bytes
+    for name, value in (("overlap", overlap), ("min_voxels", min_voxels), ("threads", threads)):
+        _check(name, value, isinstance(value, Real), "a number")
     _check("overlap", overlap, 0 <= overlap < 1, "at least 0 and below 1")
     _check("min_voxels", min_voxels, min_voxels >= 0, "at least 0")
     _check("threads", threads, threads >= 1, "at least 1")

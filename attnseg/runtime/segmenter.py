@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import Engine, EngineInfo
+from attnseg.runtime.errors import ConfigError, VolumeError
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.options import Plan, SegmentOptions, resolve
 from attnseg.runtime.pipelines.base import Pending, Progress, Segmentation, Staged
@@ -52,6 +53,9 @@ class Segmenter:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.default() if bundle is None else Bundle.load(bundle)
+        if not isinstance(options, SegmentOptions | None):
+            kind = type(options).__name__
+            raise ConfigError(f"options must be SegmentOptions, got {kind}")
         self.bundle = bundle
         self.plan: Plan = resolve(options or SegmentOptions(), bundle.manifest)
         opened = open_pipeline(bundle, self.plan, engine)
@@ -76,6 +80,9 @@ class Segmenter:
         Raises:
             ScanError, VolumeError, EngineError: See `segment`.
         """
+        if not isinstance(volume, Volume):
+            kind = type(volume).__name__
+            raise VolumeError(f"expected a Volume, got {kind}", "give Volume(channels, affine)")
         return self._pipeline.stage(volume)
 
     def submit(

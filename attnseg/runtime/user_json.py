@@ -23,6 +23,6 @@ def parse_json(stored: bytes) -> Any:
         comma = comma or re.match(r",\s*([}\]])", error.doc[error.pos :])
         reason = f"a comma before the closing {comma[1]}" if comma else error.msg
         raise ConfigError(f"is not JSON: {reason} (line {error.lineno})") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else "no text"
+    except (ValueError, RecursionError) as error:  # bytes that are no text, or a huge number
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"is not JSON: {reason}") from error

@@ -56,6 +56,7 @@ def bundle_of(network: Any, folder: Path, graph: bytes | None = None) -> Bundle:
     manifest = replace(
         Bundle.default().manifest,
         preprocessing=PLAIN,
+        foreground_ml=None,
         inference=Inference((8, 8, 8), 0.0, network.config.stride, 0),
         network=network.config.to_dict(),
         files={"model.onnx": file_entry("onnx", content, "fp32")},

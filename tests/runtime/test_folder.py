@@ -116,7 +116,10 @@ def test_a_result_of_other_options_is_neither_taken_nor_lost(
     other = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=7))
     (result,) = run(small_scan, tmp_path / "out", other)
     assert result.status == "failed"
-    assert "holds a result of small from other options; choose another output folder" in result.note
+    assert (
+        "holds a result of small from other options (min_voxels 150); choose another output"
+        in result.note
+    )
     (result,) = run(
         small_scan, tmp_path / "out", Segmenter(options=SegmentOptions(engine="onnxruntime"))
     )
@@ -396,3 +399,20 @@ def test_the_warnings_of_a_case_are_in_its_report_and_picture(
     assert result.report["resampled_to_mm"] == [1, 1, 1]
     written = datetime.fromisoformat(result.report["written"])
     assert timedelta(0) <= datetime.now(UTC) - written < timedelta(minutes=10)
+
+
+def test_a_finished_case_with_warnings_fails_a_strict_run(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    (case,) = find_cases(small_scan).cases
+    for file in case.files:
+        image = nib.load(file)
+        thick = nib.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([1, 1, 1.5, 1]))
+        nib.save(thick, file)
+    assert run(small_scan, tmp_path / "out", segmenter)[0].status == "done"
+    assert run(small_scan, tmp_path / "out", segmenter)[0].status == "skipped"
+    strict = Segmenter(options=SegmentOptions(precision="fp32", strict=True))
+    (result,) = run(small_scan, tmp_path / "out", strict)
+    assert result.status == "failed"
+    assert "leave strict out" in result.note
+    assert len(list((tmp_path / "out").iterdir())) == 3  # the results are kept

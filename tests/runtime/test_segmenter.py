@@ -246,7 +246,7 @@ def test_a_window_may_be_a_numpy_integer() -> None:
 
 def test_a_background_other_than_0_is_refused(segmenter: Segmenter, volume: Volume) -> None:
     shifted = [np.asarray(c) - 1000 if i == 2 else c for i, c in enumerate(volume.channels)]
-    with pytest.raises(VolumeError, match="t2: its background is -1000, not 0; set the voxels"):
+    with pytest.raises(VolumeError, match="t2: its background is -1000, not 0; give the"):
         segmenter.segment(Volume(shifted, volume.affine))
 
 
@@ -287,3 +287,21 @@ def test_calls_from_many_threads_give_the_labels_of_calls_in_turn() -> None:
         found = [result.labels for result in pool.map(segmenter.segment, volumes * 3)]
     for labels, right in zip(found, expected * 3, strict=True):
         np.testing.assert_array_equal(labels, right)
+
+
+@pytest.mark.parametrize("volume", [None, "scan.nii", [np.ones((8, 8, 8))]])
+def test_something_else_than_a_volume_is_refused(segmenter: Segmenter, volume: object) -> None:
+    with pytest.raises(VolumeError, match=r"expected a Volume, got .*; give Volume"):
+        segmenter.segment(volume)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["paper", {"tta": "paper"}])
+def test_something_else_than_options_is_refused(given: object) -> None:
+    with pytest.raises(ConfigError, match="options must be SegmentOptions, got"):
+        Segmenter(options=given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["overlap", "min_voxels", "threads"])
+def test_text_in_place_of_a_number_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a number, got '0.5'"):
+        Segmenter(options=SegmentOptions(**{name: "0.5"}))

@@ -181,9 +181,11 @@ class Gate:
 
     def _segment(self, engine: Engine, sample: Sample) -> NDArray[np.uint8]:
         self.step(f"{engine.info.name} {engine.info.precision}: {sample.name}")
-        # The phantom may be larger than any training case.
-        manifest = replace(self._bundle.manifest, foreground_ml=None)
-        segmenter = Segmenter(replace(self._bundle, manifest=manifest), SegmentOptions(), engine)
+        bundle = self._bundle
+        if sample.phantom:
+            manifest = replace(bundle.manifest, foreground_ml=None)
+            bundle = replace(bundle, manifest=manifest)
+        segmenter = Segmenter(bundle, SegmentOptions(), engine)
         labels: NDArray[np.uint8] = segmenter.segment(sample.volume).labels
         return labels
 

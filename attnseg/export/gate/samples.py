@@ -38,11 +38,13 @@ class Sample:
         name: Name of the case.
         volume: Channels of the case.
         truth: Ground truth `(X, Y, Z)`, uint8 label values on the volume's grid; None if unknown.
+        phantom: Whether the case is synthetic, and may be larger than any training case.
     """
 
     name: str
     volume: Volume
     truth: NDArray[np.uint8] | None = None
+    phantom: bool = False
 
 
 SampleSource = Callable[[Manifest], Sequence[Sample]]
@@ -89,7 +91,9 @@ def synthetic_sample(manifest: Manifest) -> Sample:
     """A brain phantom for the BraTS modalities; one window of smooth noise for other channels."""
     if manifest.task.channel_names == MODALITIES:
         phantom = make_case(PHANTOM_SEED, PHANTOM_SHAPE)
-        return Sample("synthetic brain", Volume(phantom.images, phantom.affine), phantom.labels)
+        return Sample(
+            "synthetic brain", Volume(phantom.images, phantom.affine), phantom.labels, phantom=True
+        )
     rng = np.random.default_rng(0)
     shape = (len(manifest.task.channels), *manifest.inference.window)
     noise = rng.standard_normal(shape)

@@ -82,13 +82,16 @@ def _check_logits(path: Path, values: NDArray[np.float32]) -> None:
             f"{path}: outputs {lowest:g} for every class and voxel of a window of z-scores",
             "check the file with ONNX Runtime on a window of your own",
         )
-    if lowest < 0 or highest > 1:
-        return
-    if np.abs(values.sum(axis=1) - 1).max() <= _SUM_TOLERANCE:
+    total = values.sum(axis=1)
+    mean = float(total.mean())
+    if abs(mean) > _SUM_TOLERANCE and np.ptp(total) <= _SUM_TOLERANCE * abs(mean):
         raise ExportError(
-            f"{path}: outputs probabilities, which sum to 1 over the classes, in place of logits",
+            f"{path}: outputs values that sum to {mean:.3g} over the classes, as probabilities do, "
+            "in place of logits",
             LOGITS,
         )
+    if lowest < 0 or highest > 1:
+        return
     raise overlapping(
         path, "outputs values from 0 to 1 that do not sum to 1 over the classes, as a sigmoid does"
     )

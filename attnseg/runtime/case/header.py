@@ -17,10 +17,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Affine, check_affine, corner_distance_mm
 from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.geometry import format_size, orientation_of
 
 LONGEST_HEADER = 540  # bytes
 _SILENT_DISTANCE = 0.1  # largest difference of qform and sform that needs no warning, in voxels
@@ -59,15 +59,13 @@ class Header:
 
 
 def parse_header(path: Path, data: bytes) -> Header:
-    """Parse the header at the start of `data`; `path` is for messages.
+    """Parse the header at the start of `data`, for which `is_header` is true.
 
     Raises:
-        VolumeError: The bytes are not a NIfTI header, the header is damaged, or its affine is
-            singular or not finite.
+        VolumeError: The header is damaged, or its affine is singular or not finite.
     """
-    kind, magic = _kind(data)
-    if kind is None:
-        raise VolumeError(f"{path}: is not a NIfTI image (.nii or .nii.gz)")
+    kind, _ = _kind(data)
+    assert kind is not None, "is_header was true"
     try:
         header = _parse(kind(data[: kind.sizeof_hdr], check=False))
     except (
@@ -82,10 +80,6 @@ def parse_header(path: Path, data: bytes) -> Header:
         raise VolumeError(
             f"{path}: its NIfTI header is damaged ({reason})", "copy or download it again"
         ) from error
-    if header.stored["magic"].item()[:3] != magic:
-        raise VolumeError(
-            f"{path}: its image is in another file (.hdr and .img)", "convert it to one .nii.gz"
-        )
     check_affine(path, header.affine)
     return header
 
@@ -145,33 +139,42 @@ def _doubts(
     """Warnings of what the header leaves open or states twice."""
     if int(stored["vox_offset"]) == 0:
         yield f"states no position of its voxels; {stored.single_vox_offset} is used"
-    if float(stored["scl_slope"]) == 1 and not np.isfinite(stored["scl_inter"]):
+    scaled = float(stored["scl_slope"]) != 0 and np.isfinite(stored["scl_slope"])
+    if scaled and not np.isfinite(stored["scl_inter"]):
         yield f"states {float(stored['scl_inter'])} as its intercept; 0 is used"
-    if stored["qform_code"] == 0 and stored["sform_code"] == 0:
-        yield "states no orientation (qform and sform codes are 0)"
+    for form in ("qform", "sform"):
+        code = int(stored[f"{form}_code"])
+        if code != int(repaired[f"{form}_code"]):
+            yield f"states an undefined {form} code, {code}; {form} is not used, other programs may"
+    if repaired["qform_code"] == 0 and repaired["sform_code"] == 0:
+        yield (
+            f"states no orientation (qform and sform codes are 0); {orientation_of(affine)} is "
+            "assumed, and left and right, or front and back, may be exchanged"
+        )
     if unit in ("meter", "micron"):
         yield f"states its unit as {unit}; converted to mm, which other programs may not do"
     elif unit != "mm":
         yield f"states its unit as {unit}; mm is assumed"
-    spacing = list(_spacing_doubts(stored, affine))
+    qfac = float(stored["pixdim"][0])
+    if repaired["sform_code"] == 0 and repaired["qform_code"] != 0 and qfac not in (-1, 0, 1):
+        yield f"states {qfac:g} as its qfac (pixdim[0]); 1 is used, other programs may use -1"
+    spacing = list(_spacing_doubts(stored, repaired, affine))
     yield from spacing
-    if stored["qform_code"] != 0 and stored["sform_code"] != 0 and not spacing:
+    if repaired["qform_code"] != 0 and repaired["sform_code"] != 0 and not spacing:
         yield from _form_doubts(repaired, affine)
 
 
-def _spacing_doubts(stored: nib.Nifti1Header, affine: Affine) -> Iterator[str]:
+def _spacing_doubts(
+    stored: nib.Nifti1Header, repaired: nib.Nifti1Header, affine: Affine
+) -> Iterator[str]:
     said = np.asarray(stored["pixdim"][1:4], np.float64)
     read = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(said, read, rtol=_SPACING_TOLERANCE, atol=0):
-        source = "sform states" if stored["sform_code"] != 0 else "it is read as"
+        source = "sform states" if repaired["sform_code"] != 0 else "it is read as"
         yield (
-            f"states its spacing as {_times(said)} (pixdim), while {source} {_times(read)}, "
-            "which is used"
+            f"states its spacing as {format_size(said)} (pixdim), while {source} "
+            f"{format_size(read)}, which is used"
         )
-
-
-def _times(values: NDArray[np.float64]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def _form_doubts(repaired: nib.Nifti1Header, sform: Affine) -> Iterator[str]:

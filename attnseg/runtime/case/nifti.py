@@ -123,7 +123,7 @@ def _warnings(images: Sequence[_Image]) -> tuple[str, ...]:
 
 
 def _and_others(count: int) -> str:
-    return f" (as {count} other file{'s' if count > 1 else ''})" if count else ""
+    return f" (the same in {count} other file{'s' if count > 1 else ''})" if count else ""
 
 
 def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
 
-from attnseg.runtime.errors import ChannelSetting, ScanError
+from attnseg.runtime.errors import ChannelSetting, ConfigError, ScanError
 from attnseg.runtime.task import BRATS_CHANNELS, Channel
 
 _EXTENSIONS = (".nii.gz", ".nii")
@@ -145,14 +145,23 @@ def _match(file: Path, channels: Sequence[Channel]) -> tuple[tuple[str, ...], st
 
 
 def _case_error(
-    name: str, folder: Path, files: list[list[Path]], channels: Sequence[Channel]
+    name: str, listed: _Folder, files: list[list[Path]], channels: Sequence[Channel]
 ) -> ScanError | None:
+    folder = listed.path
     missing = [c for c, f in zip(channels, files, strict=True) if not f]
     if missing:
         names = ", ".join(f"{c.name} (*{' or *'.join(c.suffixes[:2])})" for c in missing)
         unpacked = [f.name for f in sorted(folder.iterdir()) if _stem(f) and f.is_dir()]
-        mend = f"move the image out of the folder {unpacked[0]}" if unpacked else "add it"
-        return ScanError(f"{folder}: case {name} has no file for {names}", mend)
+        others = [f.name for f in listed.unmatched if f.name.startswith(name)]
+        cause = f"{folder}: case {name} has no file for {names}"
+        if unpacked:
+            return ScanError(cause, f"move the image out of the folder {unpacked[0]}")
+        if others:
+            settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+            given = " ".join("{}" for _ in settings)
+            mend = f"rename the file, perhaps {' or '.join(others[:3])}, or give {given}"
+            return ScanError(cause, mend, *settings)
+        return ScanError(cause, "add it")
     for channel, matches in zip(channels, files, strict=True):
         if len(matches) > 1:
             names = ", ".join(f.name for f in matches)
@@ -162,33 +171,28 @@ def _case_error(
     return None
 
 
-def _unmatched_errors(folder: _Folder, channels: Sequence[Channel]) -> Iterator[ScanError]:
-    """Errors for images that match no channel, unless they lie beside the files of a case."""
-    if not folder.cases and folder.unmatched:
-        yield _unmatched(folder.path, folder.unmatched, channels)
-        return
-    patients: dict[str, list[Path]] = {}
-    own_name = folder.path.resolve().name in folder.cases
-    for file in folder.unmatched:
-        patient = re.split(r"[_-](?=[^_-]*$)", _stem(file) or "")[0]
-        if not own_name and not file.name.startswith(tuple(folder.cases)):
-            patients.setdefault(patient, []).append(file)
-    for files in patients.values():
-        if len(files) >= min(2, len(channels)):  # not a mask or an atlas on its own
-            yield _unmatched(folder.path, files, channels)
+_NO_SCAN = re.compile(r"(^|[^a-z])(brain)?(mask|label|atlas|template|mni)", re.IGNORECASE)
+"""Names of images that are no scans of a patient: masks, labels, atlases and templates."""
 
 
-def _unmatched(folder: Path, files: Sequence[Path], channels: Sequence[Channel]) -> ScanError:
-    count = (
-        f"{len(files)} images, such as {files[0].name}, match"
-        if files[1:]
-        else (f"the image {files[0].name} matches")
-    )
+def _unmatched_error(folder: _Folder, channels: Sequence[Channel]) -> ScanError | None:
+    """Error for images that belong to no channel and no case of their folder."""
+    own = tuple(f"{name}{separator}" for name in folder.cases for separator in "_-.")
+    files = [
+        file
+        for file in folder.unmatched
+        if not file.name.startswith(own) and not _NO_SCAN.search(file.name)
+    ]
+    own_name = folder.path.resolve().name in folder.cases  # its files need not have its name
+    if not files or (own_name and len(files) < len(channels)):
+        return None
     settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
-    given = " ".join("{}" for _ in settings)
+    what = f"{len(files)} images, such as {files[0].name}, match"
+    if len(files) == 1:
+        what = f"the image {files[0].name} matches"
     return ScanError(
-        f"{folder}: {count} no channel of the model",
-        f"name them {_expected(channels)}, or give {given}",
+        f"{folder.path}: {what} no channel of the model",
+        f"name them {_expected(channels)}, or give {' '.join('{}' for _ in settings)}",
         *settings,
     )
 
@@ -212,56 +216,73 @@ def find_cases(root: Path, channels: Sequence[Channel] = BRATS_CHANNELS) -> Scan
         raise ScanError(f"{root}: is not a folder", "give the folder that holds the case's files")
     cases: dict[str, Case] = {}
     problems: dict[str, ScanError] = {}
+    of_one_case: set[Path] = set()
     for folder in _walk(root, problems):
         try:
             listed = _list_folder(folder, channels)
         except OSError as unreadable:
             problems[str(folder)] = _unreadable(unreadable)
             continue
-        for name, files in sorted(listed.cases.items()):
-            error = _case_error(name, folder, files, channels)
-            if name in cases or name in problems:
-                other = cases[name].folder if name in cases else "an unusable case"
-                name, error = (
-                    f"{name} ({folder})",
-                    ScanError(
-                        f"{folder}: case {name} has the same name as that of {other}", "rename one"
-                    ),
-                )
+        _add_cases(listed, channels, cases, problems)
+        if not of_one_case.intersection(folder.parents):  # it does not hold more files of a case
+            error = _unmatched_error(listed, channels) or _other_format_error(folder)
             if error:
-                problems[name] = error
-            else:
-                cases[name] = Case(name, folder, tuple(f[0] for f in files))
-        for error in _unmatched_errors(listed, channels):
-            name = folder.resolve().name
-            while name in problems or name in cases:
-                name += " (unmatched)"
-            problems[name] = error
+                problems[_free_name(folder, cases, problems)] = error
+        if len(listed.cases) == 1:
+            of_one_case.add(folder)
     if not cases and not problems:
-        raise _no_case(root, channels)
+        raise ScanError(f"{root}: holds no case", f"expected files such as {_expected(channels)}")
     return Scans(tuple(cases.values()), problems)
 
 
+def _add_cases(
+    listed: _Folder,
+    channels: Sequence[Channel],
+    cases: dict[str, Case],
+    problems: dict[str, ScanError],
+) -> None:
+    """Add the cases of a folder to `cases`, and those that cannot be used to `problems`."""
+    folder = listed.path
+    for name, files in sorted(listed.cases.items()):
+        error = _case_error(name, listed, files, channels)
+        if name in cases or name in problems:
+            other = cases[name].folder if name in cases else "an unusable case"
+            cause = f"{folder}: case {name} has the same name as that of {other}"
+            name, error = f"{name} ({folder})", ScanError(cause, "rename one")
+        if error:
+            problems[name] = error
+        else:
+            cases[name] = Case(name, folder, tuple(f[0] for f in files))
+
+
+def _free_name(folder: Path, *taken: Mapping[str, object]) -> str:
+    """Name of a folder, with its path if a case has the name."""
+    name = folder.resolve().name
+    return f"{name} ({folder})" if any(name in names for names in taken) else name
+
+
 _OTHER_IMAGES = {
-    ".dcm": "DICOM files; convert each series with dcm2niix",
-    ".ima": "DICOM files; convert each series with dcm2niix",
-    ".img": "pairs of .hdr and .img; convert them to .nii.gz",
-    ".nrrd": "NRRD images; convert them to .nii.gz",
-    ".mha": "MetaImage files; convert them to .nii.gz",
-    ".mgz": "FreeSurfer images; convert them to .nii.gz",
+    ".dcm": ("DICOM files", "convert each series with dcm2niix"),
+    ".ima": ("DICOM files", "convert each series with dcm2niix"),
+    ".img": ("pairs of .hdr and .img", "convert them to .nii.gz"),
+    ".nrrd": ("NRRD images", "convert them to .nii.gz"),
+    ".mha": ("MetaImage files", "convert them to .nii.gz"),
+    ".mgz": ("FreeSurfer images", "convert them to .nii.gz"),
 }
-"""Images of other formats by file extension, and the mend."""
-_LOOKED_AT = 50  # files whose content is looked at
+"""Kind and mend of images in other formats, by file extension."""
+_LOOKED_AT = 50  # files of a folder
 
 
-def _no_case(root: Path, channels: Sequence[Channel]) -> ScanError:
-    """Error for a folder without images; it names images of other formats."""
-    files = islice((f for f in root.rglob("*") if f.is_file()), _LOOKED_AT)
+def _other_format_error(folder: Path) -> ScanError | None:
+    """Error for a folder without NIfTI files that holds images of another format."""
+    files = [f for f in islice(sorted(folder.iterdir()), _LOOKED_AT) if f.is_file()]
+    if any(_stem(file) for file in files):
+        return None
     found = {".dcm" if _is_dicom(file) else file.suffix.lower() for file in files}
-    for extension in _OTHER_IMAGES.keys() & found:
-        kind, _, mend = _OTHER_IMAGES[extension].partition("; ")
-        return ScanError(f"{root}: holds no case, but {kind}", mend)
-    return ScanError(f"{root}: holds no case", f"expected files such as {_expected(channels)}")
+    for extension, (kind, mend) in _OTHER_IMAGES.items():
+        if extension in found:
+            return ScanError(f"{folder}: holds no case, but {kind}", mend)
+    return None
 
 
 def _is_dicom(file: Path) -> bool:
@@ -319,15 +340,15 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
     """Create a case from one file per channel, by channel name.
 
     Raises:
-        ScanError: A channel has no file, or a name is not a channel of the model.
+        ConfigError: A channel has no file or that of another, or a name is no channel of the model.
     """
     names = [c.name for c in channels]
     unknown = [n for n in files if n not in names]
     if unknown:
-        raise ScanError(f"the model has no channel {unknown[0]}", f"it takes {', '.join(names)}")
+        raise ConfigError(f"the model has no channel {unknown[0]}", f"it takes {', '.join(names)}")
     missing = [n for n in names if n not in files]
     if missing:
-        raise ScanError(
+        raise ConfigError(
             f"no file given for {', '.join(missing)}",
             "give one for each channel of the model",
         )
@@ -339,10 +360,10 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
 
 
 def _refuse_same_file(files: Mapping[str, Path], channels: Sequence[Channel]) -> None:
-    """Raise `ScanError` if channels of different files have the same one."""
+    """Raise `ConfigError` if channels of different files have the same one."""
     for first, second in combinations(channels, 2):
         if files[first.name] == files[second.name] and first.suffixes != second.suffixes:
-            raise ScanError(
+            raise ConfigError(
                 f"{files[first.name]}: was given for {first.name} and for {second.name}",
                 "give one file for each",
             )
@@ -352,11 +373,12 @@ def find_scans(root: Path | None, files: Mapping[str, Path], channels: Sequence[
     """Find the cases of a folder, or create one case from one file or from a file per channel.
 
     Raises:
-        ScanError: Both or neither are given; see also `find_cases` and `explicit_case`.
+        ConfigError: Both or neither are given; see also `explicit_case`.
+        ScanError: See `find_cases`.
     """
     if (root is None) == (not files):
         given = "no scan was given" if root is None else "a scan folder and files were given"
-        raise ScanError(given, "give a scan folder or one file per channel")
+        raise ConfigError(given, "give a scan folder or one file per channel")
     if root is None:
         return Scans((explicit_case(files, channels),), {})
     if root.is_file():

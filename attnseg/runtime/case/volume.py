@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Affine = NDArray[np.float64]
 """`(4, 4)` float64 matrix from voxel to world coordinates in mm, RAS+ as in NIfTI."""
+_LARGEST_AFFINE = 1e9  # mm, after a conversion from metres
+_LEAST_DETERMINANT = 1e-3  # of axes of length 1: those of a volume are nearly at right angles
+_REPAIR = "repair the header"
 Channels = Sequence[NDArray[Any]] | NDArray[Any]
 """C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`."""
 
@@ -49,7 +52,7 @@ class Volume:
     checked: bool = False
 
     def __post_init__(self) -> None:
-        if self.channels is None or not hasattr(self.channels, "__len__") or not len(self.channels):
+        if not _has_items(self.channels):
             kind = type(self.channels).__name__
             raise VolumeError(f"channels: expected arrays (X, Y, Z), got {kind} without any")
         object.__setattr__(self, "channels", _without_axes_of_one(self.channels))
@@ -87,6 +90,13 @@ class Volume:
         )
 
 
+def _has_items(channels: object) -> bool:
+    try:
+        return len(channels) > 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
 def _without_axes_of_one(channels: Any) -> Any:
     """Channels without trailing axes of one voxel beyond Z, such as those of `(X, Y, Z, 1)`."""
 
@@ -104,6 +114,8 @@ def _without_axes_of_one(channels: Any) -> Any:
 
 def _as_affine(affine: object) -> Affine:
     try:
+        if np.iscomplexobj(np.asarray(affine)):
+            raise TypeError("its imaginary part would be lost")
         return np.asarray(affine, np.float64)
     except (TypeError, ValueError) as error:
         raise VolumeError(
@@ -122,8 +134,14 @@ def check_affine(name: object, affine: Affine) -> None:
     """Raise `VolumeError` unless an affine is `(4, 4)`, finite and non-singular."""
     if np.shape(affine) != (4, 4):
         raise VolumeError(f"{name}: its affine must be (4, 4), got {np.shape(affine)}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise VolumeError(f"{name}: its affine is singular or not finite", "repair the header")
+    if not np.array_equal(affine[3], (0, 0, 0, 1)):
+        raise VolumeError(f"{name}: the last row of its affine must be 0, 0, 0, 1", _REPAIR)
+    if not np.isfinite(affine).all() or np.abs(affine).max() > _LARGEST_AFFINE:
+        raise VolumeError(f"{name}: its affine is not finite or absurdly large", _REPAIR)
+    axes = affine[:3, :3]
+    lengths = np.linalg.norm(axes, axis=0)
+    if not lengths.all() or abs(np.linalg.det(axes / lengths)) < _LEAST_DETERMINANT:
+        raise VolumeError(f"{name}: its affine is singular: its axes do not span space", _REPAIR)
 
 
 def check_finite(name: object, array: NDArray[Any]) -> None:
@@ -151,7 +169,12 @@ def check_volume(volume: Volume) -> None:
         if not isinstance(channel, np.ndarray):
             raise VolumeError(f"{name}: expected a numpy array, got {type(channel).__name__}")
         if channel.ndim != 3 or min(channel.shape) < 1 or channel.dtype.kind not in "iuf":
-            raise VolumeError(f"{name}: expected a 3-D array of real numbers, got {channel.shape}")
+            raise VolumeError(
+                f"{name}: expected a 3-D array (X, Y, Z) of real numbers, got {channel.shape} of "
+                f"{channel.dtype}"
+            )
+        if isinstance(channel, np.ma.MaskedArray):
+            raise VolumeError(f"{name}: is a masked array", "fill the masked voxels")
         if channel.shape != volume.shape:
             raise VolumeError(
                 f"{name}: shape {channel.shape} differs from {volume.shape} of channel 1"

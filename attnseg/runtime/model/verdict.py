@@ -8,9 +8,11 @@ lower precision, such as bf16, whose drift depends on the model.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnseg.runtime.errors import BundleError
 from attnseg.runtime.model.bundle import Bundle
 
 
@@ -37,36 +39,43 @@ class Verdict:
 
 
 def read_verdicts(bundle: Bundle) -> tuple[Verdict, ...]:
-    """Verdicts recorded in a bundle; none if it has no readable parity report."""
+    """Verdicts recorded in a bundle; none if it has no parity report.
+
+    Raises:
+        BundleError: The parity report cannot be read.
+    """
     if not bundle.has("parity"):
         return ()
+    file = bundle.file("parity")
     try:
-        report = json.loads(bundle.file("parity").read_text(encoding="utf-8"))
-        return tuple(_verdict(entry, report["budget"]) for entry in report["measured"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()
-
-
-def _verdict(entry: Any, budget: Any) -> Verdict:
-    drifts = entry["drifts"]
-    worst = max(
-        drifts,
-        key=lambda d: max(
-            d["dice"] / budget["dice"], d["volume_percent"] / budget["volume_percent"]
-        ),
-        default=None,
-    )
-    drift = (
-        ""
-        if worst is None
-        else (
-            f"{worst['region']} of {worst['case']} drifts by {worst['dice']:.4f} Dice and "
-            f"{worst['volume_percent']:.2f} % volume (budget {budget['dice']:g} and "
-            f"{budget['volume_percent']:g} %)"
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(
+            Verdict(
+                engine=str(entry["engine"]).rsplit(" ", 1)[0],
+                precision=str(entry["precision"]),
+                within_budget=entry["within_budget"] is True,
+                drift=_largest_drift(entry, report),
+            )
+            for entry in report["measured"]
         )
-    )
-    name = str(entry["engine"]).rsplit(" ", 1)[0]
-    return Verdict(name, str(entry["precision"]), bool(entry["within_budget"]), drift)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{file}: is not a parity report", "export the model again") from error
+
+
+def _largest_drift(entry: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """Largest drift of an entry as text; empty if its numbers are missing, as those not finite."""
+    try:
+        budget = report["budget"]
+        dice, volume = budget["dice"], budget["volume_percent"]
+        worst = max(
+            entry["drifts"], key=lambda d: max(d["dice"] / dice, d["volume_percent"] / volume)
+        )
+        return (
+            f"{worst['region']} of {worst['case']} drifts by {worst['dice']:.4f} Dice and "
+            f"{worst['volume_percent']:.2f} % volume (budget {dice:g} and {volume:g} %)"
+        )
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return ""
 
 
 def over_budget(bundle: Bundle, engine: str, precision: str | None = None) -> Verdict | None:

@@ -87,8 +87,11 @@ def _difference(report: Mapping[str, Any], case: Case, provenance: Provenance) -
         return "another scan"
     if report.get("model") != expected["model"]:
         return "another model"
-    if report.get("options") != expected["options"]:
-        return "other options"
+    before, now = report.get("options"), expected["options"]
+    if before != now:
+        other = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
+        named = ", ".join(f"{k} {before.get(k)}" for k in other) if isinstance(before, dict) else ""
+        return f"other options ({named})" if named else "other options"
     if any(
         report.get("engine", {}).get(key) != expected["engine"][key]
         for key in ("name", "precision")

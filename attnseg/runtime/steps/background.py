@@ -28,8 +28,11 @@ _EDGE_LEFT = 0.05  # the same when dust has been cut
 _APART_WARN, _APART_REFUSE = 0.1, 0.5  # share of a channel's foreground outside the others'
 _MISSING_WARN, _MISSING_REFUSE = 0.25, 0.6  # share of the others' foreground where a channel is 0
 _SHELL = 0.2  # share of the foreground of a plane that is enclosed by a separate shell
-_LARGER_WARN, _LARGER_REFUSE = 1.25, 1.6  # times the largest foreground of the training cases
-_STRIP = "set the voxels outside the brain to 0, as a skull-stripping tool does"
+_LARGER_WARN, _LARGER_REFUSE = 1.25, 2.0  # times the largest foreground of the training cases
+_STRIP = (
+    "give the whole scan with the voxels outside the object set to 0, as a skull-stripping tool "
+    "does for a brain"
+)
 _REGISTER = "check that every channel is skull-stripped and registered"
 
 
@@ -139,8 +142,8 @@ def _check_edges(name: str, given: NDArray[Any], cleaned: NDArray[Any]) -> None:
     An object that the volume cuts off may touch some of them.
     """
     before, after = _edges(given), _edges(cleaned)
-    share = _share_of(after != 0)
-    if _share_of(before != 0) < _EDGE_VOXELS or share < _EDGE_LEFT:
+    share = _share_of(before != 0)
+    if share < _EDGE_VOXELS or _share_of(after != 0) < _EDGE_LEFT:
         return
     largest = np.abs(after.astype(np.float64)).max()
     many = f"{share:.0%} of the voxels along the edges are not, up to {largest:.4g}"
@@ -187,22 +190,23 @@ def _check_size(foreground_ml: float, largest_ml: float) -> list[str]:
         f"{largest_ml:.0f} ml"
     )
     if foreground_ml > _LARGER_REFUSE * largest_ml:
-        raise VolumeError(f"{said}: the scan is not skull-stripped", _STRIP)
+        raise VolumeError(f"{said}: it holds more than the object, such as the skull", _STRIP)
     if foreground_ml > _LARGER_WARN * largest_ml:
-        return [f"{said}: skull may be left"]
+        return [f"{said}: something else than the object, such as skull or noise, may be left"]
     return []
 
 
 def _check_shell(channels: list[NDArray[Any]]) -> None:
     """Raise `VolumeError` if a shell, such as the skull, encloses the object across a gap."""
-    planes = [
-        np.logical_or.reduce([_plane(c, axis, int(share * c.shape[axis])) != 0 for c in channels])
-        for axis in range(3)
-        for share in (0.4, 0.5, 0.6)
-    ]
-    shares = [_enclosed(plane) for plane in planes if plane.any()]
-    if shares and float(np.median(shares)) > _SHELL:
-        raise VolumeError("a shell encloses the brain, as the skull does", _STRIP)
+    for axis in range(3):  # a shell that the volume cuts off is closed along one axis only
+        indices = [int(share * channels[0].shape[axis]) for share in (0.4, 0.5, 0.6)]
+        planes = [
+            np.logical_or.reduce([_plane(channel, axis, index) != 0 for channel in channels])
+            for index in indices
+        ]
+        shares = [_enclosed(plane) for plane in planes if plane.any()]
+        if shares and float(np.median(shares)) > _SHELL:
+            raise VolumeError("a shell encloses the object, as the skull does", _STRIP)
 
 
 def _plane(channel: NDArray[Any], axis: int, index: int) -> NDArray[Any]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Volume, check_volume
 from attnseg.runtime.errors import ScanError, Setting, VolumeError
-from attnseg.runtime.geometry import AxisTransform
+from attnseg.runtime.geometry import AxisTransform, format_size
 from attnseg.runtime.steps.background import clean_background
-from attnseg.runtime.steps.extremes import limit_extremes
+from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
@@ -25,6 +25,7 @@ Resample = Literal["auto", "never"]
 
 _SPACING_TOLERANCE = 0.05  # relative; beyond it a scan is resampled
 _LARGEST_FACTOR = 20.0  # between the voxel sizes of scan and model
+_THICK = 2.0  # times the model's largest voxel edge, beyond which detail is missing
 _FEWEST_VOXELS = 5  # along an axis
 _FULL = 0.9  # fraction of non-zero voxels above which a background of 0 is unlikely
 _WHICH_FILE = "check that the right file was given"
@@ -71,7 +72,8 @@ def check_channel_count(volume: Volume, task: Task) -> None:
     """Raise `ScanError` unless a volume has the task's number of channels."""
     if len(volume.channels) != len(task.channels):
         raise ScanError(
-            f"the model takes {', '.join(task.channel_names)}, got {len(volume.channels)} channels"
+            f"the model takes {', '.join(task.channel_names)}, got {len(volume.channels)} channels",
+            "give the channels first: (C, X, Y, Z), or a list of (X, Y, Z)",
         )
 
 
@@ -88,7 +90,11 @@ def check_input(volume: Volume, rules: InputRules) -> Checked:
     check_channel_count(volume, rules.task)
     check_volume(volume)
     preprocessing, resampled = choose_grid(volume, rules)
-    cleaned, doubts = clean_channels(volume, rules)
+    try:
+        cleaned, doubts = clean_channels(volume, rules)
+    except VolumeError as error:  # a wrong voxel size may be the cause
+        cause = "; ".join((error.cause, *resampled))
+        raise VolumeError(cause, error.mend, *error.settings) from error
     warnings = (*volume.warnings, *resampled, *doubts)
     check_strict(warnings, rules)
     return Checked(cleaned, preprocessing, warnings)
@@ -112,31 +118,31 @@ def choose_grid(volume: Volume, rules: InputRules) -> tuple[Preprocessing, tuple
     preprocessing = rules.preprocessing
     if min(volume.shape) < _FEWEST_VOXELS:
         raise VolumeError(
-            f"the volume has {_times(volume.shape)} voxels, at least {_FEWEST_VOXELS} are needed "
-            "along each axis",
+            f"the volume has {format_size(volume.shape)} voxels, at least {_FEWEST_VOXELS} are "
+            "needed along each axis",
             "give the whole scan",
         )
     turn = AxisTransform.between(volume.orientation, preprocessing.orientation)
     spacing = np.array([volume.spacing_mm[axis] for axis in turn.axes])
     wanted = np.array(rules.spacing_mm)
-    said = f"spacing is {_times(spacing)} mm, the model was trained at {_times(wanted)} mm"
+    said = (
+        f"spacing is {format_size(spacing)} mm, the model was trained at {format_size(wanted)} mm"
+    )
     factor = float(np.exp(np.abs(np.log(spacing / wanted)).max()))
     if not factor <= _LARGEST_FACTOR:
-        raise VolumeError(
-            f"{said}, which differs by a factor of {factor:.3g}", "repair spacing or unit"
-        )
+        cause = "; ".join((f"{said}, which differs by a factor of {factor:.3g}", *volume.warnings))
+        raise VolumeError(cause, "repair spacing or unit in the header")
     if np.allclose(spacing, wanted, rtol=_SPACING_TOLERANCE):
         return preprocessing, ()
     if preprocessing.grid is not None:  # a fixed shape does not change with the voxel size
         return preprocessing, (f"{said}: results may be poor",) if preprocessing.grid.shape else ()
     if rules.resample == "never":
         raise VolumeError(said, "resample the scan, or leave {} out", Setting("resample"))
-    warning = f"{said}: the scan was resampled, and the result may be poorer"
+    effect = "may be poorer"
+    if spacing.max() > _THICK * wanted.max():
+        effect = "is likely poor, as detail is missing"
+    warning = f"{said}: the scan is resampled, and the result {effect}"
     return replace(preprocessing, grid=Grid(spacing_mm=rules.spacing_mm)), (warning,)
-
-
-def _times(values: Sequence[float] | NDArray[Any]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def channel_labels(volume: Volume, task: Task) -> list[str]:
@@ -158,10 +164,10 @@ def clean_channels(volume: Volume, rules: InputRules) -> tuple[Volume, tuple[str
     names = channel_labels(volume, rules.task)
     channels: list[NDArray[Any]] = list(volume.channels)
     warnings: list[str] = []
-    for index, (name, channel) in enumerate(zip(names, channels, strict=True)):
+    for name, channel in zip(names, channels, strict=True):
         _check_varies(name, channel)
-        channels[index], limited = limit_extremes(name, channel)
-        warnings += limited
+    channels, extremes = replace_extremes(channels, names)
+    warnings += extremes
     warnings += _check_background(channels, names, volume, rules)
     _check_distinct(channels, names)
     return replace(volume, channels=channels), tuple(warnings)

@@ -1,12 +1,14 @@
 """Single voxels far beyond all others, as broken pixels and calculations leave them.
 
 One voxel of 2e9 changes the features of a whole window. Values farther from the 1st and 99th
-percentile than ten times their distance are limited; in 42 BraTS cases none is farther than three
-times, so that those results do not depend on this step.
+percentile than ten times their distance are replaced by the nearer percentile, or by 0 where all
+other channels are 0. In 42 BraTS cases no voxel is farther than three times, so that those results
+do not depend on this step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,37 +17,49 @@ from numpy.typing import NDArray
 _FARTHEST = 10.0  # distance from the percentiles, as a multiple of their distance
 
 
-def limit_extremes(name: str, channel: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Limit values far beyond all others, and return a warning if there are any.
+def replace_extremes(
+    channels: Sequence[NDArray[Any]], names: Sequence[str]
+) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
+    """Replace values far beyond all others.
 
     Args:
-        name: Name of the channel, for the warning.
-        channel: `(X, Y, Z)`, any real dtype, finite.
+        channels: C arrays `(X, Y, Z)`, any real dtype, finite.
+        names: Name of each channel, for warnings.
+
+    Returns:
+        The channels, those without extreme values as given, and warnings.
     """
-    low, high = _limits(channel)
-    least, largest = channel.min(), channel.max()
-    if low <= least and largest <= high:
-        return channel, ()
-    count = int(np.count_nonzero((channel < low) | (channel > high)))
-    farthest = largest if largest > high else least
-    voxels = "1 voxel lies" if count == 1 else f"{count} voxels lie"
-    warning = (
-        f"{name}: {voxels} far beyond all others, up to {float(farthest):.3g}; limited to "
-        f"{low:.3g} to {high:.3g}"
-    )
-    return np.clip(channel, channel.dtype.type(low), channel.dtype.type(high)), (warning,)
+    replaced, warnings = list(channels), []
+    for index, (name, channel) in enumerate(zip(names, channels, strict=True)):
+        percentiles, limits = _limits(channel)
+        if limits[0] <= channel.min() and channel.max() <= limits[1]:
+            continue
+        extreme = (channel < limits[0]) | (channel > limits[1])
+        places = np.argwhere(extreme)
+        farthest = max((float(channel[tuple(place)]) for place in places), key=abs)
+        many = f"{len(places)} voxels lie" if len(places) > 1 else "1 voxel lies"
+        low, high = percentiles
+        warnings.append(
+            f"{name}: {many} far beyond all others, up to {farthest:.3g}, the first at "
+            f"{tuple(places[0].tolist())}; replaced by values from {low:.3g} to {high:.3g}"
+        )
+        others = [other for other in channels if other is not channel]
+        background = extreme & np.logical_and.reduce([other == 0 for other in others or [channel]])
+        replaced[index] = np.clip(channel, channel.dtype.type(low), channel.dtype.type(high))
+        replaced[index] = np.where(extreme, replaced[index], channel)
+        replaced[index][background] = 0
+    return replaced, tuple(warnings)
 
 
-def _limits(channel: NDArray[Any]) -> tuple[float, float]:
-    """Smallest and largest value that is kept, as whole numbers for an integer type."""
+def _limits(channel: NDArray[Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The 1st and 99th percentile, and the smallest and largest value that is kept."""
     values = channel[::4, ::4, ::4]
     values = values[values != 0]
-    low, high = np.percentile(values, (1, 99)) if values.size else (0.0, 0.0)
+    if values.dtype == np.float16:  # its percentiles would be computed in float16
+        values = values.astype(np.float32)
+    low, high = np.percentile(values, (1, 99)).tolist() if values.size else (0.0, 0.0)
     if low == high:
-        return -np.inf, np.inf
+        return (low, high), (-np.inf, np.inf)
     reach = _FARTHEST * (high - low)
-    low, high = float(low - reach), float(high + reach)
-    if channel.dtype.kind in "iu":
-        bounds = np.iinfo(channel.dtype)
-        low, high = max(float(bounds.min), np.floor(low)), min(float(bounds.max), np.ceil(high))
-    return low, high
+    # As numpy scalars, which float16 voxels are compared with in double precision.
+    return (low, high), (np.float64(low - reach), np.float64(high + reach))

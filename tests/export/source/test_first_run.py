@@ -22,8 +22,8 @@ CASES: dict[str, tuple[list[NodeProto], str]] = {
             node("ReduceSum", "e axes", "s", keepdims=1),
             node("Div", "e s", "out"),
         ],
-        r"outputs probabilities, which sum to 1 over the classes, in place of logits; the output "
-        r"must be the logits",
+        "outputs values that sum to 1 over the classes, as probabilities do, in place of logits; "
+        "the output must be the logits",
     ),
     "sigmoid spelled out": (
         [

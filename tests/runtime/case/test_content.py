@@ -51,6 +51,7 @@ def test_the_content_decides_and_not_the_name(tmp_path: Path, name: str, content
             "is a DICOM file, .*; convert its series",
         ),
         (gzip.compress(b"NRRD0004\n" + bytes(400)), "is an NRRD image, .*; convert it"),
+        (PLAIN[:344] + b"ni1" + PLAIN[347:], "its image is in another file"),
         (b"scan of Monday", r"is not a NIfTI image \(\.nii or \.nii\.gz\)"),
     ],
 )

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from attnseg.runtime.case.header import parse_header
 from attnseg.runtime.case.nifti import encode_labels, read_volume
-from attnseg.runtime.errors import VolumeError
 
 SHAPE = (4, 5, 6)
 AFFINE = np.array([[-1, 0, 0, 90.0], [0, -1, 0, 60.0], [0, 0, 1, -20.0], [0, 0, 0, 1]])
@@ -68,6 +66,7 @@ DOUBTFUL = {
     "no codes": (stored(qcode=0, scode=0), "states no orientation"),
     "offset 0": (patched(stored(), OFFSET, "<f", 0), "no position of its voxels; 352 is used"),
     "intercept NaN": (patched(stored(), SLOPE, "<2f", 1, np.nan), "nan as its intercept; 0 is"),
+    "intercept inf": (patched(stored(), SLOPE, "<2f", 1, np.inf), "inf as its intercept; 0 is"),
 }
 
 
@@ -114,7 +113,7 @@ def test_files_that_share_a_doubt_share_its_line(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.nii").write_bytes(stored(qcode=0, scode=0))
     (warning,) = read_volume([tmp_path / f"{name}.nii" for name in ("a", "b", "c")]).warnings
-    assert warning.startswith("a.nii (as 2 other files) states no orientation")
+    assert warning.startswith("a.nii (the same in 2 other files) states no orientation (qform")
 
 
 def test_an_extension_and_its_padding_are_skipped(tmp_path: Path) -> None:
@@ -137,8 +136,17 @@ def test_repairs_of_a_header_print_nothing_in_any_thread(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_header_of_a_pair_of_files_says_so() -> None:
-    content = stored()
-    content[344:348] = b"ni1\0"
-    with pytest.raises(VolumeError, match=r"a\.hdr: its image is in another file"):
-        parse_header(Path("a.hdr"), bytes(content))
+@pytest.mark.parametrize("code", [9, 300, -1])
+@pytest.mark.parametrize("form", ["qform", "sform"])
+def test_an_undefined_code_is_warned_of(tmp_path: Path, form: str, code: int) -> None:
+    content = stored(qcode=0, scode=0)
+    struct.pack_into("<h", content, CODES + 2 * (form == "sform"), code)
+    warnings = read(tmp_path, content).warnings
+    assert f"a.nii states an undefined {form} code, {code}; {form} is not used" in warnings[0]
+    assert "states no orientation" in warnings[1]
+
+
+def test_an_undefined_qfac_is_warned_of_where_it_counts(tmp_path: Path) -> None:
+    (warning,) = read(tmp_path, patched(stored(scode=0), PIXDIM - 4, "<f", -3)).warnings
+    assert "states -3 as its qfac (pixdim[0]); 1 is used" in warning
+    assert read(tmp_path, patched(stored(), PIXDIM - 4, "<f", -3)).warnings == ()

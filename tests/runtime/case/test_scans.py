@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.scans import find_cases, find_scans, find_siblings
-from attnseg.runtime.errors import ScanError
+from attnseg.runtime.errors import ConfigError, ScanError
 from attnseg.runtime.task import BRATS_CHANNELS, Channel
 from tests.conftest import SaveImage
 
@@ -118,13 +119,13 @@ def test_files_given_by_channel_make_a_case(tmp_path: Path) -> None:
 
 def test_files_given_by_channel_must_be_all_and_only_the_models(tmp_path: Path) -> None:
     with pytest.raises(
-        ScanError, match="no file given for t1ce, t2, flair; give one for each channel"
+        ConfigError, match="no file given for t1ce, t2, flair; give one for each channel"
     ):
         find_scans(None, {"t1": tmp_path}, BRATS_CHANNELS)
-    with pytest.raises(ScanError, match="no channel ct"):
+    with pytest.raises(ConfigError, match="no channel ct"):
         find_scans(None, {"ct": tmp_path}, BRATS_CHANNELS)
     with pytest.raises(
-        ScanError, match="no scan was given; give a scan folder or one file per channel"
+        ConfigError, match="no scan was given; give a scan folder or one file per channel"
     ):
         find_scans(None, {}, BRATS_CHANNELS)
 
@@ -290,20 +291,44 @@ def test_a_folder_of_images_that_match_no_channel_is_a_problem(
     assert "t1='FILE'" in str(problem)
 
 
-def test_a_patient_without_a_matching_file_is_a_problem_in_a_flat_folder(tmp_path: Path) -> None:
-    touch(tmp_path, "good", BRATS)
-    touch(tmp_path, "other", ("_0000", "_0001", "_0002", "_0003"))
-    touch(tmp_path, "third", ("_0000", "_0001"))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["other_0000", "other_0001", "other_0002", "other_0003"],
+        ["p2_T1_to_SRI_brain", "p2_T1CE_to_SRI_brain", "p2_T2_to_SRI_brain"],
+        ["good2_0000"],  # not a file of the case good
+        ["p2_T1w", "p3_T1w"],
+    ],
+)
+def test_a_patient_without_a_matching_file_is_a_problem_in_a_flat_folder(
+    tmp_path: Path, names: list[str]
+) -> None:
+    touch(tmp_path, "good", (*BRATS, "_seg", "_t1_original"))
+    for name in names:
+        touch(tmp_path, name, ("",))
     scans = find_cases(tmp_path)
     assert [c.name for c in scans.cases] == ["good"]
-    first, second = sorted(str(problem) for problem in scans.problems.values())
-    assert "2 images, such as third_0000.nii.gz, match no channel" in first
-    assert "4 images, such as other_0000.nii.gz, match no channel" in second
+    (problem,) = scans.problems.values()
+    assert f"{min(names)}.nii.gz" in str(problem)
+    assert "no channel of the model" in str(problem)
+
+
+def test_a_folder_of_another_format_beside_cases_is_a_problem(tmp_path: Path) -> None:
+    touch(tmp_path / "p1", "p1", BRATS)
+    (tmp_path / "p1" / "source").mkdir()
+    (tmp_path / "p1" / "source" / "a.dcm").touch()  # more files of p1
+    (tmp_path / "p2").mkdir()
+    (tmp_path / "p2" / "a.dcm").touch()
+    scans = find_cases(tmp_path)
+    assert [c.name for c in scans.cases] == ["p1"]
+    assert list(scans.problems) == ["p2"]
 
 
 def test_other_images_beside_the_files_of_a_case_are_no_problem(tmp_path: Path) -> None:
     touch(tmp_path / "a", "a", (*BRATS, "_seg", "_mask", "_t1_original"))
     touch(tmp_path / "a", "atlas", ("",))
+    touch(tmp_path / "a" / "t1w_raw", "scanner", ("",))
+    touch(tmp_path / "templates", "MNI152_brain", ("",))
     touch(tmp_path / "patient7", "", ("t1", "t1ce", "t2", "flair", "mask", "atlas"))
     scans = find_cases(tmp_path)
     assert [c.name for c in scans.cases] == ["a", "patient7"]
@@ -335,7 +360,7 @@ def test_a_file_may_be_given_if_it_holds_every_channel(tmp_path: Path) -> None:
 def test_one_file_for_two_channels_is_refused(tmp_path: Path) -> None:
     files = {c.name: tmp_path / f"x_{c.name}.nii.gz" for c in BRATS_CHANNELS}
     files["t2"] = files["t1"]
-    with pytest.raises(ScanError, match=r"x_t1\.nii\.gz: was given for t1 and for t2"):
+    with pytest.raises(ConfigError, match=r"x_t1\.nii\.gz: was given for t1 and for t2"):
         find_scans(None, files, BRATS_CHANNELS)
 
 
@@ -363,5 +388,17 @@ def test_a_folder_of_images_in_another_format_says_which(
 ) -> None:
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / name).write_bytes(content)
-    with pytest.raises(ScanError, match=f"holds no case, but {message}"):
-        find_cases(tmp_path)
+    scans = find_cases(tmp_path)
+    assert scans.cases == ()
+    (problem,) = scans.problems.values()
+    assert re.search(f"series: holds no case, but {message}", str(problem))
+
+
+def test_a_misnamed_file_of_a_case_is_named_in_the_mend(tmp_path: Path) -> None:
+    touch(tmp_path / "b", "b", ("_t1ce", "_t2", "_flair", "_T1w_pre"))
+    (problem,) = find_cases(tmp_path).problems.values()
+    assert (
+        "case b has no file for t1 (*_t1 or *-t1n); rename the file, perhaps b_T1w_pre.nii.gz"
+        in (str(problem))
+    )
+    assert "t1='FILE'" in str(problem)

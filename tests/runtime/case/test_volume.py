@@ -253,8 +253,8 @@ def test_arrays_are_checked_as_strictly_as_files() -> None:
     for channels, message in (
         ([good, bad], r"channel 2: 1 voxels are NaN or infinite, the first at \(1, 2, 3\)"),
         ([good, good[1:]], "channel 2: shape .* differs from .* of channel 1"),
-        ([good[0]], "channel 1: expected a 3-D array of real numbers"),
-        ([good.astype(complex)], "channel 1: expected a 3-D array of real numbers"),
+        ([good[0]], r"channel 1: expected a 3-D array \(X, Y, Z\) of real numbers"),
+        ([good.astype(complex)], r"channel 1: expected a 3-D array \(X, Y, Z\) of real numbers"),
     ):
         with pytest.raises(VolumeError, match=message):
             check_volume(Volume(channels, np.eye(4)))
@@ -337,7 +337,7 @@ def test_trailing_axes_of_one_are_dropped_from_a_4d_file(save_image: SaveImage) 
     assert len(read_volume([path] * 2).channels) == 2
 
 
-@pytest.mark.parametrize("channels", [None, [], (), 7])
+@pytest.mark.parametrize("channels", [None, [], (), 7, np.array(3.0)])
 def test_a_volume_without_channels_is_refused(channels: Any) -> None:
     with pytest.raises(VolumeError, match=r"channels: expected arrays \(X, Y, Z\)"):
         Volume(channels, np.eye(4))
@@ -345,7 +345,7 @@ def test_a_volume_without_channels_is_refused(channels: Any) -> None:
 
 def test_an_affine_may_be_a_list_and_must_hold_numbers() -> None:
     assert Volume([ramp()], np.diag([2.0, 3, 4, 1]).tolist()).spacing_mm == (2, 3, 4)
-    for affine in (None, "eye", [[1, 2], [3]]):
+    for affine in (None, "eye", [[1, 2], [3]], np.eye(4) * 1j):
         with pytest.raises(VolumeError, match="volume: its affine must be"):
             check_volume(Volume([ramp()], affine))
 
@@ -399,3 +399,33 @@ def test_a_grid_that_differs_names_the_doubt_about_its_file(save_image: SaveImag
     other.write_bytes(content)
     with pytest.raises(VolumeError, match=r"b\.nii: its grid is .*; it states no orientation"):
         read_volume([save_image(ramp(), "a.nii", affine), other])
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [[1, 1, 0], [0, 1e-4, 0], [0, 0, 1]],  # two axes that are almost one
+        [[1, 0, 0], [0, 1, 0], [0, 0, 0]],
+        [[1e200, 0, 0], [0, 1, 0], [0, 0, 1]],
+    ],
+)
+def test_an_affine_whose_axes_do_not_span_space_is_refused(axes: list[list[float]]) -> None:
+    affine = nib.affines.from_matvec(np.array(axes))
+    with pytest.raises(VolumeError, match="volume: its affine is"):
+        check_volume(Volume([ramp()], affine))
+    small = nib.affines.from_matvec(np.eye(3) * 1e-5)  # small voxels are not singular
+    check_volume(Volume([ramp()], small))
+
+
+def test_masked_arrays_and_other_types_are_refused_with_their_type() -> None:
+    masked = np.ma.masked_array(ramp(), ramp() > 5)
+    with pytest.raises(VolumeError, match="channel 1: is a masked array; fill the masked voxels"):
+        check_volume(Volume([masked], np.eye(4)))
+    for dtype in (complex, bool, object):
+        with pytest.raises(VolumeError, match=r"got \(4, 5, 6\) of (complex128|bool|object)"):
+            check_volume(Volume([ramp().astype(dtype)], np.eye(4)))
+
+
+def test_an_affine_that_is_no_affine_is_refused() -> None:
+    with pytest.raises(VolumeError, match="the last row of its affine must be 0, 0, 0, 1"):
+        check_volume(Volume([ramp()], np.diag([1, 1, 1, 2])))

@@ -13,7 +13,7 @@ from attnseg.doctor import examine
 from attnseg.inspect import inspect_bundle
 from attnseg.runtime.engines import cpu
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import BundleError, ConfigError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.verdict import over_budget, read_verdicts
 from attnseg.synthetic import SyntheticCase
@@ -105,10 +105,29 @@ def test_a_precision_over_the_budget_that_was_asked_for_is_warned_of(
 
 def test_doctor_and_inspect_show_the_verdict(bundle: Bundle) -> None:
     found = {finding.subject: finding for finding in examine(bundle.folder)}
-    assert "runs the model in fp32; bf16 on openvino is over" in str(found["engine openvino"].state)
+    assert "runs the model in fp32, as bf16 on openvino is over" in str(
+        found["engine openvino"].state
+    )
     assert OVER in inspect_bundle(bundle).verdicts
 
 
 @pytest.mark.parametrize("parity", [b"{}", b"no JSON", b'{"measured": [1], "budget": {}}', b"[]"])
-def test_an_unreadable_report_gives_no_verdict(tmp_path: Path, parity: bytes) -> None:
-    assert read_verdicts(bundle_with(tmp_path, parity)) == ()
+def test_an_unreadable_report_is_refused(tmp_path: Path, parity: bytes) -> None:
+    bundle = bundle_with(tmp_path, parity)
+    with pytest.raises(BundleError, match=r"parity\.json: is not a parity report"):
+        read_verdicts(bundle)
+    with pytest.raises(BundleError, match=r"parity\.json: is not a parity report"):
+        Segmenter(bundle, options())
+
+
+@pytest.mark.parametrize("change", [{"dice": None}, {"volume_percent": "much"}])
+@pytest.mark.parametrize("budget", [BUDGET, {"dice": 0, "volume_percent": 0}, None])
+def test_a_verdict_counts_without_its_numbers(
+    tmp_path: Path, change: dict[str, Any], budget: Any
+) -> None:
+    entry = measured("bf16", 0.0098)
+    entry["drifts"][0] |= change
+    report = json.dumps({"budget": budget, "measured": [entry]}).encode()
+    (verdict,) = read_verdicts(bundle_with(tmp_path, report))
+    assert not verdict.within_budget
+    assert str(verdict) == "bf16 on openvino is over the parity budget"

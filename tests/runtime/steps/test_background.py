@@ -65,7 +65,9 @@ def test_dust_is_cut_to_0_with_a_warning_and_tissue_is_kept(
 def test_noise_of_the_order_of_the_signal_is_refused_by_channel(index: int) -> None:
     noise = np.abs(RNG.normal(0, 30, SHAPE))
     given = [np.where(c == 0, noise, c) if i == index else c for i, c in enumerate(CLEAN)]
-    with pytest.raises(VolumeError, match=f"^{NAMES[index]}: its background must be 0: .*set the"):
+    with pytest.raises(
+        VolumeError, match=f"^{NAMES[index]}: its background must be 0: .*; give the"
+    ):
         clean(given)
 
 
@@ -83,8 +85,14 @@ def with_shell(gap: float, thickness: float) -> list[NDArray]:
 
 @pytest.mark.parametrize("gap", [2, 4])
 def test_a_skull_on_a_background_of_0_is_refused(gap: float) -> None:
-    with pytest.raises(VolumeError, match="a shell encloses the brain, as the skull does"):
+    with pytest.raises(VolumeError, match="a shell encloses the object, as the skull does"):
         clean(with_shell(gap, 3), largest_ml=1e6)
+
+
+def test_a_skull_that_the_volume_cuts_off_is_refused() -> None:
+    cut = [c[:, :, 16:] for c in with_shell(3, 3)]  # open below, as a head at the neck
+    with pytest.raises(VolumeError, match="a shell encloses the object, as the skull does"):
+        clean(cut, largest_ml=1e6)
 
 
 def test_a_cavity_in_the_brain_is_no_shell() -> None:
@@ -95,9 +103,9 @@ def test_a_cavity_in_the_brain_is_no_shell() -> None:
 def test_a_foreground_larger_than_in_training_is_warned_of_or_refused() -> None:
     # Without a gap: a ball of radius 16 + t has (1 + t / 16) ** 3 times the volume.
     (warning,) = clean(with_shell(0, 2))[1]  # 1.42 times
-    assert "skull may be left" in warning
-    with pytest.raises(VolumeError, match="the scan is not skull-stripped"):
-        clean(with_shell(0, 4))  # 1.95 times
+    assert "such as skull or noise, may be left" in warning
+    with pytest.raises(VolumeError, match="it holds more than the object, such as the skull"):
+        clean(with_shell(0, 5))  # 2.26 times
 
 
 def test_a_channel_that_lies_elsewhere_is_warned_of_or_refused_by_name() -> None:

@@ -32,7 +32,7 @@ def spaced(volume: Volume, *spacing_mm: float) -> Volume:
 def test_an_implausible_spacing_is_refused(
     volume: Volume, spacing_mm: tuple[float, float, float]
 ) -> None:
-    with pytest.raises(VolumeError, match=r"differs by a factor of .*; repair spacing or unit"):
+    with pytest.raises(VolumeError, match=r"differs by a factor of .*; repair spacing"):
         check_input(spaced(volume, *spacing_mm), RULES)
 
 
@@ -56,8 +56,8 @@ def test_a_channel_and_its_file_are_named(volume: Volume) -> None:
 
 def test_strict_rules_make_warnings_errors(volume: Volume) -> None:
     thick = spaced(volume, 1, 1, 2)
-    assert "the scan was resampled" in check_input(thick, RULES).warnings[0]
-    with pytest.raises(VolumeError, match=r"the scan was resampled.*leave strict out"):
+    assert "the scan is resampled" in check_input(thick, RULES).warnings[0]
+    with pytest.raises(VolumeError, match=r"the scan is resampled.*leave strict out"):
         check_input(thick, replace(RULES, strict=True))
     assert check_input(volume, replace(RULES, strict=True)).warnings == ()
 
@@ -72,3 +72,22 @@ def test_a_model_of_unknown_data_warns_of_a_full_volume_and_cuts_nothing(volume:
     constant = replace(volume, channels=[np.asarray(c) - 1000 for c in volume.channels])
     with pytest.raises(VolumeError, match="t1: its background is -1000, the model takes 0 there"):
         check_input(constant, UNKNOWN)
+
+
+def test_a_wrong_spacing_is_named_where_it_makes_the_foreground_too_large(volume: Volume) -> None:
+    with pytest.raises(VolumeError, match=r"more than the object.*; spacing is 8 x 8 x 8 mm"):
+        check_input(spaced(volume, 8, 8, 8), RULES)
+
+
+@pytest.mark.parametrize(("spacing_mm", "word"), [(1.5, "may be poorer"), (5, "is likely poor")])
+def test_the_warning_of_thick_slices_is_stronger(
+    volume: Volume, spacing_mm: float, word: str
+) -> None:
+    (warning,) = check_input(spaced(volume, 1, 1, spacing_mm), RULES).warnings[:1]
+    assert f"the scan is resampled, and the result {word}" in warning
+
+
+def test_doubts_about_the_header_are_named_with_an_implausible_spacing(volume: Volume) -> None:
+    doubtful = replace(spaced(volume, 1000, 1000, 1000), warnings=("a.nii states its unit",))
+    with pytest.raises(VolumeError, match=r"by a factor of 1e\+03; a\.nii states its unit"):
+        check_input(doubtful, RULES)
