@@ -134,14 +134,14 @@ def check_affine(name: object, affine: Affine) -> None:
     """Raise `VolumeError` unless an affine is `(4, 4)`, finite and non-singular."""
     if np.shape(affine) != (4, 4):
         raise VolumeError(f"{name}: its affine must be (4, 4), got {np.shape(affine)}")
-    if not np.array_equal(affine[3], (0, 0, 0, 1)):
-        raise VolumeError(f"{name}: the last row of its affine must be 0, 0, 0, 1", _REPAIR)
     if not np.isfinite(affine).all() or np.abs(affine).max() > _LARGEST_AFFINE:
         raise VolumeError(f"{name}: its affine is not finite or absurdly large", _REPAIR)
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
     if not lengths.all() or abs(np.linalg.det(axes / lengths)) < _LEAST_DETERMINANT:
         raise VolumeError(f"{name}: its affine is singular: its axes do not span space", _REPAIR)
+    if not np.array_equal(affine[3], (0, 0, 0, 1)):
+        raise VolumeError(f"{name}: its affine must end in the row 0, 0, 0, 1", _REPAIR)
 
 
 def check_finite(name: object, array: NDArray[Any]) -> None:

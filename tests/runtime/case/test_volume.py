@@ -427,5 +427,5 @@ def test_masked_arrays_and_other_types_are_refused_with_their_type() -> None:
 
 
 def test_an_affine_that_is_no_affine_is_refused() -> None:
-    with pytest.raises(VolumeError, match="the last row of its affine must be 0, 0, 0, 1"):
+    with pytest.raises(VolumeError, match="its affine must end in the row 0, 0, 0, 1"):
         check_volume(Volume([ramp()], np.diag([1, 1, 1, 2])))
