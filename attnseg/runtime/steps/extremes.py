@@ -31,24 +31,28 @@ def replace_extremes(
     """
     replaced, warnings = list(channels), []
     for index, (name, channel) in enumerate(zip(names, channels, strict=True)):
-        percentiles, limits = _limits(channel)
+        (low, high), limits = _limits(channel)
         if limits[0] <= channel.min() and channel.max() <= limits[1]:
             continue
         extreme = (channel < limits[0]) | (channel > limits[1])
-        places = np.argwhere(extreme)
-        farthest = max((float(channel[tuple(place)]) for place in places), key=abs)
-        many = f"{len(places)} voxels lie" if len(places) > 1 else "1 voxel lies"
-        low, high = percentiles
         warnings.append(
-            f"{name}: {many} far beyond all others, up to {farthest:.3g}, the first at "
-            f"{tuple(places[0].tolist())}; replaced by values from {low:.3g} to {high:.3g}"
+            f"{name}: {_describe(channel, extreme)}; replaced by {low:.3g} to {high:.3g}"
         )
         others = [other for other in channels if other is not channel]
-        background = extreme & np.logical_and.reduce([other == 0 for other in others or [channel]])
-        replaced[index] = np.clip(channel, channel.dtype.type(low), channel.dtype.type(high))
-        replaced[index] = np.where(extreme, replaced[index], channel)
-        replaced[index][background] = 0
+        tissue = np.logical_or.reduce([other != 0 for other in others]) if others else extreme
+        kind = channel.dtype.type
+        inside = np.where(tissue, np.clip(channel, kind(low), kind(high)), kind(0))
+        replaced[index] = np.where(extreme, inside, channel)
     return replaced, tuple(warnings)
+
+
+def _describe(channel: NDArray[Any], extreme: NDArray[np.bool_]) -> str:
+    """Number, largest value and first place of the extreme voxels, as text."""
+    values = channel[extreme].astype(np.float64)
+    farthest = float(values[np.argmax(np.abs(values))])
+    first = tuple(np.argwhere(extreme)[0].tolist())
+    many = f"{len(values)} voxels lie" if len(values) > 1 else "1 voxel lies"
+    return f"{many} far beyond all others, up to {farthest:.3g}, the first at {first}"
 
 
 def _limits(channel: NDArray[Any]) -> tuple[tuple[float, float], tuple[float, float]]:
