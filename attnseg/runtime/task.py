@@ -59,6 +59,10 @@ class Task:
     def __post_init__(self) -> None:
         self._check_labels()
         self._check_channels()
+        names = (*self.channel_names, *(label.name for label in self.labels), *self.regions)
+        for name in names:
+            if not name.isprintable():
+                raise ConfigError(f"name {name!r} must be one line of printable characters")
 
     def _check_labels(self) -> None:
         values = self.label_values

@@ -1,4 +1,4 @@
-"""JSON that users write by hand: specs, splits and descriptions of data sets."""
+"""JSON of others: manifests, and the specs, splits and data sets that users write by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 from attnseg.runtime.errors import ConfigError
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys occur once; readers differ in which of several values they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return found
+
+
 def parse_json(stored: bytes) -> Any:
     """Parse the bytes of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
@@ -16,7 +25,7 @@ def parse_json(stored: bytes) -> Any:
         ConfigError: The bytes are not JSON; the cause names the line and continues a file name.
     """
     try:
-        return json.loads(stored)
+        return json.loads(stored, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
         # Python reports a trailing comma at the comma or at the bracket, by version.
         comma = re.search(r",\s*([}\]])\s*$", error.doc[: error.pos] + error.doc[error.pos :][:1])

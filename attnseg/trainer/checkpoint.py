@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path}: does not exist", "give a checkpoint such as runs/a/best.pt")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check its CRCs
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its CRC")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any type of exception
         raise TrainingError(f"{path}: is damaged or not a checkpoint of attnseg") from error
@@ -82,6 +88,15 @@ def checkpoint_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     """Weights to deploy: the moving average if the run had one, else the model's."""
     weights: dict[str, Tensor] = state["average"] or state["model"]
     return weights
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and values of weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def initial_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:

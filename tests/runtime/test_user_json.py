@@ -21,6 +21,7 @@ def test_a_byte_order_mark_is_skipped(mark: bytes) -> None:
         ("[1,\n2,\n ]", r"is not JSON: a comma before the closing ] \(line [23]\)"),
         ('{"a" 1}', r"is not JSON: Expecting ':' delimiter \(line 1\)"),
         ("", r"is not JSON: Expecting value \(line 1\)"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "is not JSON: 'c' occurs twice"),
         ("[" * 100_000, "is not JSON: nested too deeply"),
         ("\udcff", "is not JSON: .*can't decode"),
         ("[" + "9" * 5000 + "]", "is not JSON: .*digits"),

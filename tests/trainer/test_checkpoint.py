@@ -157,3 +157,21 @@ def test_initial_weights_that_are_none_are_refused(tmp_path: Path, name: str) ->
     with pytest.raises(TrainingError, match=f"{name}: ") as caught:
         initial_weights(tmp_path / name, build_network(SMALL))
     assert "\n" not in str(caught.value)
+
+
+def test_no_changed_byte_of_a_checkpoint_changes_its_weights(tmp_path: Path) -> None:
+    weights = build_network(SMALL).state_dict()
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, {"model": weights, "average": None, "epoch": 3})
+    stored = path.read_bytes()
+    refused = 0
+    for place in range(0, len(stored), max(1, len(stored) // 120)):
+        path.write_bytes(stored[:place] + bytes([stored[place] ^ 0x55]) + stored[place + 1 :])
+        try:
+            found = load_checkpoint(path)
+        except TrainingError:
+            refused += 1
+        else:  # the byte is padding, or a time or another detail of the archive
+            assert found["epoch"] == 3
+            assert all(torch.equal(found["model"][name], weights[name]) for name in weights)
+    assert refused > 60

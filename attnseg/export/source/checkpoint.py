@@ -24,12 +24,14 @@ from attnseg.trainer.checkpoint import (
     checkpoint_preparation,
     checkpoint_weights,
     load_checkpoint,
+    weights_digest,
 )
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import Network, build_network
 from attnseg.trainer.preparation import Preparation
 
 _METADATA_KEY = "attnseg"
+_DIGEST = "weights_sha256"  # missing in files of earlier versions
 _SAFETENSORS_FORMAT = "attnseg-weights-1"
 _NAMES = {"attnresunet": "attention-resnet-unet", "resunet": "resnet-unet"}
 # Errors raised by files of the right format with invalid content.
@@ -156,10 +158,12 @@ def _from_safetensors(path: Path) -> TrainedModel:
         with safe_open(path, "pt") as stored:
             metadata = json.loads((stored.metadata() or {}).get(_METADATA_KEY, "{}"))
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: is damaged or not a safetensors file ({error})") from error
     if not isinstance(metadata, dict) or metadata.get("format") != _SAFETENSORS_FORMAT:
         raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
+    if metadata.get(_DIGEST, "") not in ("", weights_digest(weights)):
+        raise TrainingError(f"{path}: its weights do not match their digest", "copy it again")
     try:
         return TrainedModel(
             network=_network(NetworkConfig.from_dict(metadata["network"]), weights),
@@ -228,6 +232,7 @@ def encode_weights(model: TrainedModel) -> bytes:
         "description": asdict(model.description),
     }
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
+    metadata[_DIGEST] = weights_digest(weights)
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -126,13 +127,18 @@ def _decode(file: Path, stored: bytes) -> Manifest:
 
 def _check_file(path: Path, entry: FileEntry) -> None:
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be read ({error.strerror})", "copy the bundle again"
-        ) from error
-    if digest != entry.sha256 or path.stat().st_size != entry.size_bytes:
+        found = path.stat()
+        regular = stat.S_ISREG(found.st_mode)  # opening a pipe would wait for its other end
+        digest = ""
+        if regular and found.st_size == entry.size_bytes:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{path}: cannot be read ({reason})", "copy the bundle again") from error
+    if not regular:
+        raise BundleError(f"{path}: is not a regular file", "copy the bundle again")
+    if digest != entry.sha256:
         raise BundleError(
             f"{path}: does not match its checksum in {MANIFEST}; it was changed or damaged",
             "copy the bundle again",

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.model.bundle import Bundle
 
+_SMALL_BYTES = 64 << 20  # size of the arrays up to which their compression does not matter
+_LARGEST_RATIO = 100  # of the sizes of larger arrays and their file
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -44,6 +47,19 @@ def encode_golden(golden: Golden) -> bytes:
     return stream.getvalue()
 
 
+def _load(stored: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The two arrays of the file, whose sizes are looked at before they are inflated."""
+    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _LARGEST_RATIO * len(stored) + _SMALL_BYTES:
+        raise ValueError(f"{size} bytes in a file of {len(stored)}")
+    with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
+        image, logits = arrays["image"], arrays["logits"]
+    if image.dtype.kind != "f" or logits.dtype.kind != "f":
+        raise TypeError(f"arrays of {image.dtype} and {logits.dtype}")
+    return image.astype(np.float32), logits.astype(np.float32)
+
+
 def read_golden(bundle: Bundle) -> Golden:
     """Read the golden window of a bundle.
 
@@ -52,10 +68,12 @@ def read_golden(bundle: Bundle) -> Golden:
     """
     file = bundle.file("golden")
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            image, logits = stored["image"], stored["logits"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{file}: holds no golden window ({error})", "export it again") from error
+        image, logits = _load(file.read_bytes())
+    except Exception as error:  # numpy raises any type for a damaged file, SyntaxError among them
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{file}: holds no golden window ({reason})", "export it again"
+        ) from error
     channels, classes = len(bundle.manifest.task.channels), len(bundle.manifest.task.labels)
     space = image.shape[2:]
     expected = ((1, channels, *space), (1, classes, *space))
@@ -65,4 +83,4 @@ def read_golden(bundle: Bundle) -> Golden:
             f"{channels} channels and {classes} classes",
             "export it again",
         )
-    return Golden(image.astype(np.float32), logits.astype(np.float32))
+    return Golden(image, logits)

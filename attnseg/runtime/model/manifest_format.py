@@ -170,8 +170,12 @@ def decode_manifest(stored: bytes) -> Manifest:
     Raises:
         ConfigError: The bytes violate the format; the message names the field and the rule.
     """
+    record = parse_json(stored)
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if isinstance(version, bool | float):  # equal to 1 or 2, but not the number that is specified
+        raise ConfigError(f"format_version: must be a whole number, got {version!r}")
     try:
-        return ManifestJson.model_validate_json(_as_version_2(stored)).manifest()
+        return ManifestJson.model_validate_json(_as_version_2(stored, record)).manifest()
     except ValidationError as error:
         raise _explain(error, "manifest") from error
 
@@ -222,12 +226,8 @@ def _complete_spec(record: Any) -> Any:
     return completed
 
 
-def _as_version_2(stored: bytes) -> bytes:
+def _as_version_2(stored: bytes, record: Any) -> bytes:
     """Convert a manifest of version 1, in which all graphs are fp32, to version 2."""
-    try:
-        record = json.loads(stored)
-    except ValueError:
-        return stored  # reported by the parser
     if not isinstance(record, dict) or record.get("format_version") != 1:
         return stored
     files = record.get("files")

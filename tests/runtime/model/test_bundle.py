@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from attnseg.runtime.errors import BundleError
+from attnseg.runtime.model import bundle
 from attnseg.runtime.model.bundle import (
     Bundle,
     default_folder,
@@ -343,4 +345,58 @@ def test_every_field_must_be_there(bundle_folder: Path, field: str) -> None:
     del manifest[field]
     file.write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=field):
+        Bundle.load(bundle_folder)
+
+
+def test_a_file_that_is_no_regular_file_is_refused_and_not_waited_for(bundle_folder: Path) -> None:
+    (bundle_folder / "golden.npz").unlink()
+    os.mkfifo(bundle_folder / "golden.npz")
+    with pytest.raises(BundleError, match=r"golden\.npz: is not a regular file"):
+        Bundle.load(bundle_folder)
+    (bundle_folder / "golden.npz").unlink()
+    (bundle_folder / "golden.npz").symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"golden\.npz: is not a regular file"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_file_of_another_size_is_not_read(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(bundle_folder, files={"model.onnx": entry("onnx", "fp32")})
+    monkeypatch.setattr(bundle.hashlib, "file_digest", None)
+    with pytest.raises(BundleError, match=r"model\.onnx: does not match its checksum"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize("version", [True, 1.0, 2.0])
+def test_a_version_that_is_only_equal_to_a_number_is_refused(
+    bundle_folder: Path, version: object
+) -> None:
+    edit_manifest(bundle_folder, format_version=version)
+    with pytest.raises(BundleError, match=f"format_version: must be a whole number, got {version}"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": "a", "format": "b"}', "'format' occurs twice"),
+        ('{"a":' * 5000, "nested too deeply"),
+        ("[1, 2", "is not JSON"),
+        ("[]", "manifest"),
+    ],
+)
+def test_a_manifest_that_is_no_plain_json_is_refused(
+    bundle_folder: Path, text: str, message: str
+) -> None:
+    (bundle_folder / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=rf"manifest\.json: .*{message}"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_name_of_several_lines_is_refused(bundle_folder: Path) -> None:
+    labels = json.loads((bundle_folder / "manifest.json").read_text())["labels"]
+    labels[1]["name"] = "core\nother"
+    edit_manifest(bundle_folder, labels=labels)
+    with pytest.raises(BundleError, match=r"name 'core\\nother' must be one line of printable"):
         Bundle.load(bundle_folder)

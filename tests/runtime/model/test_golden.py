@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,6 @@ def test_a_bundle_without_golden_window_says_so(tmp_path: Path) -> None:
 
 
 def _npz(**arrays: Any) -> bytes:
-    import io
-
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
@@ -80,3 +80,41 @@ def test_a_window_of_another_model_is_refused(tmp_path: Path) -> None:
     small = np.zeros((1, 2, 16, 16, 16), np.float32)
     with pytest.raises(BundleError, match="not those of a window of 4 channels and 4 classes"):
         read_golden(bundle_with(tmp_path, encode_golden(Golden(small, small))))
+
+
+def _npy(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _with_damaged_deflate() -> bytes:
+    stored = bytearray(encode_golden(golden()))
+    stored[200:220] = bytes(20)
+    return bytes(stored)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _npy(np.zeros(3)),
+        _npz(image=np.array(["a"]), logits=np.array(["b"])),
+        _npz(image=np.zeros(3, int), logits=np.zeros(3, int)),
+        _with_damaged_deflate(),
+    ],
+    ids=["one array", "strings", "integers", "damaged stream"],
+)
+def test_arrays_that_are_no_window_are_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(BundleError, match="holds no golden window"):
+        read_golden(bundle_with(tmp_path, content))
+
+
+def test_a_small_file_of_large_arrays_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, image=np.zeros(30 << 20, np.float32), logits=np.zeros(1))
+    bundle = bundle_with(tmp_path, stream.getvalue())
+    tracemalloc.start()
+    with pytest.raises(BundleError, match=r"holds no golden window \(1258\d+ bytes in a file of"):
+        read_golden(bundle)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
