@@ -19,6 +19,7 @@ from rich.table import Table
 
 from attnseg._version import __version__
 from attnseg.runtime.errors import AttnsegError, ChannelSetting, Setting, TrainingSetting
+from attnseg.runtime.text import one_line
 
 
 @dataclass
@@ -68,15 +69,15 @@ LIVE: list[Console] = []
 def tell(text: str) -> None:
     """Print a line on standard error, above a bar that is being drawn."""
     if LIVE:
-        LIVE[-1].print(text, soft_wrap=True)
+        LIVE[-1].print(one_line(text), soft_wrap=True)
     else:
-        click.echo(text, err=True)
+        click.echo(one_line(text), err=True)
 
 
 def show(text: str) -> None:
     """Print a line of the result, unless it is a JSON document."""
     if not manner().json:
-        click.echo(text)
+        click.echo(one_line(text))
 
 
 def note(text: str) -> None:
@@ -149,9 +150,9 @@ def as_option(setting: Setting) -> str:
 def in_one_line(error: Exception | str) -> str:
     """Format an error in one line, with the mend's settings as options."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return one_line(f"{error.filename}: {error.strerror}")
     text = error.describe(as_option) if isinstance(error, AttnsegError) else str(error)
-    return " ".join(text.split())
+    return one_line(" ".join(text.split()))
 
 
 def print_case_error(name: str, error: AttnsegError) -> None:
@@ -177,5 +178,5 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_fr
         number = place >= numbers_from
         table.add_column(title, overflow="fold", justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(one_line, row))
     console().print(table)

@@ -12,7 +12,6 @@ import click
 
 from attnseg.cli.console import (
     as_option,
-    console,
     detail,
     error_record,
     note,
@@ -160,21 +159,18 @@ def _print_summary(results: Sequence[CaseResult], segmenter: Segmenter, output: 
     header = ("case", "result", *(f"{region} ml" for region in regions), "s", "warnings")
     print_table(header, rows, numbers_from=2)
     if failures := [result for result in results if result.status == "failed"]:
-        console().print(f"{len(failures)} of {len(results)} cases failed; see above.")
+        show(f"{len(failures)} of {len(results)} cases failed; see above.")
         kept = [r.name for r in failures if (output / output_names(r.name)["report"]).exists()]
         if kept:
-            console().print(f"Results of an earlier run remain in {output}: {', '.join(kept)}.")
+            show(f"Results of an earlier run remain in {output}: {', '.join(kept)}.")
     doubtful = sum(bool(result.report.get("warnings")) for result in results)
     if doubtful:
-        console().print(
-            f"{doubtful} of {len(results)} cases have warnings; see above and pictures."
-        )
+        show(f"{doubtful} of {len(results)} cases have warnings; see above and pictures.")
     good = any(result.status != "failed" for result in results)
     where = f"Results in {output}" if good else "No new results."
-    console().print(
+    show(
         f"{manifest.name} ({manifest.intended_use}), {engine.name} {engine.version} "
-        f"{engine.precision}. {where}",
-        soft_wrap=True,
+        f"{engine.precision}. {where}"
     )
 
 

@@ -40,6 +40,7 @@ from attnseg.runtime.model.manifest import Manifest
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.results.picture import render_picture
 from attnseg.runtime.segmenter import Segmenter
+from attnseg.runtime.text import markdown
 
 SUMMARY, BOXES = "summary.md", "boxes.png"
 _WORST = 3  # cases drawn
@@ -225,9 +226,9 @@ def _summary(scoring: _Scoring, segmenter: Segmenter, task: LabelledTask) -> str
     scores = scoring.scores
     options = ", ".join(f"{name} {value}" for name, value in segmenter.plan.settings().items())
     text = (
-        f"# {manifest.name}: {len(scores)} cases\n\n"
-        f"{manifest.intended_use}. Manifest {segmenter.bundle.sha256[:12]}, {engine.name} "
-        f"{engine.version} {engine.precision}; {options}.\n\n"
+        f"# {markdown(manifest.name)}: {len(scores)} cases\n\n"
+        f"{markdown(manifest.intended_use)}. Manifest {segmenter.bundle.sha256[:12]}, "
+        f"{engine.name} {engine.version} {engine.precision}; {options}.\n\n"
         f"{_table(scores, manifest)}\n"
         "HD95 pools the surface distances of both directions. As in the BraTS evaluation, a "
         "structure absent from both result and truth scores Dice 1 and HD95 0 mm, one absent from "
@@ -238,11 +239,11 @@ def _summary(scoring: _Scoring, segmenter: Segmenter, task: LabelledTask) -> str
         text += f"\nExpert labels: {task.decision}.\n"
     worst = [result.name for result in scoring.worst]
     values = [f"{name} ({_mean_dice(scores[name], manifest.task.regions):.3f})" for name in worst]
-    text += f"\nLowest mean Dice: {', '.join(values)}; see worst/.\n"
+    text += f"\nLowest mean Dice: {markdown(', '.join(values))}; see worst/.\n"
     for name, warnings in scoring.warnings.items():
-        text += f"\nWarned: {name}: {'; '.join(warnings)}\n"
+        text += markdown(f"Warned: {name}: {'; '.join(warnings)}").join(("\n", "\n"))
     for name, reason in scoring.failed.items():
-        text += f"\nFailed: {name}: {reason}\n"
+        text += markdown(f"Failed: {name}: {reason}").join(("\n", "\n"))
     return text
 
 

@@ -15,6 +15,7 @@ from scipy import stats
 from attnseg.evaluation.metrics import Scores
 from attnseg.evaluation.tables import markdown_table
 from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.text import csv_cell, from_csv_cell
 
 CASES = "cases.csv"
 """File name of the table in an evaluation's folder."""
@@ -51,7 +52,8 @@ def encode_scores(scores: CaseScores) -> bytes:
     writer.writerow(("case", "structure", *SCORES))
     for case, by_structure in scores.items():
         for structure, values in by_structure.items():
-            writer.writerow((case, structure, *(repr(float(v)) for v in astuple(values))))
+            names = (csv_cell(case), csv_cell(structure))
+            writer.writerow((*names, *(repr(float(v)) for v in astuple(values))))
     return stream.getvalue().encode()
 
 
@@ -67,7 +69,8 @@ def read_scores(folder: Path) -> CaseScores:
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 values = Scores(*(float(row[name]) for name in SCORES))
-                scores.setdefault(row["case"], {})[row["structure"]] = values
+                case, structure = (from_csv_cell(row[key]) for key in ("case", "structure"))
+                scores.setdefault(case, {})[structure] = values
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"{file}: is not the table of an evaluation", "give the folder of attnseg evaluate"

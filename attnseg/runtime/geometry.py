@@ -144,7 +144,7 @@ def reorient(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:
 
 def format_size(values: Iterable[float]) -> str:
     """Three numbers as text, such as `240 x 240 x 155`."""
-    return " x ".join(f"{value:.4g}" for value in values)
+    return " x ".join(str(v) if isinstance(v, int) else f"{v:.4g}" for v in values)
 
 
 def orientation_of(affine: NDArray[np.float64]) -> str:

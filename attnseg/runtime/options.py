@@ -17,7 +17,7 @@ from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.runtime.steps.check import InputRules, Resample
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.tta import PASSES, Fuse
-from attnseg.runtime.steps.windows import WindowOptions
+from attnseg.runtime.steps.windows import LARGEST_WINDOW, WindowOptions
 from attnseg.runtime.task import Task
 
 
@@ -144,6 +144,8 @@ def _window(edge: object, default: Shape, multiple: int) -> Shape | None:
     fits = isinstance(edge, Integral) and int(edge) > 0 and int(edge) % multiple == 0
     _check("window", edge, fits, f"full or a multiple of {multiple} voxels")
     size = int(edge)  # type: ignore[call-overload]
+    most = round(LARGEST_WINDOW ** (1 / 3))
+    _check("window", edge, size <= most, f"at most {most} voxels, or full")
     return size, size, size
 
 

@@ -55,6 +55,7 @@ def test_a_plan_cannot_be_changed() -> None:
         ({"fuse": "max"}, "fuse max does not exist; choose vote, mean"),
         ({"window": 0}, "window must be full or a multiple of 16 voxels, got 0"),
         ({"window": -8}, "window must be full or a multiple of 16 voxels, got -8"),
+        ({"window": 272}, "window must be at most 256 voxels, or full, got 272"),
         ({"window": 12}, "window must be full or a multiple of 16 voxels, got 12"),
         ({"window": 64.0}, "window must be full or a multiple of 16 voxels, got 64.0"),
         ({"window": "all"}, "window must be full or a multiple of 16 voxels, got 'all'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnseg.evaluation.tables import markdown_table
 from attnseg.export.gate.parity import Measured, ParityReport
 from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.text import markdown
 
 PARITY_HEADER = ("run by", "logits", "labels", "Dice", "volume", "HD95", "budget")
 
@@ -65,11 +66,11 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
     cases = sorted({drift.case for m in report.measured for drift in m.drifts})
     return "\n".join(
         (
-            f"# {manifest.name}",
+            f"# {markdown(manifest.name)}",
             "",
-            manifest.description,
+            markdown(manifest.description),
             "",
-            f"**Intended use:** {manifest.intended_use}.",
+            f"**Intended use:** {markdown(manifest.intended_use)}.",
             "",
             f"Takes {channels} at {spacing} mm and gives one label per voxel:",
             "",

@@ -6,6 +6,7 @@ the manifest. Records validate themselves and raise `ConfigError` with the name 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.geometry import Shape
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.windows import LARGEST_WINDOW
 from attnseg.runtime.task import Task
 
 MANIFEST = "manifest.json"
@@ -54,6 +56,8 @@ class Inference:
         _require(multiple > 0, "inference.window_multiple must be positive", multiple)
         fits = len(self.window) == 3 and all(s > 0 and s % multiple == 0 for s in self.window)
         _require(fits, f"inference.window is not a multiple of {multiple}", self.window)
+        small = math.prod(self.window) <= LARGEST_WINDOW
+        _require(small, f"inference.window has more than {LARGEST_WINDOW} voxels", self.window)
         overlap = self.overlap
         _require(0 <= overlap < 1, "inference.overlap must be at least 0 and below 1", overlap)
         _require(self.min_voxels >= 0, "inference.min_voxels must be at least 0", self.min_voxels)

@@ -20,7 +20,7 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.geometry import Box, Shape
 
-LARGEST_GRID = 1 << 30  # voxels, 4 GiB per channel; more indicates a wrong unit
+LARGEST_GRID = 1 << 28  # voxels, 1 GiB per channel; more indicates a wrong unit
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Grid:
         values = self.shape or self.spacing_mm or ()
         if len(values) != 3 or not all(0 < v < math.inf for v in values):
             raise ConfigError(f"a grid needs three positive numbers, got {values}")
+        if self.shape is not None and math.prod(self.shape) > LARGEST_GRID:
+            raise ConfigError(f"a grid has at most {LARGEST_GRID} voxels, got {self.shape}")
 
     def shape_for(self, volume: Volume) -> Shape:
         """Shape of `volume` after resampling to this grid.

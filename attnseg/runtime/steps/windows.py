@@ -6,6 +6,7 @@ window), so that both return the same logits for the same network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,8 +14,13 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import Box, Shape, Slices, shape_of
+from attnseg.runtime.errors import ConfigError, Setting, VolumeError
+from attnseg.runtime.geometry import Box, Shape, Slices, format_size, shape_of
+
+LARGEST_WINDOW = 1 << 24
+"""Largest number of voxels of a window: 256 along each axis."""
+MOST_WINDOWS = 100_000
+_LARGEST_PADDING = 32  # of the number of voxels of a large image
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,21 @@ class WindowOptions:
     window_multiple: int = 16
 
     def plan(self, shape: Sequence[int]) -> WindowPlan:
-        """Window plan for an image of `shape` (X, Y, Z)."""
+        """Window plan for an image of `shape` (X, Y, Z).
+
+        Raises:
+            VolumeError: The windows would be much larger than the image.
+            ConfigError: There would be too many windows.
+        """
         multiple = self.window_multiple
         window = self.window or shape_of([-(-s // multiple) * multiple for s in shape])
+        padded = math.prod(max(s, w) for s, w in zip(shape, window, strict=True))
+        if padded > LARGEST_WINDOW and padded > _LARGEST_PADDING * math.prod(shape):
+            raise VolumeError(
+                f"{format_size(shape)} voxels would be padded to {padded} for windows of "
+                f"{format_size(window)}, more than {_LARGEST_PADDING} times as many",
+                "give the whole scan",
+            )
         return plan_windows(shape, window, self.overlap)
 
 
@@ -83,7 +101,8 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0
         smaller than the window is padded on both sides.
 
     Raises:
-        ConfigError: The overlap is out of range, or the window is not positive.
+        ConfigError: The overlap is out of range, the window is not positive, or there would be more
+            than `MOST_WINDOWS` windows.
     """
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap must be at least 0 and below 1, got {overlap}")
@@ -94,6 +113,13 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0
     starts = [
         _starts(p, w, max(1, int(w * (1 - overlap)))) for p, w in zip(padded, window, strict=True)
     ]
+    count = math.prod(len(along) for along in starts)
+    if count > MOST_WINDOWS:
+        raise ConfigError(
+            f"overlap {overlap:g} needs {count} windows, more than {MOST_WINDOWS}",
+            "use a smaller {}",
+            Setting("overlap"),
+        )
     windows = tuple(
         Box((x, y, z), (x + window[0], y + window[1], z + window[2]))
         for x, y, z in product(*starts)

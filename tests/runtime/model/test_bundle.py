@@ -400,3 +400,19 @@ def test_a_name_of_several_lines_is_refused(bundle_folder: Path) -> None:
     edit_manifest(bundle_folder, labels=labels)
     with pytest.raises(BundleError, match=r"name 'core\\nother' must be one line of printable"):
         Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inference__window": [512, 512, 512]}, "has more than 16777216 voxels"),
+        ({"grid": {"shape": [1200, 1200, 1200], "spacing_mm": None}}, "at most 268435456 voxels"),
+        ({"grid": {"shape": [100_000_000, 1, 1000], "spacing_mm": None}}, "at most 268435456"),
+    ],
+)
+def test_sizes_that_would_take_all_memory_are_refused(
+    bundle_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_manifest(bundle_folder, **changes)
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(bundle_folder)

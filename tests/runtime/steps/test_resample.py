@@ -303,6 +303,6 @@ def test_a_grid_that_is_none_is_refused(tmp_path: Path, grid: dict[str, Any], me
 
 def test_a_spacing_that_makes_more_voxels_than_any_scan_has_is_refused() -> None:
     volume = Volume(np.zeros((1, 100, 100, 100), np.float32), np.eye(4))
-    assert Grid(spacing_mm=(0.1, 0.1, 0.1)).shape_for(volume) == (1000, 1000, 1000)
+    assert Grid(spacing_mm=(0.2, 0.2, 0.2)).shape_for(volume) == (500, 500, 500)
     with pytest.raises(ConfigError, match=r"to 2000 x 2000 x 2000 voxels, .*larger spacing"):
         Grid(spacing_mm=(0.05, 0.05, 0.05)).shape_for(volume)

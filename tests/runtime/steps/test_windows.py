@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map, dense_patch_slices
 
-from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.steps.windows import importance_map, plan_windows
+from attnseg.runtime.errors import ConfigError, VolumeError
+from attnseg.runtime.steps.windows import WindowOptions, importance_map, plan_windows
 
 sizes = st.tuples(*[st.integers(1, 150)] * 3)
 edges = st.tuples(*[st.integers(12, 96)] * 3)
@@ -69,3 +69,16 @@ def test_overlap_out_of_range_is_refused(overlap: float) -> None:
 def test_an_empty_window_is_refused() -> None:
     with pytest.raises(ConfigError, match="window must be at least 1 voxel"):
         plan_windows((64, 64, 64), (64, 0, 64))
+
+
+def test_windows_that_would_pad_an_image_to_many_times_its_size_are_refused() -> None:
+    options = WindowOptions((64, 64, 64), 0.25, 16)
+    with pytest.raises(VolumeError, match="32767 x 5 x 5 voxels would be padded to 134213632"):
+        options.plan((32767, 5, 5))
+    assert options.plan((512, 512, 5)).padded_shape == (512, 512, 64)  # 13 times as many
+    assert options.plan((6, 6, 6)).padded_shape == (64, 64, 64)  # of no size
+
+
+def test_an_overlap_that_needs_too_many_windows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"overlap 0\.99 needs 5545233 windows, more than 100000"):
+        plan_windows((240, 240, 240), (64, 64, 64), 0.99)
