@@ -14,7 +14,16 @@ import pytest
 from attnseg.runtime.model.bundle import default_folder
 
 ROOT = Path(__file__).parents[1]
-STRACE = shutil.which("strace")
+
+
+def _usable_strace() -> str | None:
+    """Path of strace, None where it is missing or where processes may not be traced."""
+    found = shutil.which("strace")
+    traced = found and subprocess.run([found, "-f", "true"], capture_output=True, check=False)
+    return found if traced and traced.returncode == 0 else None
+
+
+STRACE = _usable_strace()
 CALLS = "trace=socket,connect,sendto,openat,creat,mkdir,rename,renameat,renameat2"
 SOCKET = re.compile(r"\b(socket|connect|sendto)\((?!.*AF_UNIX)")
 
@@ -39,7 +48,7 @@ def observed(tmp_path: Path, *arguments: object) -> tuple[list[str], set[Path]]:
     return [line for line in lines if SOCKET.search(line)], set(home.rglob("*"))
 
 
-@pytest.mark.skipif(STRACE is None, reason="needs strace")
+@pytest.mark.skipif(STRACE is None, reason="processes cannot be traced")
 @pytest.mark.parametrize(
     "arguments",
     [
