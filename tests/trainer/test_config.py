@@ -63,7 +63,7 @@ def test_the_networks_own_fields_are_set_alike() -> None:
             {"resize": "10,10"},
             r"resize must be three numbers of voxels, .*, or empty, got \(10, 10\)",
         ),
-        ({"resize": "2000,2000,2000"}, "resize must be three numbers of voxels, at most 10737"),
+        ({"resize": "2000,2000,2000"}, "resize must be three numbers of voxels, at most 268435456"),
         ({"resize": "10,10,1"}, "resize must be three numbers of voxels"),
         ({"resize": "9.5,9,9"}, "resize=9.5,9,9: expected a value such as 192,192,128"),
         ({"spacing_mm": "1,1"}, "spacing_mm must be three positive numbers"),
