@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +73,8 @@ def read_content(path: Path) -> Content:
 
 def _read(path: Path, size: int) -> bytes:
     """The file as stored, if an image of `size` bytes is plausible in it."""
-    stored_size = path.stat().st_size
+    with _naming_unreadable(path):
+        stored_size = path.stat().st_size
     if size > _LARGE_BYTES and stored_size < size / _LARGEST_RATIO:
         raise VolumeError(
             f"{path}: has {stored_size} bytes, its header promises {size}, more than "
@@ -80,7 +83,17 @@ def _read(path: Path, size: int) -> bytes:
         )
     if stored_size > size + 2 * LARGEST_BEHIND + size // 1000:  # gzip may add a few bytes
         raise _too_much(path, size)
-    return path.read_bytes()
+    with _naming_unreadable(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def _naming_unreadable(path: Path) -> Iterator[None]:
+    """Convert an `OSError` of the file system to a `VolumeError`."""
+    try:
+        yield
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _too_much(path: Path, size: int) -> VolumeError:

@@ -129,3 +129,16 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.nii")
     with pytest.raises(VolumeError, match=r"a\.nii: is not a regular file"):
         read_volume([tmp_path / "a.nii"])
+
+
+def test_a_medium_that_fails_while_a_file_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.nii").write_bytes(PLAIN)
+
+    def fail(_: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(VolumeError, match=r"a\.nii: cannot be read \(Input/output error\)"):
+        read_volume([tmp_path / "a.nii"])
