@@ -157,9 +157,8 @@ def _case_error(
         if unpacked:
             return ScanError(cause, f"move the image out of the folder {unpacked[0]}")
         if others:
-            settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
-            given = " ".join("{}" for _ in settings)
-            mend = f"rename the file, perhaps {' or '.join(others[:3])}, or give {given}"
+            given, settings = _give_files(channels)
+            mend = f"rename the file, perhaps {' or '.join(others[:3])}, or {given}"
             return ScanError(cause, mend, *settings)
         return ScanError(cause, "add it")
     for channel, matches in zip(channels, files, strict=True):
@@ -186,15 +185,21 @@ def _unmatched_error(folder: _Folder, channels: Sequence[Channel]) -> ScanError 
     own_name = folder.path.resolve().name in folder.cases  # its files need not have its name
     if not files or (own_name and len(files) < len(channels)):
         return None
-    settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+    given, settings = _give_files(channels)
     what = f"{len(files)} images, such as {files[0].name}, match"
     if len(files) == 1:
         what = f"the image {files[0].name} matches"
     return ScanError(
         f"{folder.path}: {what} no channel of the model",
-        f"name them {_expected(channels)}, or give {' '.join('{}' for _ in settings)}",
+        f"name them {_expected(channels)}, or {given}",
         *settings,
     )
+
+
+def _give_files(channels: Sequence[Channel]) -> tuple[str, list[ChannelSetting]]:
+    """End of a mend that asks for one file per channel, and its settings."""
+    settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+    return f"give {' '.join('{}' for _ in settings)}", settings
 
 
 def _expected(channels: Sequence[Channel]) -> str:
@@ -302,10 +307,10 @@ def _single_file(file: Path, channels: Sequence[Channel]) -> Case:
     if _stem(file) is None:
         raise ScanError(f"{file}: is neither a folder nor a .nii or .nii.gz file")
     if len({channel.suffixes for channel in channels}) > 1:
-        settings = [ChannelSetting(channel.name, "FILE") for channel in channels]
+        given, settings = _give_files(channels)
         raise ScanError(
             f"{file}: is one file, the model takes {', '.join(c.name for c in channels)}",
-            f"give the folder of the case, or {' '.join('{}' for _ in settings)}",
+            f"give the folder of the case, or {given}",
             *settings,
         )
     return explicit_case({channel.name: file for channel in channels}, channels)

@@ -153,7 +153,7 @@ def channel_labels(volume: Volume, task: Task) -> list[str]:
 
 
 def clean_channels(volume: Volume, rules: InputRules) -> tuple[Volume, tuple[str, ...]]:
-    """Check the intensities of a volume; extreme values are limited, and dust is cut to 0.
+    """Check the intensities of a volume; extreme values are replaced, and dust is cut to 0.
 
     Returns:
         The volume and warnings for readers of the result.
