@@ -1,15 +1,15 @@
 """Compilation of the kernels by NVRTC, on a machine with or without a GPU.
 
-Cubins are cached in the user's cache folder, keyed by GPU target, cuda-core version and source. A
+Cubins are cached in the user's cache folder, keyed by GPU target, version of NVRTC and source. A
 cache file that is damaged or cannot be written only costs a compilation.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from attnseg.runtime.cuda.kernels import SOURCE
 from attnseg.runtime.errors import EngineError, Setting, UnavailableError
@@ -41,37 +41,63 @@ def compile_kernels(target: str) -> bytes:
         target: Compute capability, such as `sm86`.
 
     Returns:
-        Contents of the cubin.
+        Contents of the cubin. For a target that is newer than NVRTC: PTX of the newest compute
+        capability that it knows, which the driver compiles when it loads it.
 
     Raises:
-        EngineError: cuda-core or NVRTC is missing, or NVRTC does not support the target.
+        EngineError: NVRTC is missing, or does not support the target.
     """
+    from cuda.bindings import nvrtc
+
+    def call(name: str, *args: Any) -> Any:
+        status, *results = getattr(nvrtc, name)(*args)
+        if int(status):
+            raise _CompilerError(nvrtc.nvrtcGetErrorString(status)[1].decode())
+        return results[0] if results else None
+
+    program = None
     try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise EngineError("cuda-core is not installed", install("gpu")) from error
-    options = ProgramOptions(arch=f"sm_{target[2:]}", fma=False, std="c++17")
-    try:
-        compiled = Program(SOURCE.read_text(), "c++", options).compile("cubin")
-        return bytes(compiled.code)
-    except Exception as error:  # cuda-core's errors share no base but Exception
+        newest, wanted = max(call("nvrtcGetSupportedArchs")), int(target[2:])
+        kind = f"sm_{wanted}" if wanted <= newest else f"compute_{newest}"
+        source = SOURCE.read_bytes()
+        program = call("nvrtcCreateProgram", source, SOURCE.name.encode(), 0, [], [])
+        options = [f"--gpu-architecture={kind}", "--fmad=false", "--std=c++17"]
+        encoded = [option.encode() for option in options]
+        try:
+            call("nvrtcCompileProgram", program, len(encoded), encoded)
+        except _CompilerError as error:
+            log = b" " * call("nvrtcGetProgramLogSize", program)
+            call("nvrtcGetProgramLog", program, log)
+            raise _CompilerError(log.decode().strip(" \0") or str(error)) from error
+        form = "CUBIN" if kind.startswith("sm_") else "PTX"
+        code = b" " * call(f"nvrtcGet{form}Size", program)
+        call(f"nvrtcGet{form}", program, code)
+        return bytes(code)
+    except _CompilerError as error:
         reason = " ".join(str(error).split())[:300]
         raise EngineError(
             f"NVRTC cannot compile the kernels for {target}: {reason}",
             f"{install('gpu')}, or use {{}}",
             Setting("device", "cpu"),
         ) from error
+    finally:
+        if program is not None:
+            nvrtc.nvrtcDestroyProgram(program)
+
+
+class _CompilerError(Exception):
+    """NVRTC's message."""
 
 
 def cached_kernels(target: str, folder: Path) -> bytes:
-    """Return the cubin for a target, compiled and cached in `folder` on first use.
+    """Return the code for a target, compiled and cached in `folder` on first use.
 
     Several processes may fill the cache concurrently.
 
     Raises:
         EngineError: The kernels cannot be compiled, see `compile_kernels`.
     """
-    compiler = importlib.metadata.version("cuda-core")
+    compiler = ".".join(map(str, compiler_version()))
     source = hashlib.sha256(SOURCE.read_bytes() + compiler.encode()).hexdigest()[:16]
     file = folder / f"kernels-{target}-{source}.cubin"
     with suppress(OSError):

@@ -21,6 +21,15 @@
 #define FUNCTION __device__ inline
 #define EXP expf
 
+// Relaxed atomic accesses, for memory that other threads of the kernel change.
+FUNCTION int load(const int *p) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+    return value;
+}
+FUNCTION void store(int *p, int value) {
+    asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" : : "l"(p), "r"(value) : "memory");
+}
 FUNCTION unsigned short half_bits(float value) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -46,6 +55,8 @@ FUNCTION float half_value(unsigned short bits) {
 #define FUNCTION static inline
 #define EXP std::exp
 
+FUNCTION int load(const int *p) { return *p; }
+FUNCTION void store(int *p, int value) { *p = value; }
 FUNCTION int atomicAdd(int *p, int value) { int old = *p; *p += value; return old; }
 FUNCTION int atomicMin(int *p, int value) { int old = *p; if (value < old) *p = value; return old; }
 FUNCTION int atomicMax(int *p, int value) { int old = *p; if (value > old) *p = value; return old; }
@@ -153,13 +164,11 @@ template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Extent 
     }
 }
 
-// Widens a box (smallest X, Y, Z, then largest). Most voxels only read it and change nothing. The
-// reads are volatile: a stale L1 line would show the initial box, and all voxels would use atomics.
+// Widens a box (smallest X, Y, Z, then largest). Most voxels only read it and change nothing.
 FUNCTION void widen(int *box, Extent at) {
-    const volatile int *now = box;
     for (int j = 0; j < 3; ++j) {
-        if (axis(at, j) < now[j]) atomicMin(box + j, axis(at, j));
-        if (axis(at, j) > now[3 + j]) atomicMax(box + 3 + j, axis(at, j));
+        if (axis(at, j) < load(box + j)) atomicMin(box + j, axis(at, j));
+        if (axis(at, j) > load(box + 3 + j)) atomicMax(box + 3 + j, axis(at, j));
     }
 }
 
@@ -281,7 +290,7 @@ KERNEL(occupy, OccupyArgs) {
     Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
     int *occupied = a.occupied;
     for_windows_around(a.tiling, at, [=](int window, Extent) {
-        if (!occupied[window]) occupied[window] = 1;  // all threads write the same value
+        if (!load(occupied + window)) store(occupied + window, 1);
     });
 }
 
@@ -289,26 +298,28 @@ KERNEL(occupy, OccupyArgs) {
 // and Box.slices. B: 4 + 2 or 4.
 struct GatherArgs {
     const float *image;  // (C, X, Y, Z)
-    void *batch;         // (windows, C, x, y, z), fp16 or fp32
-    const int *windows;  // index of each window of the batch in the plan
+    void *batches;       // each (windows, C, x, y, z), fp16 or fp32
+    const int *windows;  // index of each window of the batches in the plan
+    long long stride;     // from one batch to the next, in elements
     Extent shape;         // of the image
     Tiling tiling;
     AxisTransform transform;
-    int channels, half;
+    int channels, batch, half;  // `batch` windows per batch
 };
 KERNEL(gather, GatherArgs) {
     unsigned voxels = (unsigned)voxels_of(a.tiling.window);
-    unsigned channel = i / voxels;
-    Extent at = plus(place(i % voxels, a.tiling.window),
-                    start_of(a.tiling, a.windows[channel / a.channels]));
+    unsigned channel = i / voxels, window = channel / a.channels;
+    long long to = window / a.batch * a.stride +
+                   (long long)(i - window / a.batch * a.batch * a.channels * voxels);
+    Extent at = plus(place(i % voxels, a.tiling.window), start_of(a.tiling, a.windows[window]));
     Extent turned = minus(at, a.tiling.pad);
     float value = 0;
     if (inside(turned, turned_shape(a.transform, a.shape))) {
         Extent source = from_turned(a.transform, turned, a.shape);
         value = a.image[channel % a.channels * voxels_of(a.shape) + index(source, a.shape)];
     }
-    if (a.half) ((unsigned short *)a.batch)[i] = half_bits(value);
-    else ((float *)a.batch)[i] = value;
+    if (a.half) ((unsigned short *)a.batches)[to] = half_bits(value);
+    else ((float *)a.batches)[to] = value;
 }
 
 // Converts logits from fp32 to fp16, to halve their memory. Reference: numpy.astype. B: 6.
@@ -341,7 +352,7 @@ template <int N> FUNCTION int first_largest(const float (&scores)[N], int count)
 struct BlendArgs {
     const void *logits;       // (windows, K, x, y, z), fp16 or fp32
     const float *importance;  // (x, y, z)
-    const int *places;        // per window of the plan: index of its logits, -1 if it is all 0
+    const long long *places;  // per window of the plan: element of its logits, -1 if it is all 0
     float *scores;            // (K, X, Y, Z), or null for a single pass
     unsigned char *classes;   // (X, Y, Z)
     int *not_finite;          // set to 1 if a blended logit is not finite
@@ -353,7 +364,7 @@ struct BlendArgs {
 template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
     float sums[N], weight_sum = 0;
     for (int k = 0; k < N; ++k) sums[k] = 0;
-    const int *places = a.places;
+    const long long *places = a.places;
     Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
     long long voxels = voxels_of(a.tiling.window), box = voxels_of(a.shape);
     for_windows_around(a.tiling, at, [&](int window, Extent within) {
@@ -363,7 +374,7 @@ template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
         weight_sum += weight;
         for (int k = 0; k < N; ++k) {
             if (k >= a.count) break;
-            long long from = ((long long)places[window] * a.count + k) * voxels + inner;
+            long long from = places[window] + k * voxels + inner;
             float logit = a.half ? half_value(((const unsigned short *)a.logits)[from])
                                  : ((const float *)a.logits)[from];
             sums[k] += logit * weight;
@@ -373,7 +384,7 @@ template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
     for (int k = 0; k < N; ++k) {
         if (k >= a.count) break;
         sums[k] /= weight_sum;
-        if (!(sums[k] - sums[k] == 0)) *a.not_finite = 1;
+        if (!(sums[k] - sums[k] == 0)) store(a.not_finite, 1);
     }
     int best = first_largest(sums, a.count);
     if (a.scores) {
@@ -419,8 +430,16 @@ template <class T> FUNCTION int run_along_z(const T *values, unsigned i, Extent 
     while (z + length < shape.z && values[i + length] == values[i]) ++length;
     return length;
 }
+// Threads unite concurrently, without locks. Why the result is right: a parent is never larger than
+// its child, and only `atomicMin` changes it, so each entry only decreases and paths end in a root.
+// A stale entry is an earlier parent, hence an ancestor in the same tree or one that is united with
+// it: following it takes longer, but leads to a member of the same component. `unite` ends when both
+// roots are equal, or when its `atomicMin` has found `high` still a root. In every other case the
+// entry of `high` held a smaller parent, `old`, that another thread had written: `low` and `old` both
+// belong to the component, and the loop goes on with them. As every turn follows smaller indices,
+// it ends.
 FUNCTION int root_of(const int *parents, int i) {
-    while (parents[i] != i) i = parents[i];
+    for (int parent = load(parents + i); parent != i; parent = load(parents + i)) i = parent;
     return i;
 }
 FUNCTION void unite(int *parents, int first, int second) {
@@ -451,7 +470,7 @@ KERNEL(label_merge, LabelArgs) {  // B: 5 and more
     }
 }
 KERNEL(label_flatten, LabelArgs) {  // B: 4 and more
-    if (a.parents[i] >= 0) a.parents[i] = root_of(a.parents, (int)i);
+    if (load(a.parents + i) >= 0) store(a.parents + i, root_of(a.parents, (int)i));
 }
 KERNEL(label_count, LabelArgs) {  // B: 4 and more
     int root = a.parents[i];

@@ -140,13 +140,15 @@ class OccupyArgs(ctypes.Structure):
 
 
 class GatherArgs(ctypes.Structure):
-    """Arguments of kernel `gather`; one index per element of the batch."""
+    """Arguments of kernel `gather`; one index per element of the batches."""
 
     _fields_ = (
-        *_fields("image batch windows", "shape"),
+        *_fields("image batches windows", ""),
+        ("stride", ctypes.c_longlong),
+        ("shape", Extent),
         ("tiling", Tiling),
         ("transform", TransformArg),
-        *_ints("channels half"),
+        *_ints("channels batch half"),
     )
 
 

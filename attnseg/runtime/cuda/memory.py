@@ -60,7 +60,8 @@ class MemoryPlan:
     """Layout of all regions in one block of device memory.
 
     Attributes:
-        batch: Batch size of the engine, in windows.
+        batch: Batch size of the engine, in windows. Each batch begins at a multiple of 256 bytes,
+            as TensorRT requires.
         chunk: Number of windows gathered at a time.
         windows: Largest number of windows per pass, rounded up to a multiple of `batch`.
         half_logits: Whether logits are stored in fp16 until they are blended.
@@ -109,7 +110,7 @@ def _up(value: int, multiple: int) -> int:
 
 
 def aligned(size_bytes: int) -> int:
-    """Size rounded up to the alignment of the regions."""
+    """Size rounded up to the alignment of the regions, and of the batches within them."""
     return _up(size_bytes, _ALIGNMENT)
 
 
@@ -133,9 +134,10 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
     # Where logits are narrowed to fp16, those of one batch exist in both types.
     saves = sparing and 2 * windows > 4 * batch
     engine_kind, half_logits = 2 if need.half else 4, need.half or saves
+    kept_kind = 2 if half_logits else 4
     network = {
-        "images": engine_kind * chunk * need.channels * window,
-        "logits": (2 if half_logits else 4) * windows * need.classes * window,
+        "images": chunk // batch * aligned(engine_kind * batch * need.channels * window),
+        "logits": windows // batch * aligned(kept_kind * batch * need.classes * window),
         "wide": 4 * batch * need.classes * window if half_logits and not need.half else 0,
     }
     cleaning = {"parents": 4 * voxels * need.clean_up, "sizes": 4 * voxels * need.clean_up}
@@ -145,7 +147,7 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         "importance": 4 * window,
         "flags": 4 * sum(len(plan.windows) for plan in plans),
         "which": 4 * windows * len(plans),
-        "places": 4 * sum(len(plan.windows) for plan in plans),
+        "places": 8 * sum(len(plan.windows) for plan in plans),
         "scores": 4 * need.classes * voxels if len(plans) > 1 else 0,
         "classes": voxels,
     }

@@ -20,7 +20,7 @@ from attnseg.runtime.cuda.memory import aligned
 from attnseg.runtime.cuda.statistics import VolumeStatistics
 from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
-from attnseg.runtime.geometry import AxisTransform, Box, Layout
+from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.foreground import no_foreground
@@ -79,7 +79,8 @@ class DevicePass:
         tiling: The plan as a kernel argument.
         windows: Indices in the plan of the windows that are not all zero.
         which: Copy of `windows` on the device.
-        places: Position in `windows` of each window of the plan, on the device; -1 if all zero.
+        places: Element of the logits at which those of each window of the plan begin, on the
+            device; -1 if the window is all zero.
     """
 
     transform: AxisTransform
@@ -143,11 +144,11 @@ class DeviceSteps:
         ends = np.cumsum([len(plan.windows) for plan in plans]).tolist()
         starts = [0, *ends[:-1]]
         found = self._occupied(tilings, starts, ends[-1])
-        places = np.where(found > 0, 0, -1).astype(np.int32)
+        places = np.full(len(found), -1, np.int64)
         passes = []
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             windows = np.flatnonzero(found[start:end]).astype(np.int32)
-            places[start:end][windows] = np.arange(len(windows))
+            places[start:end][windows] = self._logit_places(len(windows), plans[index].window)
             first = 4 * self._memory.windows * index
             which = Region.of(self._region("which"), first, windows.nbytes)
             if len(windows):
@@ -159,11 +160,22 @@ class DeviceSteps:
                     tiling=tilings[index],
                     windows=windows,
                     which=which,
-                    places=Region.of(self._region("places"), 4 * start, 4 * (end - start)),
+                    places=Region.of(self._region("places"), 8 * start, 8 * (end - start)),
                 )
             )
         self._device.upload(places, self._region("places"))
         return passes
+
+    def _stride(self, window: Shape, channels: int, half: bool) -> int:
+        """Elements from one batch of windows to the next."""
+        kind = 2 if half else 4
+        return aligned(kind * self._memory.batch * channels * prod(window)) // kind
+
+    def _logit_places(self, count: int, window: Shape) -> NDArray[np.int64]:
+        """Element at which the logits of each of `count` windows begin, `(count,)`."""
+        stride = self._stride(window, self._classes, self._memory.half_logits)
+        call, slot = np.divmod(np.arange(count, dtype=np.int64), self._memory.batch)
+        return np.asarray(call * stride + slot * self._classes * prod(window))
 
     def _occupied(self, tilings: list[Tiling], starts: list[int], count: int) -> NDArray[np.int32]:
         """Flags of the windows of all passes, `(count,)`: 1 unless a window is all zero."""
@@ -185,39 +197,44 @@ class DeviceSteps:
 
     def run_network(self, one: DevicePass) -> None:
         """Compute the logits of every window of a pass, one after another in memory."""
-        memory, half = self._memory, self._engine.half
-        self._workspace.load_importance(one.plan.window)  # first, as it may wait
-        voxels = prod(one.plan.window)
-        image_bytes = (2 if half else 4) * self._channels * voxels
+        memory, half, window = self._memory, self._engine.half, one.plan.window
+        self._workspace.load_importance(window)  # first, as it may wait
+        kind = 2 if half else 4
+        size = kind * memory.batch * self._channels * prod(window)
+        stride = kind * self._stride(window, self._channels, half)
         images = self._region("images")
-        shape = (memory.batch, self._channels, *one.plan.window)
+        shape = (memory.batch, self._channels, *window)
         for start in range(0, len(one.windows), memory.chunk):
             count = min(memory.chunk, len(one.windows) - start)
             self._gather(one, start, count)
             for first in range(0, count, memory.batch):
-                taken = Region.of(images, first * image_bytes, memory.batch * image_bytes)
-                self._infer(taken, start + first, shape)
+                call = first // memory.batch
+                taken = Region.of(images, call * stride, size)
+                self._infer(taken, start // memory.batch + call, shape)
 
     def _gather(self, one: DevicePass, start: int, count: int) -> None:
         """Copy windows of the transformed image to the engine's input."""
         args = kernels.GatherArgs(
             image=self._region("image").pointer,
-            batch=self._region("images").pointer,
+            batches=self._region("images").pointer,
             windows=one.which.pointer + 4 * start,
+            stride=self._stride(one.plan.window, self._channels, self._engine.half),
             shape=Extent.of(self._box.shape),
             tiling=one.tiling,
             transform=TransformArg.of(one.transform),
             channels=self._channels,
+            batch=self._memory.batch,
             half=int(self._engine.half),
         )
         self._device.launch("gather", count * self._channels * prod(one.plan.window), args)
 
-    def _infer(self, images: Region, place: int, shape: tuple[int, ...]) -> None:
-        """Run one batch, and store its logits from index `place` of the windows on."""
+    def _infer(self, images: Region, call: int, shape: tuple[int, ...]) -> None:
+        """Run one batch of a pass, number `call`, and store its logits."""
         count = shape[0] * self._classes * prod(shape[2:])
         logit_bytes = 2 if self._engine.half else 4
         logits = self._region("logits")
-        offset = place * self._classes * prod(shape[2:])
+        window = shape_of(shape[2:])
+        offset = call * self._stride(window, self._classes, self._memory.half_logits)
         narrow = self._memory.half_logits and not self._engine.half
         if narrow:
             given = Region.of(self._region("wide"), 0, logit_bytes * count)

@@ -24,7 +24,7 @@ class Through:
         classes: int = 4,
     ) -> None:
         self.device, self.engine, self.batches, self.half = device, engine, batches, half
-        self.memory_bytes, self.classes = 0, classes
+        self.memory_bytes, self.classes, self.recorded = 0, classes, "no: it runs on the host"
         self.info = EngineInfo(engine.info.name, "1", "fp16" if half else "fp32", device.name)
         self.shapes: list[tuple[int, ...]] = []
         self.failures: list[Exception] = []
@@ -38,6 +38,8 @@ class Through:
         kind = np.float16 if self.half else np.float32
         batch = np.empty(tuple(shape), kind)
         assert images.size_bytes == batch.nbytes
+        for region in (images, logits):  # TensorRT takes no other addresses
+            assert (region.pointer - region.buffer.pointer) % 256 == 0
         self.device.download(images, batch)
         self.shapes.append(batch.shape)
         with np.errstate(all="ignore"):  # unused slots of a batch are uninitialised

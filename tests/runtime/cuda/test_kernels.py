@@ -201,16 +201,35 @@ def test_windows_with_content_are_found(device: Device, transform: AxisTransform
     assert 0 < sum(expected) < len(expected)
 
 
+GAP = 5
+"""Elements between two batches, which a kernel leaves as they are."""
+
+
 def gathered(
     device: Device, image: np.ndarray, transform: AxisTransform, plan: WindowPlan, half: bool
 ) -> np.ndarray:
-    windows = np.arange(len(plan.windows), dtype=np.int32)
-    kind = np.float16 if half else np.float32
-    batch = np.empty((len(windows), len(image), *plan.window), kind)
-    shape, tiling = Extent.of(image.shape[1:]), Tiling.of(plan)
-    args = (image, batch, windows, shape, tiling, TransformArg.of(transform), len(image), int(half))
-    run(device, "gather", batch.size, *args)
-    return batch
+    """All windows of a plan, gathered in batches of 3, the last of which may be incomplete."""
+    windows, batch = np.arange(len(plan.windows), dtype=np.int32), 3
+    kind, size = np.float16 if half else np.float32, len(image) * np.prod(plan.window)
+    batches = np.full((-(-len(windows) // batch), batch * size + GAP), -77, kind)
+    run(
+        device,
+        "gather",
+        len(windows) * size,
+        image,
+        batches,
+        windows,
+        batches.shape[1],
+        Extent.of(image.shape[1:]),
+        Tiling.of(plan),
+        TransformArg.of(transform),
+        len(image),
+        batch,
+        int(half),
+    )
+    assert (batches[:, batch * size :] == -77).all()
+    found = batches[:, : batch * size].reshape(-1, len(image), *plan.window)
+    return np.ascontiguousarray(found[: len(windows)])
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -248,11 +267,14 @@ class Blender:
     def add(
         self,
         logits: np.ndarray,
-        places: np.ndarray,
         plan: WindowPlan,
         turn: AxisTransform,
         vote: bool,
+        places: np.ndarray | None = None,
     ) -> None:
+        """`places` as in `BlendArgs`; None for one window after another."""
+        if places is None:
+            places = np.arange(len(plan.windows), dtype=np.int64) * logits[0].size
         run(
             self._device,
             "blend",
@@ -278,10 +300,6 @@ class Blender:
 ENGINE = LinearEngine(np.random.default_rng(5).standard_normal((4, 3)).astype(np.float32))
 
 
-def everywhere(plan: WindowPlan) -> np.ndarray:
-    return np.arange(len(plan.windows), dtype=np.int32)
-
-
 def softmax(logits: np.ndarray) -> np.ndarray:
     exponential = np.exp(logits - logits.max(axis=0))
     return exponential / exponential.sum(axis=0)
@@ -296,9 +314,9 @@ def test_blending_is_the_numpy_pipelines(device: Device, overlap: float) -> None
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
     expected = sliding_window(image, ENGINE, plan)
     single, first = (Blender(device, image.shape[1:], 4, passes) for passes in (1, 2))
-    single.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    single.add(logits, plan, IDENTITY, vote=True)
     np.testing.assert_array_equal(single.classes, argmax_classes(expected))
-    first.add(logits, everywhere(plan), plan, IDENTITY, vote=False)
+    first.add(logits, plan, IDENTITY, vote=False)
     np.testing.assert_allclose(first.scores, softmax(expected), rtol=1e-6, atol=1e-7)
     assert not single.not_finite[0] and not first.not_finite[0]
 
@@ -314,7 +332,7 @@ def test_half_logits_are_blended_in_fp32(device: Device) -> None:
         ("rounded", logits.astype(np.float16).astype(np.float32)),
     ):
         blender = Blender(device, (14, 8, 8), 2, 2)
-        blender.add(kept, everywhere(plan), plan, IDENTITY, vote=False)
+        blender.add(kept, plan, IDENTITY, vote=False)
         found[name] = blender.scores
     np.testing.assert_array_equal(found["fp16"], found["rounded"])
     assert np.abs(found["fp16"] - found["fp32"]).max() < 1e-3
@@ -326,7 +344,7 @@ def test_any_number_of_classes_is_argmaxed(device: Device, classes: int) -> None
     logits = np.random.default_rng(6).standard_normal((1, classes, 8, 8, 8)).astype(np.float32)
     logits[0, :, 0, 0, 0] = 7  # a tie goes to the first class
     blender = Blender(device, (8, 8, 8), classes, 1)
-    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    blender.add(logits, plan, IDENTITY, vote=True)
     np.testing.assert_array_equal(blender.classes, logits[0].argmax(axis=0))
 
 
@@ -342,7 +360,7 @@ def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode
         plan = options.plan(turned.shape[1:])
         batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-        blender.add(logits, everywhere(plan), plan, transform, mode == "vote")
+        blender.add(logits, plan, transform, mode == "vote")
         fusion.add(transform.invert(sliding_window(np.ascontiguousarray(turned), ENGINE, plan)))
     np.testing.assert_array_equal(blender.classes, fusion.classes())
 
@@ -351,7 +369,8 @@ def test_a_voxel_that_no_window_covers_is_background(device: Device) -> None:
     plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
     logits = np.ones((1, 3, 8, 8, 8), np.float32) * np.array([0, 1, 2]).reshape(1, 3, 1, 1, 1)
     blender = Blender(device, (8, 8, 8), 3, 1)
-    blender.add(logits.astype(np.float32), np.array([-1], np.int32), plan, IDENTITY, vote=True)
+    nowhere = np.array([-1], np.int64)
+    blender.add(logits.astype(np.float32), plan, IDENTITY, vote=True, places=nowhere)
     assert not blender.classes.any()
 
 
@@ -361,7 +380,7 @@ def test_logits_that_are_not_finite_are_seen(device: Device, value: float) -> No
     logits = np.zeros((1, 2, 8, 8, 8), np.float16)
     logits[0, 1, 2, 3, 4] = value
     blender = Blender(device, (8, 8, 8), 2, 1)
-    blender.add(logits, everywhere(plan), plan, IDENTITY, vote=True)
+    blender.add(logits, plan, IDENTITY, vote=True)
     assert blender.not_finite[0] == 1
 
 
@@ -476,9 +495,28 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(target: str) -> None:
         assert name.encode() in cubin
 
 
-def test_a_gpu_that_nvrtc_does_not_know_is_refused_in_words() -> None:
-    with pytest.raises(EngineError, match=r"cannot compile the kernels for sm61: .*NVRTC"):
+def test_a_gpu_that_nvrtc_no_longer_knows_is_refused_in_words() -> None:
+    message = r"cannot compile the kernels for sm61: nvrtc: error: invalid value for --gpu-arch"
+    with pytest.raises(EngineError, match=message):
         compile_kernels("sm61")
+
+
+def test_a_gpu_that_is_newer_than_nvrtc_gets_code_that_its_driver_compiles() -> None:
+    _, known = nvrtc.nvrtcGetSupportedArchs()
+    code = compile_kernels("sm990")
+    assert f".target sm_{max(known)}\n".encode() in code
+    assert code.endswith(b"\0")  # the driver reads PTX up to a null character
+    for name in ARGUMENTS:
+        assert f".entry {name}(".encode() in code
+
+
+def test_an_error_in_the_source_is_reported_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "SOURCE", tmp_path / "broken.cu")
+    compiler.SOURCE.write_text("struct A {};\nstruct A {};\n")
+    with pytest.raises(EngineError, match=r"for sm86: broken.cu\(2\): error: .*\"A\""):
+        compile_kernels("sm86")
 
 
 def test_cubins_are_kept_and_damaged_ones_made_again(

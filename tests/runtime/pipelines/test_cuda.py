@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_labels_are_the_numpy_executors(
     result, expected = both(Through(device, LINEAR, batches), LINEAR, volume, chosen)
     assert len(np.unique(expected.labels)) > 2
     np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("tight", [False, True])
+def test_windows_of_any_size_give_the_numpy_executors_labels(
+    device: Device, volume: Volume, half: bool, tight: bool
+) -> None:
+    """No batch of 3 windows of 17x23x9 voxels is a multiple of 256 bytes long."""
+    inference = replace(BUNDLE.manifest.inference, window=(17, 23, 9), window_multiple=1)
+    bundle = replace(BUNDLE, manifest=replace(BUNDLE.manifest, inference=inference))
+    chosen = SegmentOptions(tta="paper")
+    engine = Through(device, LINEAR, half=half)
+    if tight:
+        with pytest.raises(OutOfMemoryError) as caught:
+            Segmenter(bundle, replace(chosen, max_memory_bytes=1), engine).segment(volume)
+        chosen = replace(chosen, max_memory_bytes=least_bytes(str(caught.value)))
+    found = Segmenter(bundle, chosen, engine).segment(volume)
+    reference = Halved(LINEAR) if half else LINEAR
+    expected = Segmenter(bundle, replace(chosen, max_memory_bytes=None), reference).segment(volume)
+    differ = np.mean(found.labels != expected.labels)
+    assert differ < (1e-3 if found.memory["logits"] == "fp16" and not half else 1e-12)
 
 
 def test_an_engine_of_fp16_gives_what_it_gives_to_numpy(device: Device, volume: Volume) -> None:
