@@ -23,13 +23,7 @@ from attnseg.runtime.cuda.gpu import Gpu, find_gpu
 from attnseg.runtime.cuda.interop import export_array, view_array
 from attnseg.runtime.cuda.kernels import MOST_INDICES
 from attnseg.runtime.cuda.pinned import Event, Pinned, PinnedBlocks
-from attnseg.runtime.errors import (
-    ConfigError,
-    DeviceLostError,
-    EngineError,
-    OutOfMemoryError,
-    Setting,
-)
+from attnseg.runtime.errors import ConfigError, EngineError, OutOfMemoryError, Setting
 
 _THREADS = 256  # per block
 _DEFAULT, _PER_THREAD = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
@@ -290,23 +284,22 @@ class CudaDevice:
         """See `Device.after`."""
         self.driver("waiting for an upload", "cuStreamWaitEvent", self.stream, mark.handle, 0)
 
-    def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
+    def recorded(self, work: Callable[[int], None]) -> Callable[[], None]:
         """See `Device.recorded`; captures a CUDA graph on a stream of its own."""
         mode = self.driver.names.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self.driver("recording", "cuStreamBeginCapture", self._record, mode)
         try:
-            self.driver("recording", "cuStreamBeginCapture", self._record, mode)
-            try:
-                work(self._record)
-            finally:
+            work(self._record)
+        except BaseException:
+            with suppress(EngineError):  # the error of the work is the one to report
                 graph = self.driver("recording", "cuStreamEndCapture", self._record)
-            try:
-                ready = self.driver("recording", "cuGraphInstantiate", graph, 0)
-            finally:
                 self.driver("recording", "cuGraphDestroy", graph)
-        except (OutOfMemoryError, DeviceLostError):
             raise
-        except EngineError:  # the work cannot be captured, which is no failure
-            return None
+        graph = self.driver("recording", "cuStreamEndCapture", self._record)
+        try:
+            ready = self.driver("recording", "cuGraphInstantiate", graph, 0)
+        finally:
+            self.driver("recording", "cuGraphDestroy", graph)
         return _Recorded(self, ready)
 
     def view(self, array: Any) -> DeviceArray | None:

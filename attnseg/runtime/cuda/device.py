@@ -198,10 +198,13 @@ class Device(Protocol):
     def after(self, mark: Mark) -> None:
         """Make all later work wait for a mark."""
 
-    def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
-        """Record the work that a function enqueues, for replay; None if that is impossible.
+    def recorded(self, work: Callable[[int], None]) -> Callable[[], None]:
+        """Record the work that a function enqueues, and return a function that replays it.
 
         The function receives the handle of a stream; the work is recorded without being run.
+
+        Raises:
+            EngineError: The work cannot be recorded; the device is unaffected.
         """
 
     def view(self, array: Any) -> DeviceArray | None:

@@ -33,7 +33,7 @@ class Event:
             )
 
     def __del__(self) -> None:
-        with suppress(Exception):  # the device is lost, or Python shuts down
+        with suppress(Exception), self._context.active():  # lost, or Python shuts down
             self._context.driver.names.cuEventDestroy(self.handle)
 
 

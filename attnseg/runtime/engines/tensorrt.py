@@ -2,12 +2,15 @@
 
 An engine file has a fixed window and batch size. It runs on the device's stream, on memory of the
 caller. The second run for a pair of input and output addresses is recorded as a CUDA graph and
-replayed from then on, which saves launching about sixty kernels one by one.
+replayed from then on, which saves launching about sixty kernels one by one. An engine whose work
+cannot be recorded runs without a graph, and says why in `TensorRtEngine.recorded`.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -20,7 +23,13 @@ from numpy.typing import NDArray
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.cuda.gpu import Gpu, capability, find_gpu
 from attnseg.runtime.engines.base import EngineInfo
-from attnseg.runtime.errors import EngineError, Setting, UnavailableError
+from attnseg.runtime.errors import (
+    DeviceLostError,
+    EngineError,
+    OutOfMemoryError,
+    Setting,
+    UnavailableError,
+)
 from attnseg.runtime.extras import install
 from attnseg.runtime.files import write_file
 from attnseg.runtime.geometry import Shape
@@ -28,8 +37,9 @@ from attnseg.runtime.model.manifest import EngineBuild, FileEntry
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "gpu"}
+log = logging.getLogger(__name__)
 _AMPERE = 80
-_MOST_RECORDED = 256  # pairs of addresses; further pairs run without a CUDA graph
+_MOST_RECORDED = 256  # pairs of addresses; the one that was used longest ago is forgotten
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """Compute capabilities that TensorRT-RTX can be told to build for."""
 
@@ -131,21 +141,35 @@ def open_tensorrt(
         open_device: Function that opens the GPU; called only if the file fits it.
 
     Raises:
-        EngineError: There is no GPU or no library, the file was built for another one, or the
-            library rejects it.
+        UnavailableError: There is no GPU or no library, the file was built for another one, or it
+            is portable and the library does not run it on this GPU.
+        EngineError: The library rejects a file that was built for this GPU.
     """
     gpu, build = find_gpu(), entry.engine
     assert build is not None, "the manifest has it for files of role engine"
     library = load_library(build.builder)
     check_build(build, library.__version__, gpu, window)
-    return TensorRtEngine(
-        file,
-        build,
-        str(entry.precision),
-        device=open_device(),
-        library=library,
-        cache_file=_cache_file(entry.sha256, build),
-    )
+    device = open_device()
+    try:
+        return TensorRtEngine(
+            file,
+            build,
+            str(entry.precision),
+            device=device,
+            library=library,
+            cache_file=_cache_file(entry.sha256, build),
+        )
+    except (DeviceLostError, OutOfMemoryError):
+        raise
+    except EngineError as error:
+        if build.target == gpu.target:
+            raise
+        # Only the library knows every GPU that a portable engine runs on.
+        raise UnavailableError(
+            f"{error.cause} on {gpu.name}, compute capability {gpu.capability}",
+            "use {}",
+            Setting("engine", "onnxruntime-cuda"),
+        ) from error
 
 
 def _cache_file(sha256: str, build: EngineBuild) -> Path | None:
@@ -191,7 +215,8 @@ class TensorRtEngine:
         self.info = EngineInfo(build.builder, library.__version__, precision, device.name)
         self.batches = (build.batch, build.batch)
         self._own: list[Region] = []  # device memory of `infer`
-        self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
+        self._repeats: OrderedDict[tuple[int, int], Callable[[], None] | None] = OrderedDict()
+        self.recorded = "not yet"
         self._log.error = ""
         try:
             with device.active():
@@ -290,17 +315,34 @@ class TensorRtEngine:
         if tuple(shape) != self._arrays[0].shape:
             raise self._refused(shape)
         key = images.pointer, logits.pointer
-        if key not in self._recorded:  # the first run may initialise state; it is not recorded
-            if len(self._recorded) < _MOST_RECORDED:
-                self._recorded[key] = None
-            self._execute(*key, self._device.stream)
-            return
-        repeat = self._recorded[key]
+        seen = key in self._repeats  # the first run may initialise state; it is not recorded
+        repeat = self._repeats.setdefault(key, None)
+        self._repeats.move_to_end(key)
+        if len(self._repeats) > _MOST_RECORDED:
+            self._repeats.popitem(last=False)
+        if repeat is None and seen and not self.recorded.startswith("no:"):
+            repeat = self._repeats[key] = self._record(key)
         if repeat is None:
+            self._execute(*key, self._device.stream)
+        else:
+            repeat()
+
+    def _record(self, key: tuple[int, int]) -> Callable[[], None] | None:
+        """Record the work for a pair of addresses; None, with a reason, if that is impossible."""
+        capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX
+        if capturable and not capturable(self._device.stream):
+            self.recorded = "no: TensorRT-RTX does not record this engine on this stream"
+            return None
+        try:
             repeat = self._device.recorded(lambda stream: self._execute(*key, stream))
-            repeat = repeat or (lambda: self._execute(*key, self._device.stream))
-            self._recorded[key] = repeat
-        repeat()
+        except (DeviceLostError, OutOfMemoryError):
+            raise
+        except EngineError as error:
+            self.recorded = f"no: {error.cause}"
+            log.warning("%s: runs without a CUDA graph (%s)", self._file.name, error.cause)
+            return None
+        self.recorded = "yes"
+        return repeat
 
     def _refused(self, shape: Sequence[int]) -> EngineError:
         return EngineError(

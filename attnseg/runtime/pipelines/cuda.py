@@ -245,7 +245,7 @@ class CudaPipeline:
             components_removed=outcome.components_removed,
             warnings=staged.warnings,
             engine=self.engine,
-            memory=pending.memory.describe(),
+            memory=pending.memory.describe() | {"recorded": self._engine.recorded},
         )
 
     @contextmanager

@@ -122,9 +122,9 @@ class HostDevice:
     def after(self, mark: Mark) -> None:
         """See `Device.after`."""
 
-    def recorded(self, work: Callable[[int], None]) -> Callable[[], None] | None:
+    def recorded(self, work: Callable[[int], None]) -> Callable[[], None]:
         """See `Device.recorded`; the host runs things as they come."""
-        return None
+        raise EngineError("the host records nothing")
 
     def view(self, array: Any) -> DeviceArray | None:
         """See `Device.view`; arrays of the host are not on a device."""

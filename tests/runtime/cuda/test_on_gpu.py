@@ -5,6 +5,7 @@ The tests of the kernels and the executor then run on the GPU too, by their fixt
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,27 @@ def volume(small_synthetic: SyntheticCase) -> Volume:
 
 
 @pytest.fixture(scope="module")
-def bundle(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The shipped model with an fp16 graph and an engine for this GPU."""
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped model with an fp16 graph."""
+    folder = tmp_path_factory.mktemp("graphs") / "model"
+    return export_bundle(WEIGHTS, folder, ExportOptions(fp16=True)).bundle
+
+
+@pytest.fixture(scope="module")
+def rtx(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped model with an engine of TensorRT-RTX for this GPU, or for all since Ampere."""
     known = gpu.target in RTX_TARGETS
     build = BuildOptions(
         "tensorrt-rtx",
         gpu.target if known else PORTABLE_TARGET,
         compatibility="same" if known else "ampere+",
     )
-    folder = tmp_path_factory.mktemp("bundle") / "model"
-    return export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(build,))).bundle
+    folder = tmp_path_factory.mktemp("rtx") / "model"
+    exported = export_bundle(WEIGHTS, folder, ExportOptions(fp16=True, engines=(build,)))
+    for absent in exported.report.not_run:
+        if absent.engine.startswith("tensorrt-rtx") and not known:
+            pytest.skip(f"TensorRT-RTX does not list this GPU, and refuses it: {absent.reason}")
+    return exported.bundle
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1 << 24])
@@ -92,13 +104,18 @@ def test_the_card_gives_the_labels_of_the_host(host: HostDevice, volume: Volume)
     assert on_card.tobytes() == again.tobytes()
 
 
-ENGINES = [("tensorrt-rtx", "fp16"), ("onnxruntime-cuda", "fp16"), ("onnxruntime-cuda", "fp32")]
+ENGINES = [
+    ("rtx", "tensorrt-rtx", "fp16"),
+    ("graphs", "onnxruntime-cuda", "fp16"),
+    ("graphs", "onnxruntime-cuda", "fp32"),
+]
 
 
-@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+@pytest.mark.parametrize(("files", "engine", "precision"), ENGINES)
 def test_an_engine_finds_the_same_tumour_and_the_same_bytes(
-    bundle: Bundle, volume: Volume, engine: str, precision: str
+    files: str, volume: Volume, engine: str, precision: str, request: pytest.FixtureRequest
 ) -> None:
+    bundle: Bundle = request.getfixturevalue(files)
     chosen = SegmentOptions(device="cuda", engine=engine, precision=precision, tta="paper")
     segmenter = Segmenter(bundle, chosen)  # the golden window is checked here
     on_processor = SegmentOptions(device="cpu", precision="fp32", tta="paper")
@@ -112,11 +129,17 @@ def test_an_engine_finds_the_same_tumour_and_the_same_bytes(
         assert pending.result().labels.tobytes() == first.labels.tobytes()
 
 
-def test_less_memory_changes_nothing(bundle: Bundle, volume: Volume) -> None:
-    chosen = SegmentOptions(device="cuda", engine="tensorrt-rtx")
+@pytest.mark.parametrize(("files", "engine", "precision"), ENGINES)
+def test_less_memory_changes_few_labels(
+    files: str, volume: Volume, engine: str, precision: str, request: pytest.FixtureRequest
+) -> None:
+    """ONNX Runtime may compute otherwise for another batch size, an engine file has only one."""
+    bundle: Bundle = request.getfixturevalue(files)
+    chosen = SegmentOptions(device="cuda", engine=engine, precision=precision)
     expected = Segmenter(bundle, chosen).segment(volume)
-    tight = SegmentOptions(device="cuda", engine="tensorrt-rtx", max_memory_bytes=2 * 10**9)
-    np.testing.assert_array_equal(Segmenter(bundle, tight).segment(volume).labels, expected.labels)
+    tight = replace(chosen, max_memory_bytes=4 * 10**9)
+    differ = Segmenter(bundle, tight).segment(volume).labels != expected.labels
+    assert np.mean(differ) < (1e-3 if engine == "onnxruntime-cuda" else 1e-12)
 
 
 @pytest.mark.parametrize("library", ["cupy", "torch"])

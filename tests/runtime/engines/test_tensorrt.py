@@ -16,8 +16,8 @@ from attnseg.runtime.cuda.device import Region
 from attnseg.runtime.cuda.gpu import Gpu
 from attnseg.runtime.engines import tensorrt
 from attnseg.runtime.engines.tensorrt import TensorRtEngine, check_build
-from attnseg.runtime.errors import EngineError
-from attnseg.runtime.model.manifest import EngineBuild
+from attnseg.runtime.errors import EngineError, UnavailableError
+from attnseg.runtime.model.manifest import EngineBuild, FileEntry
 from tests.runtime.cuda.host_device import HostDevice
 
 WINDOW = (4, 5, 6)
@@ -132,6 +132,7 @@ class StandIn:
 
     class IExecutionContext:
         fails = False
+        capturable = True
 
         def __init__(self, engine: Any, config: Any) -> None:
             content = engine.model.SerializeToString()
@@ -155,6 +156,9 @@ class StandIn:
             count = int(np.prod(self.get_tensor_shape(name)))
             raw = (ctypes.c_uint8 * (count * kind.itemsize)).from_address(self.addresses[name])
             return np.frombuffer(raw, kind).reshape(self.get_tensor_shape(name))
+
+        def is_stream_capturable(self, stream: int) -> bool:
+            return self.capturable
 
         def execute_async_v3(self, stream_handle: int) -> bool:
             if self.fails:
@@ -233,6 +237,55 @@ def test_work_on_the_same_memory_is_recorded_at_the_second_time(tmp_path: Path) 
         opened.enqueue(memory[0], memory[1], (1, 2, *WINDOW))
 
 
+@pytest.mark.parametrize(
+    ("device", "capturable", "reason"),
+    [
+        (Recording(), True, "yes"),
+        (Recording(), False, "no: TensorRT-RTX does not record this engine on this stream"),
+        (HostDevice(), True, "no: the host records nothing"),
+    ],
+)
+def test_an_engine_says_whether_its_work_is_recorded_and_runs_anyway(
+    tmp_path: Path, device: HostDevice, capturable: bool, reason: str
+) -> None:
+    (tmp_path / "model").write_bytes(plan(TensorProto.FLOAT))
+    opened = TensorRtEngine(tmp_path / "model", build(), "fp32", device=device, library=StandIn)
+    opened._context.capturable = capturable
+    assert opened.recorded == "not yet"
+    for value in (1, 2, 3):
+        batch = np.full((2, 2, *WINDOW), value, np.float32)
+        np.testing.assert_array_equal(opened.infer(batch), 2 * batch)
+    assert opened.recorded == reason
+
+
+def test_of_many_addresses_those_used_last_stay_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "_MOST_RECORDED", 2)
+    device = Recording()
+    (tmp_path / "model").write_bytes(plan(TensorProto.FLOAT16))
+    opened = TensorRtEngine(tmp_path / "model", build(), "fp16", device=device, library=StandIn)
+    size = 2 * 2 * 2 * 4 * 5 * 6
+    images, *logits = (Region.of(device.allocate(size), 0, size) for _ in range(4))
+    for target, replays in ((0, 0), (0, 1), (1, 1), (2, 1), (0, 1), (0, 2), (2, 3), (2, 4)):
+        opened.enqueue(images, logits[target], (2, 2, *WINDOW))
+        assert device.repeated == replays, target
+
+
+def test_a_portable_engine_that_the_library_refuses_is_not_available_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").write_bytes(b"junk")
+    portable = build(target="sm80", compatibility="ampere+")
+    entry = FileEntry("engine", "fp16", portable, "0" * 64, 4)
+    for target, kind in (("sm90", UnavailableError), ("sm80", EngineError)):
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda target=target: gpu(target))
+        with pytest.raises(EngineError, match="refuses it") as caught:
+            tensorrt.open_tensorrt(tmp_path / "model", entry, WINDOW, HostDevice)
+        assert type(caught.value) is kind
+    # The engine was built for 8.0: that its own GPU refuses it is a fault.
+
+
 def test_the_engine_says_what_it_is(tmp_path: Path) -> None:
     info = engine(tmp_path, plan(TensorProto.FLOAT16)).info
     assert (info.name, info.version, info.precision) == ("tensorrt-rtx", "1.7.1", "fp16")
@@ -292,7 +345,7 @@ def test_the_real_library_has_what_the_adapter_calls() -> None:
     for name in ("Runtime", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache", "IExecutionContext"):
         real = getattr(tensorrt_rtx_bindings, name)
         for method in vars(getattr(StandIn, name)):
-            if not method.startswith("_") and method != "fails":
+            if not method.startswith("_") and method not in ("fails", "capturable"):
                 assert hasattr(real, method), f"{name}.{method}"
     context = tensorrt_rtx_bindings.IExecutionContext
     assert "name: str, memory:" in context.set_tensor_address.__doc__
