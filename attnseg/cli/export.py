@@ -64,8 +64,7 @@ def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -
     "--batch",
     type=click.IntRange(1),
     metavar="WINDOWS",
-    default=1,
-    show_default=True,
+    show_default="12 of 64x64x64 voxels, or as many voxels",
     heading=BUILD,
     help="Batch size of engines, in windows.",
 )

@@ -48,7 +48,8 @@ class ExportChoices:
         io: Type of the fp16 graph's input and output.
         builder: Library that builds the engines, or `none`.
         target: GPUs to build for, such as `rtx3090` or `sm89`.
-        batch: Number of windows per call of an engine.
+        batch: Number of windows per call of an engine; None for
+            `attnseg.runtime.engines.device.usual_batch` of the model's window.
         workspace_bytes: Largest scratch memory of a layer; None for no limit.
         compatibility: GPUs that an engine runs on: `same`, or `ampere+` for all since Ampere.
         version_compatible: Whether engines also run with later versions of TensorRT.
@@ -69,7 +70,7 @@ class ExportChoices:
     io: Literal["fp16", "fp32"] = "fp16"
     builder: Builder | Literal["none"] = "tensorrt-rtx"
     target: tuple[str, ...] = ()
-    batch: int = 1
+    batch: int | None = None
     workspace_bytes: int | None = None
     compatibility: Literal["same", "ampere+"] = "same"
     version_compatible: bool = False
@@ -135,7 +136,7 @@ class ExportChoices:
         if builder != "none":
             names = dict.fromkeys(parse_target(target, builder) for target in targets)
             engines += [self._engine(builder, name) for name in names]
-        for_engines = ("workspace_bytes", "version_compatible", "timing_cache")
+        for_engines = ("batch", "workspace_bytes", "version_compatible", "timing_cache")
         unused = [name for name in for_engines if getattr(self, name)]
         if unused and not engines:
             raise ConfigError(

@@ -374,6 +374,7 @@ class Check:
             except Exception as error:  # the reason is the result
                 self.note(f"rtx: batch {batch}, refused", str(error))
                 continue
+            golden = golden.repeated(batch)
             logits = [engine.infer(golden.image) for _ in range(3)]
             self.note(
                 f"rtx: batch {batch}, opened and run in s", round(time.perf_counter() - began, 1)
@@ -385,8 +386,7 @@ class Check:
                 f"rtx: batch {batch}, recorded the same",
                 all((x == logits[0]).all() for x in logits),
             )
-            recorded = [x for x in engine._recorded.values() if x is not None]
-            self.note(f"rtx: batch {batch}, records", len(recorded))
+            self.note(f"rtx: batch {batch}, recorded", engine.recorded)
             self.note(
                 f"rtx: batch {batch}, ms a window", round(self._windows_ms(engine, batch, 10), 3)
             )

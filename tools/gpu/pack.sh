@@ -27,7 +27,10 @@ platforms=""
 for name in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do
     platforms="$platforms --platform ${name}_x86_64"
 done
-[ -x venv/bin/python ] || { "$python" -m venv venv && venv/bin/pip install --quiet zstandard; }
+if [ ! -x venv/bin/pip ]; then
+    "$python" -m venv venv
+    venv/bin/pip install --quiet zstandard
+fi
 # shellcheck disable=SC2086
 get() {  # FOLDER PACKAGE...: download wheels for the GPU machine
     local folder=$1; shift

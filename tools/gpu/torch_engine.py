@@ -60,6 +60,7 @@ class TorchEngine:
         """
         self.device, self.half, self.batches = device, half, (batch, 1)
         self.memory_bytes, self.classes = 0, len(bundle.manifest.task.labels)
+        self.recorded = "yes" if graphs else "no: it was not requested"
         self._cuda = isinstance(device, CudaDevice)
         self._graphs = graphs and self._cuda
         self._recorded: dict[tuple[int, int, int], Any] = {}

@@ -24,6 +24,7 @@ from attnseg.export.engines.checks import (
 )
 from attnseg.export.graphs.graph import Graph
 from attnseg.runtime.cuda.gpu import find_gpu
+from attnseg.runtime.engines.device import usual_batch
 from attnseg.runtime.engines.tensorrt import load_library
 from attnseg.runtime.errors import ConfigError, EngineError, ExportError, Setting, UnavailableError
 from attnseg.runtime.extras import install
@@ -61,7 +62,7 @@ class BuildOptions:
     Attributes:
         builder: Library that builds the engine.
         target: Compute capability, such as `sm86`.
-        batch: Number of windows per call.
+        batch: Number of windows per call; None for `usual_batch` of the window.
         workspace_bytes: Largest scratch memory of a layer; None for no limit.
         compatibility: `same` for the target alone; `ampere+` for later GPUs as well. TensorRT-RTX
             then requires the target `sm80` and builds for all GPUs since Ampere.
@@ -72,7 +73,7 @@ class BuildOptions:
 
     builder: Builder
     target: str
-    batch: int = 1
+    batch: int | None = None
     workspace_bytes: int | None = None
     compatibility: Literal["same", "ampere+"] = "same"
     version_compatible: bool = False
@@ -170,12 +171,14 @@ def _configure(trt: Any, builder: Any, network: Any, window: Shape, options: Bui
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     image = network.get_input(0)
-    shape = (options.batch, image.shape[1], *window)
+    shape = (options.batch or usual_batch(window), image.shape[1], *window)
     profile.set_shape(image.name, shape, shape, shape)
     config.add_optimization_profile(profile)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 graphs compute in full fp32
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX since 1.2
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that runs can be recorded
     if options.builder == "tensorrt-rtx":
         if options.compatibility == "ampere+":
             return config
@@ -332,7 +335,7 @@ def build_engine(
             compatibility=options.compatibility,
             version_compatible=options.version_compatible,
             window=window,
-            batch=options.batch,
+            batch=options.batch or usual_batch(window),
         ),
         text,
     )

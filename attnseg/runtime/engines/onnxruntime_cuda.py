@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -16,26 +17,29 @@ from numpy.typing import NDArray
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.cuda.gpu import find_gpu
 from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.device import usual_batch
 from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.engines.onnxruntime import OnnxSession
 from attnseg.runtime.errors import EngineError, OutOfMemoryError, UnavailableError
 from attnseg.runtime.extras import install
+from attnseg.runtime.geometry import Shape
 
 _PROVIDER = "CUDAExecutionProvider"
 _SHORTAGES = ("FAILED TO ALLOCATE MEMORY", "OUT OF MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED")
-_BATCH = 4  # windows per call; enough to fill a GPU, and a divisor of most volumes' windows
 
 
 class OnnxRuntimeDeviceEngine:
     """Runs an ONNX graph on device memory by I/O binding, in the graph's own precision."""
 
     device_type = "cuda"
+    recorded = "no: ONNX Runtime launches its kernels one by one"
 
     def __init__(
         self,
         session: OnnxSession,
         precision: str,
         device: Device,
+        window: Shape | None = None,
         max_memory_bytes: int | None = None,
     ) -> None:
         """Wrap an open session.
@@ -44,9 +48,11 @@ class OnnxRuntimeDeviceEngine:
             session: Session of the graph, with a provider for the device.
             precision: Precision of the graph.
             device: Device that runs it.
+            window: Window in voxels along X, Y and Z; None for any size.
             max_memory_bytes: Limit of the session's device memory; None for no limit.
         """
         self._session, self._device = session, device
+        self._batch = usual_batch(window)
         self.memory_bytes = max_memory_bytes or 0
         self.info = EngineInfo("onnxruntime-cuda", session.version, precision, device.name)
 
@@ -69,7 +75,7 @@ class OnnxRuntimeDeviceEngine:
     def batches(self) -> tuple[int, int]:
         """See `attnseg.runtime.engines.device.DeviceEngine`."""
         fixed = self._session.fixed_batch
-        return (fixed, fixed) if fixed else (_BATCH, 1)
+        return (fixed, fixed) if fixed else (self._batch, 1)
 
     def enqueue(self, images: Region, logits: Region, shape: Sequence[int]) -> None:
         """See `attnseg.runtime.engines.device.DeviceEngine.enqueue`."""
@@ -123,10 +129,46 @@ def _import_gpu_runtime() -> Any:
     return ort
 
 
+def _other_site_folder() -> dict[str, Path]:
+    """Folders of CUDA's and cuDNN's libraries among the Python packages, by argument of ORT.
+
+    Empty if they are not there, or spread over one folder per library.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    found = {}
+    for name, library in (("cuda", "libcudart.so.*"), ("cudnn", "libcudnn.so.*")):
+        for root in (spec.submodule_search_locations if spec else None) or ():
+            for file in sorted(Path(root).glob(f"*/lib/{library}")):
+                found[name] = file.parent
+    return found
+
+
+def _load_cuda_libraries(ort: Any) -> str:
+    """Load CUDA and cuDNN from their Python packages, or from the system.
+
+    ONNX Runtime looks beside its own package; they may be in another site folder.
+
+    Returns:
+        What ONNX Runtime said about libraries that it could not load, in one line.
+    """
+    with redirect_stdout(io.StringIO()) as printed:  # preload_dlls prints
+        ort.preload_dlls()
+    if not printed.getvalue():
+        return ""
+    folders = _other_site_folder()
+    with redirect_stdout(io.StringIO()) as again:
+        for name, folder in folders.items():
+            only = {"cuda": name == "cuda", "cudnn": name == "cudnn"}
+            ort.preload_dlls(**only, directory=str(folder))
+    loaded = len(folders) == 2 and not again.getvalue()
+    return "" if loaded else " ".join(printed.getvalue().split())
+
+
 def open_onnxruntime_cuda(
     model: Path,
     precision: str,
     open_device: Callable[[], Device],
+    window: Shape | None = None,
     max_memory_bytes: int | None = None,
 ) -> OnnxRuntimeDeviceEngine:
     """Open an ONNX graph on the GPU.
@@ -135,6 +177,7 @@ def open_onnxruntime_cuda(
         model: The graph.
         precision: Precision of the graph.
         open_device: Function that opens the GPU.
+        window: Window in voxels along X, Y and Z that it runs on; None for any size.
         max_memory_bytes: Limit of the device memory for weights and activations; None for no
             limit.
 
@@ -150,22 +193,21 @@ def open_onnxruntime_cuda(
             "ONNX Runtime works in the primary context of a GPU only, and another is current",
             "open the segmenter outside of that context, or use an engine of TensorRT",
         )
-    with redirect_stdout(io.StringIO()):  # preload_dlls prints
-        ort.preload_dlls()  # CUDA and cuDNN from their Python packages, if installed
+    complaints = _load_cuda_libraries(ort)
     settings = {
         "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),
         "use_tf32": "0",  # TensorFloat-32 would round fp32 graphs to 10 bits
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE selects by time: bytes could differ
         "arena_extend_strategy": "kSameAsRequested",  # instead of doubling each time
     }
     if max_memory_bytes is not None:
         settings["gpu_mem_limit"] = str(max_memory_bytes)
     with device.active():
-        session = OnnxSession(model, {}, [(_PROVIDER, settings)])
+        session = OnnxSession(model, {"use_deterministic_compute": True}, [(_PROVIDER, settings)])
     if session.provider != _PROVIDER:  # ONNX Runtime silently continues on the CPU
         raise UnavailableError(
-            "ONNX Runtime could not load its CUDA provider",
+            f"ONNX Runtime could not load its CUDA provider ({complaints or 'no reason given'})",
             "pip install 'onnxruntime-gpu[cuda,cudnn]', and see attnseg doctor for the driver",
         )
-    return OnnxRuntimeDeviceEngine(session, precision, device, max_memory_bytes)
+    return OnnxRuntimeDeviceEngine(session, precision, device, window, max_memory_bytes)

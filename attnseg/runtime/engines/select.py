@@ -153,6 +153,9 @@ def _check_golden(bundle: Bundle, precision: str, engine: Engine) -> Engine:
         golden = read_golden(bundle)
     except BundleError as error:
         raise EngineError(error.cause, error.mend, *error.settings) from error
+    # A GPU engine may compute otherwise for another batch size: it is checked at that of volumes.
+    largest, _ = getattr(engine, "batches", (1, 1))
+    golden = golden.repeated(largest)
     engine.infer(golden.image)
     logits = engine.infer(golden.image)  # an engine may replay a recording from the second run on
     difference = golden.difference(logits) if logits.shape == golden.logits.shape else np.inf
@@ -205,7 +208,7 @@ def _onnxruntime_cuda(
     def open_it() -> Engine:
         from attnseg.runtime.engines.onnxruntime_cuda import open_onnxruntime_cuda
 
-        engine = open_onnxruntime_cuda(file, precision, open_device, own)
+        engine = open_onnxruntime_cuda(file, precision, open_device, request.window, own)
         return _check_golden(bundle, precision, engine)
 
     return Candidate("onnxruntime-cuda", file, precision, open_it)

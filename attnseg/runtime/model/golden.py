@@ -21,15 +21,20 @@ _LARGEST_RATIO = 100  # of the sizes of larger arrays and their file
 
 @dataclass(frozen=True)
 class Golden:
-    """One window and its reference logits.
+    """One window and its reference logits, or several equal ones.
 
     Attributes:
-        image: `(1, C, X, Y, Z)` float32; all values are exactly representable in fp16.
-        logits: `(1, K, X, Y, Z)` float32 logits of the trained network in fp32.
+        image: `(N, C, X, Y, Z)` float32; all values are exactly representable in fp16.
+        logits: `(N, K, X, Y, Z)` float32 logits of the trained network in fp32.
     """
 
     image: NDArray[np.float32]
     logits: NDArray[np.float32]
+
+    def repeated(self, count: int) -> Golden:
+        """The first window `count` times, as one batch."""
+        image, logits = (np.repeat(array[:1], count, axis=0) for array in (self.image, self.logits))
+        return Golden(image, logits)
 
     def difference(self, logits: NDArray[np.float32]) -> float:
         """Maximum absolute error of an engine's logits, relative to the largest absolute logit."""

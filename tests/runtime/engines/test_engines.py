@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -14,8 +15,10 @@ from onnx import TensorProto, helper
 
 from attnseg import Bundle
 from attnseg.runtime.cuda.device import Region
+from attnseg.runtime.engines import onnxruntime_cuda
 from attnseg.runtime.engines import openvino as openvino_engine
 from attnseg.runtime.engines.cpu import CPU_ENGINES, installed_engines, open_engine
+from attnseg.runtime.engines.device import usual_batch
 from attnseg.runtime.engines.onnxruntime import OnnxSession
 from attnseg.runtime.errors import ConfigError, EngineError, OutOfMemoryError
 from tests.runtime.cuda.engines import OnHost
@@ -61,9 +64,9 @@ def test_onnxruntime_runs_on_memory_of_a_device(doubling: Path, kind: int) -> No
     device = HostDevice()
     session = OnnxSession(doubling, {}, ["CPUExecutionProvider"])
     precision = "fp16" if kind == TensorProto.FLOAT16 else "fp32"
-    engine = OnHost(session, precision, device, max_memory_bytes=9)
+    engine = OnHost(session, precision, device, (128, 64, 64), max_memory_bytes=9)
     assert engine.half == (precision == "fp16")
-    assert (engine.batches, engine.memory_bytes) == ((4, 1), 9)
+    assert (engine.batches, engine.memory_bytes) == ((6, 1), 9)
     for batch in (1, 4, 3):
         array = np.arange(batch * 2 * 60).reshape(batch, 2, 3, 4, 5).astype(engine_type(engine))
         images, logits = (device.allocate(array.nbytes) for _ in range(2))
@@ -76,6 +79,50 @@ def test_onnxruntime_runs_on_memory_of_a_device(doubling: Path, kind: int) -> No
         np.testing.assert_array_equal(engine.infer(array.astype(np.float32)), 2 * array)
     with pytest.raises(EngineError, match=r"failed on a batch of shape \(1, 3, 4, 4, 4\)"):
         engine.infer(np.zeros((1, 3, 4, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("window", "batch"),
+    [((64, 64, 64), 12), ((32, 32, 32), 12), ((128, 128, 128), 1), ((96, 96, 96), 3), (None, 1)],
+)
+def test_a_batch_holds_at_most_twelve_windows_of_64_voxels(
+    window: tuple[int, int, int] | None, batch: int
+) -> None:
+    assert usual_batch(window) == batch
+    assert usual_batch((512, 512, 512)) == 1  # more voxels than 12 windows
+
+
+class Preloading:
+    """ONNX Runtime's loader of CUDA's libraries, which finds those of a folder, or fails."""
+
+    def __init__(self, finds: bool) -> None:
+        self.finds, self.calls = finds, []
+
+    def preload_dlls(self, **arguments: object) -> None:
+        self.calls.append(arguments)
+        if not (self.finds and "directory" in arguments):
+            print("Failed to load libcudnn.so.9: cannot open\nPlease follow the page")
+
+
+def test_cuda_is_found_in_another_site_folder_and_what_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("cu13/lib/libcudart.so.13", "cudnn/lib/libcudnn.so.9"):
+        (tmp_path / "nvidia" / file).parent.mkdir(parents=True)
+        (tmp_path / "nvidia" / file).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(onnxruntime_cuda.importlib.util, "find_spec", lambda _: spec)
+    found = Preloading(finds=True)
+    assert onnxruntime_cuda._load_cuda_libraries(found) == ""
+    assert found.calls == [
+        {},
+        {"cuda": True, "cudnn": False, "directory": str(tmp_path / "nvidia/cu13/lib")},
+        {"cuda": False, "cudnn": True, "directory": str(tmp_path / "nvidia/cudnn/lib")},
+    ]
+    for place in (spec, None):
+        monkeypatch.setattr(onnxruntime_cuda.importlib.util, "find_spec", lambda _, s=place: s)
+        told = onnxruntime_cuda._load_cuda_libraries(Preloading(finds=False))
+        assert told == "Failed to load libcudnn.so.9: cannot open Please follow the page"
 
 
 def engine_type(engine: OnHost) -> type:

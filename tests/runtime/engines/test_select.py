@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from attnseg import Bundle, Segmenter, SegmentOptions
-from attnseg.runtime.engines import cpu
+from attnseg.runtime.engines import cpu, select
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.cpu import CPU_ENGINES
 from attnseg.runtime.engines.select import EngineRequest, candidates, select_engine
-from attnseg.runtime.errors import ConfigError, EngineError
+from attnseg.runtime.errors import ConfigError, EngineError, MismatchError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import EngineBuild, FileEntry
@@ -155,6 +155,22 @@ def test_an_engine_that_gives_other_logits_is_refused(
     openers(monkeypatch, bundle, {"tensorrt": float("nan")})
     with pytest.raises(EngineError, match="differ by nan"):
         select_engine(bundle, EngineRequest("tensorrt", window=WINDOW))
+
+
+class OfBatch(Recorded):
+    """Gives the golden window's logits for each window but the last of a batch of four."""
+
+    batches = (4, 1)
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        logits = np.repeat(self._logits, len(batch), axis=0)
+        logits[3:] *= np.float32(1.5)
+        return logits
+
+
+def test_a_gpu_engine_is_checked_at_the_batch_size_of_volumes(bundle: Bundle) -> None:
+    with pytest.raises(MismatchError, match=r"differ by 5.0e-01 of the largest"):
+        select._check_golden(bundle, "fp16", OfBatch(bundle, "tensorrt"))
 
 
 def test_a_bundle_without_golden_window_does_not_run_on_a_gpu(
