@@ -44,7 +44,7 @@ class HostPipeline:
         """See `Pipeline.stage`."""
         plan, clock = self._plan, StageClock()
         with clock.stage(Step.CHECK):
-            checked = check_input(volume, plan.rules)
+            checked = check_input(volume, plan.rules, plan.threads)
         warnings = (*plan.notes, *checked.warnings)
         return Staged(checked.volume, checked.preprocessing, warnings, clock)
 

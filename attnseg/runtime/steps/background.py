@@ -10,15 +10,17 @@ outside the others, 34 % of a channel missing) and the same cases with a backgro
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, repeat
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import VolumeError
+from attnseg.runtime.steps.parallel import Each
 
 _DUST = 0.01  # largest dust, as a share of the channel's 99th percentile
 _DUST_OF_FEW = 1e-3  # the same for models of one or two channels, where tissue may be that dark
@@ -50,7 +52,11 @@ class Cleaned:
 
 
 def clean_background(
-    channels: Sequence[NDArray[Any]], names: Sequence[str], voxel_ml: float, largest_ml: float
+    channels: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    voxel_ml: float,
+    largest_ml: float,
+    each: Each = map,
 ) -> Cleaned:
     """Check the background of all channels, and cut dust far below the signal to 0.
 
@@ -59,22 +65,22 @@ def clean_background(
         names: Name of each channel, for messages.
         voxel_ml: Volume of a voxel.
         largest_ml: Largest foreground of the training cases.
+        each: Function that calls another with each channel.
 
     Raises:
         VolumeError: The background of a channel is not 0, the foregrounds of the channels
             contradict each other, or the foreground is more than the object.
     """
-    coarse = [_coarse(channel) for channel in channels]
-    cleaned, dust = _without_dust(channels, coarse, names)
-    for name, given, channel in zip(names, channels, cleaned, strict=True):
-        _check_edges(name, given, channel)
+    coarse = list(each(_coarse, channels))
+    cleaned, dust = _without_dust(channels, coarse, names, each)
+    deque(each(_check_edges, names, channels, cleaned), maxlen=0)
     if dust:
-        coarse = [_coarse(channel) for channel in cleaned]
+        coarse = list(each(_coarse, cleaned))
     masks = np.stack([values != 0 for values in coarse])
     apart = _compare_foregrounds(masks, names)
     foreground_ml = _share_of(np.asarray(masks.any(axis=0))) * cleaned[0].size * voxel_ml
     larger = _check_size(foreground_ml, largest_ml)
-    _check_shell(cleaned)
+    _check_shell(cleaned, each)
     return Cleaned(cleaned, (*dust, *apart, *larger))
 
 
@@ -97,8 +103,8 @@ def _dust_limit(coarse: NDArray[Any], share: float) -> float:
 
 def _dust_in(channels: Sequence[NDArray[Any]], limits: Sequence[float]) -> NDArray[np.bool_]:
     """Voxels that are dust: at most the limit in all channels, and not 0 in all."""
-    low = np.ones(channels[0].shape, np.bool_, order="F")
-    nonzero = np.zeros(channels[0].shape, np.bool_, order="F")
+    low = np.ones_like(channels[0], np.bool_)  # of the same memory order, which is much faster
+    nonzero = np.zeros_like(channels[0], np.bool_)
     for channel, limit in zip(channels, limits, strict=True):
         low &= (channel >= -limit) & (channel <= limit)
         nonzero |= channel != 0
@@ -106,11 +112,14 @@ def _dust_in(channels: Sequence[NDArray[Any]], limits: Sequence[float]) -> NDArr
 
 
 def _without_dust(
-    channels: Sequence[NDArray[Any]], coarse: Sequence[NDArray[Any]], names: Sequence[str]
+    channels: Sequence[NDArray[Any]],
+    coarse: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    each: Each,
 ) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
     """Channels without dust, and a warning if there was any."""
     share = _DUST if len(channels) > 2 else _DUST_OF_FEW
-    limits = [_dust_limit(values, share) for values in coarse]
+    limits = list(each(_dust_limit, coarse, repeat(share)))
     foreground = np.logical_or.reduce([c != 0 for c in coarse])
     if np.count_nonzero(_dust_in(coarse, limits)) <= _FEW * np.count_nonzero(foreground):
         return list(channels), ()
@@ -196,15 +205,19 @@ def _check_size(foreground_ml: float, largest_ml: float) -> list[str]:
     return []
 
 
-def _check_shell(channels: list[NDArray[Any]]) -> None:
+def _check_shell(channels: list[NDArray[Any]], each: Each) -> None:
     """Raise `VolumeError` if a shell, such as the skull, encloses the object across a gap."""
-    for axis in range(3):  # a shell that the volume cuts off is closed along one axis only
-        indices = [int(share * channels[0].shape[axis]) for share in (0.4, 0.5, 0.6)]
-        planes = [
-            np.logical_or.reduce([_plane(channel, axis, index) != 0 for channel in channels])
-            for index in indices
-        ]
-        shares = [_enclosed(plane) for plane in planes if plane.any()]
+    where = [(axis, share) for axis in range(3) for share in (0.4, 0.5, 0.6)]
+
+    def enclosed(at: tuple[int, float]) -> float | None:
+        axis, share = at
+        index = int(share * channels[0].shape[axis])
+        plane = np.logical_or.reduce([_plane(channel, axis, index) != 0 for channel in channels])
+        return _enclosed(plane) if plane.any() else None
+
+    found = list(each(enclosed, where))
+    for first in (0, 3, 6):  # a shell that the volume cuts off is closed along one axis only
+        shares = [share for share in found[first : first + 3] if share is not None]
         if shares and float(np.median(shares)) > _SHELL:
             raise VolumeError("a shell encloses the object, as the skull does", _STRIP)
 

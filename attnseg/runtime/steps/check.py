@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -16,6 +17,7 @@ from attnseg.runtime.geometry import AxisTransform, format_size
 from attnseg.runtime.steps.background import clean_background
 from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
+from attnseg.runtime.steps.parallel import Each, mapping
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Task
@@ -77,8 +79,13 @@ def check_channel_count(volume: Volume, task: Task) -> None:
         )
 
 
-def check_input(volume: Volume, rules: InputRules) -> Checked:
+def check_input(volume: Volume, rules: InputRules, threads: int = 1) -> Checked:
     """Check a volume in host memory against the requirements of a model.
+
+    Args:
+        volume: The volume.
+        rules: Requirements of the model.
+        threads: Number of CPU threads.
 
     Raises:
         ScanError: The number of channels is wrong.
@@ -91,7 +98,8 @@ def check_input(volume: Volume, rules: InputRules) -> Checked:
     check_volume(volume)
     preprocessing, resampled = choose_grid(volume, rules)
     try:
-        cleaned, doubts = clean_channels(volume, rules)
+        with mapping(threads) as each:
+            cleaned, doubts = clean_channels(volume, rules, each)
     except VolumeError as error:  # a wrong voxel size may be the cause
         cause = "; ".join((error.cause, *resampled))
         raise VolumeError(cause, error.mend, *error.settings) from error
@@ -152,8 +160,15 @@ def channel_labels(volume: Volume, task: Task) -> list[str]:
     return [f"{name} ({file})" if file else name for name, file in pairs]
 
 
-def clean_channels(volume: Volume, rules: InputRules) -> tuple[Volume, tuple[str, ...]]:
+def clean_channels(
+    volume: Volume, rules: InputRules, each: Each = map
+) -> tuple[Volume, tuple[str, ...]]:
     """Check the intensities of a volume; extreme values are replaced, and dust is cut to 0.
+
+    Args:
+        volume: The volume.
+        rules: Requirements of the model.
+        each: Function that calls another with each channel.
 
     Returns:
         The volume and warnings for readers of the result.
@@ -163,27 +178,28 @@ def clean_channels(volume: Volume, rules: InputRules) -> tuple[Volume, tuple[str
     """
     names = channel_labels(volume, rules.task)
     channels: list[NDArray[Any]] = list(volume.channels)
-    warnings: list[str] = []
-    for name, channel in zip(names, channels, strict=True):
-        _check_varies(name, channel)
-    channels, extremes = replace_extremes(channels, names)
-    warnings += extremes
-    warnings += _check_background(channels, names, volume, rules)
+    deque(each(_check_varies, names, channels), maxlen=0)
+    channels, extremes = replace_extremes(channels, names, each)
+    channels, doubts = _check_background(channels, names, volume, rules, each)
     _check_distinct(channels, names)
-    return replace(volume, channels=channels), tuple(warnings)
+    warnings = (*extremes, *doubts)
+    return replace(volume, channels=channels), warnings
 
 
 def _check_background(
-    channels: list[NDArray[Any]], names: Sequence[str], volume: Volume, rules: InputRules
-) -> tuple[str, ...]:
-    """Replace channels with dust by cleaned ones, and return warnings."""
+    channels: list[NDArray[Any]],
+    names: Sequence[str],
+    volume: Volume,
+    rules: InputRules,
+    each: Each,
+) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
+    """Channels without dust, and warnings."""
     schemes = rules.preprocessing.normalisation
     if any(scheme.foreground != "nonzero" for scheme in schemes):
-        return ()
+        return channels, ()
     if rules.foreground_ml is not None:
-        cleaned = clean_background(channels, names, volume.voxel_ml, rules.foreground_ml)
-        channels[:] = cleaned.channels
-        return cleaned.warnings
+        cleaned = clean_background(channels, names, volume.voxel_ml, rules.foreground_ml, each)
+        return cleaned.channels, cleaned.warnings
     for name, channel in zip(names, channels, strict=True):
         value = background_value(channel)
         if value != 0:
@@ -193,11 +209,12 @@ def _check_background(
             )
     share = np.count_nonzero(channels[0]) / channels[0].size
     if share <= _FULL:
-        return ()
-    return (
+        return channels, ()
+    warning = (
         f"{share:.0%} of the voxels are not 0: the model takes a background of 0, and the result "
-        "is likely wrong",
+        "is likely wrong"
     )
+    return channels, (warning,)
 
 
 def _check_varies(name: str, channel: NDArray[Any]) -> None:

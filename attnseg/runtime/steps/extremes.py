@@ -14,25 +14,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.steps.parallel import Each
+
 _FARTHEST = 10.0  # distance from the percentiles, as a multiple of their distance
 
 
 def replace_extremes(
-    channels: Sequence[NDArray[Any]], names: Sequence[str]
+    channels: Sequence[NDArray[Any]], names: Sequence[str], each: Each = map
 ) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
     """Replace values far beyond all others.
 
     Args:
         channels: C arrays `(X, Y, Z)`, any real dtype, finite.
         names: Name of each channel, for warnings.
+        each: Function that calls another with each channel.
 
     Returns:
         The channels, those without extreme values as given, and warnings.
     """
     replaced, warnings = list(channels), []
-    for index, (name, channel) in enumerate(zip(names, channels, strict=True)):
-        (low, high), limits = _limits(channel)
-        if limits[0] <= channel.min() and channel.max() <= limits[1]:
+    looked = zip(names, channels, each(_look, channels), strict=True)
+    for index, (name, channel, ((low, high), limits, within)) in enumerate(looked):
+        if within:
             continue
         extreme = (channel < limits[0]) | (channel > limits[1])
         warnings.append(
@@ -44,6 +47,12 @@ def replace_extremes(
         inside = np.where(tissue, np.clip(channel, kind(low), kind(high)), kind(0))
         replaced[index] = np.where(extreme, inside, channel)
     return replaced, tuple(warnings)
+
+
+def _look(channel: NDArray[Any]) -> tuple[tuple[float, float], tuple[float, float], bool]:
+    """Percentiles and limits of a channel, and whether all its values are within the limits."""
+    percentiles, limits = _limits(channel)
+    return percentiles, limits, bool(limits[0] <= channel.min() and channel.max() <= limits[1])
 
 
 def _describe(channel: NDArray[Any], extreme: NDArray[np.bool_]) -> str:

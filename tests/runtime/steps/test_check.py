@@ -91,3 +91,23 @@ def test_doubts_about_the_header_are_named_with_an_implausible_spacing(volume: V
     doubtful = replace(spaced(volume, 1000, 1000, 1000), warnings=("a.nii states its unit",))
     with pytest.raises(VolumeError, match=r"by a factor of 1e\+03; a\.nii states its unit"):
         check_input(doubtful, RULES)
+
+
+def test_any_number_of_threads_finds_the_same(volume: Volume) -> None:
+    rng = np.random.default_rng(0)
+    dust = rng.integers(0, 3, volume.shape)
+    channels = [np.where(c == 0, dust, c).astype(np.int16) for c in volume.channels]
+    channels[1][0, 0, 0] = 32000
+    one, several = (
+        check_input(replace(volume, channels=channels), RULES, threads) for threads in (1, 3)
+    )
+    first, second = several.warnings
+    assert first.startswith("t1ce: 1 voxel lies far beyond all others, up to 3.2e+04")
+    assert second.startswith("t1, t1ce, t2, flair: the background is not 0")
+    assert several.warnings == one.warnings
+    np.testing.assert_array_equal(several.volume.channels, one.volume.channels)
+    channels[2] = channels[2] * 0 + 5
+    channels[3] = channels[3] * 0
+    for threads in (1, 3):
+        with pytest.raises(VolumeError, match="t2: is constant"):  # the first of two errors
+            check_input(replace(volume, channels=channels), RULES, threads)
