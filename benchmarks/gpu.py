@@ -30,14 +30,23 @@ from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.case.nifti import encode_labels, read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.cuda.device import Device, Region, bytes_at
-from attnseg.runtime.cuda.kernels import Extent, GatherArgs, OccupyArgs, ScanArgs, Tiling
+from attnseg.runtime.cuda.kernels import (
+    GATHERED,
+    SPREAD,
+    Extent,
+    GatherArgs,
+    OccupyArgs,
+    ScanArgs,
+    SumCountsArgs,
+    Tiling,
+    groups_along_z,
+)
 from attnseg.runtime.cuda.memory import MemoryRequirements, plan_memory, smallest_plan
-from attnseg.runtime.cuda.statistics import statistics_bytes
+from attnseg.runtime.cuda.statistics import scratch_bytes, statistics_bytes
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.engines.select import select_engine
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.geometry import AxisTransform
 from attnseg.runtime.options import resolve
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.tta import PASSES
@@ -107,21 +116,29 @@ def _cover(tiling: Tiling) -> float:
     return float(np.prod(along))
 
 
+def windows_of(count: int, args: GatherArgs) -> int:
+    """Number of windows that a launch of `gather` on so many indices copies."""
+    window = [getattr(args.tiling.window, axis) for axis in "xyz"]
+    return int(count // (args.channels * groups_along_z(window, GATHERED)))
+
+
 def floor_bytes(name: str, count: int, args: Any) -> int:
     """Bytes that a launch must move, each counted once (`B` in kernels.cu)."""
     if name == "moment":
         return 4 * int(args.voxels)
+    if name in ("scan", "scan_float"):
+        return (2 if name == "scan" else 4) * voxels_of(args.shape)
     if name == "occupy":
-        return 4 * count * int(args.channels)
+        return 4 * voxels_of(args.shape) * int(args.channels)
     if name == "gather":
-        return count * (6 if int(args.half) else 8)
-    if name == "blend":
+        elements = windows_of(count, args) * args.channels * voxels_of(args.tiling.window)
+        return int(elements * (6 if args.half else 8))
+    if name.startswith("blend"):
         logits = _cover(args.tiling) * args.count * (2 if args.half else 4)
         scores = 4 * args.count * ((not args.first) + (not args.last)) if args.scores else 0
-        return int((logits + scores + args.last) * count)
+        return int((logits + scores + args.last) * voxels_of(args.shape))
     per_index = {
-        "scan": 2,
-        "scan_float": 4,
+        "sum_counts": 68,
         "refine": 4,
         "normalise": 6,
         "normalise_float": 8,
@@ -153,7 +170,7 @@ class Counting:
         self._device.launch(name, count, args)
         self.work.launches[name] += 1
         if isinstance(args, GatherArgs):
-            self.work.windows += count // (args.channels * voxels_of(args.tiling.window))
+            self.work.windows += windows_of(count, args)
         self.work.moved_bytes[name] += floor_bytes(name, count, args)
         if before:
             self._marks.append((name, before, self._device.mark()))
@@ -199,19 +216,20 @@ class OnDevice:
 def _only_look(name: str, count: int, args: Any) -> None:
     """Stand-in for the kernels that finds the box and marks every window as occupied, no more."""
     if isinstance(args, ScanArgs):
-        memory = bytes_at(args.volume, 2 * count).view(np.int16)
+        memory = bytes_at(args.volume, 2 * voxels_of(args.shape)).view(np.int16)
         values, counts = np.unique(memory[memory != 0], return_counts=True)
-        bytes_at(args.counts, 4 << 16).view(np.int32)[values.astype(int) + 32768] = counts
-        shape = [getattr(args.shape, axis) for axis in "xyz"]
-        turn = AxisTransform(
-            tuple(args.transform.axes), tuple(np.flatnonzero(args.transform.flips).tolist())
-        )
-        found = np.nonzero(turn.apply(memory.reshape(shape)))
+        spread = bytes_at(args.counts, 4 * SPREAD << 16).view(np.int32).reshape(-1, SPREAD)
+        spread[values.astype(int) + 32768, 0] = counts
+        shape = np.array([getattr(args.shape, axis) for axis in "xyz"])
+        found = np.nonzero(memory.reshape(shape))
         box = bytes_at(args.box, 24).view(np.int32)
-        box[:3] = np.minimum(box[:3], [along.min() for along in found])
-        box[3:] = np.maximum(box[3:], [along.max() for along in found])
+        box[:3] = shape - [along.min() for along in found]
+        box[3:] = [along.max() + 1 for along in found]
+    elif isinstance(args, SumCountsArgs):
+        spread = bytes_at(args.counts, 4 * SPREAD << 16).view(np.int32)
+        bytes_at(args.sums, 4 << 16).view(np.int32)[:] = spread.reshape(-1, SPREAD).sum(axis=1)
     elif isinstance(args, OccupyArgs):
-        bytes_at(args.occupied, 4 * voxels_of(args.tiling.count)).view(np.int32)[:] = 1
+        bytes_at(args.occupied, 4 * args.tiling.windows).view(np.int32)[:] = 1
 
 
 def work_of(bundle: Bundle, volume: Volume) -> Work:
@@ -332,7 +350,7 @@ def print_memory(bundle: Bundle, volume: Volume) -> None:
         windows=planned.windows,
         transforms=planned.transforms,
         statistics_bytes=statistics_bytes(len(manifest.task.channels)),
-        refine_bytes=0,
+        scratch_bytes=scratch_bytes(floating=False, percentiles=0),
         floating=False,
         half=True,
         batches=Idle.batches,

@@ -113,6 +113,15 @@ class AxisTransform:
         """Shape of an array of `shape` after the transform."""
         return shape_of([shape[axis] for axis in self.axes])
 
+    def box(self, box: Box, shape: Sequence[int]) -> Box:
+        """Box in the transformed array of a box in an array of `shape`."""
+        ends = [(box.start[axis], box.stop[axis]) for axis in self.axes]
+        for axis in self.flips:
+            size, (start, stop) = shape[self.axes[axis]], ends[axis]
+            ends[axis] = size - stop, size - start
+        starts, stops = zip(*ends, strict=True)
+        return Box(shape_of(starts), shape_of(stops))
+
     def layout(self, layout: Layout) -> Layout:
         """Layout of the transformed view of an array with `layout`."""
         offset, strides = layout.offset, [layout.strides[axis] for axis in self.axes]

@@ -75,6 +75,20 @@ def test_the_matrix_of_a_transform_names_the_voxel_it_shows(
         assert applied[voxel] == array[x, y, z]
 
 
+@given(orientations, orientations, shapes, st.data())
+def test_a_box_is_transformed_with_its_voxels(
+    source: str, target: str, shape: tuple[int, int, int], data: st.DataObject
+) -> None:
+    ends = [sorted(data.draw(st.tuples(*[st.integers(0, n - 1)] * 2))) for n in shape]
+    box = Box(shape_of([a for a, _ in ends]), shape_of([b + 1 for _, b in ends]))
+    marked = np.zeros(shape, bool)
+    marked[box.slices()] = True
+    transform = AxisTransform.between(source, target)
+    found = np.zeros(transform.shape(shape), bool)
+    found[transform.box(box, shape).slices()] = True
+    np.testing.assert_array_equal(found, transform.apply(marked))
+
+
 def test_a_transform_that_is_computed_by_hand() -> None:
     """LPS to RAS reverses X and Y; of 2 x 3 x 1 voxels the first is then the last."""
     transform = AxisTransform.between("LPS", "RAS")

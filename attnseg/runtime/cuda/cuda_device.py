@@ -253,9 +253,9 @@ class CudaDevice:
     def upload_ahead(self, source: NDArray[Any]) -> tuple[CudaBuffer, Event]:
         """See `Device.upload_ahead`."""
         content = as_bytes(source)
+        pinned = self.pinned.take_for_upload(content.size)
+        bytes_at(pinned.pointer, content.size)[:] = content
         with self.pinned.upload_lock:
-            pinned = self.pinned.take_for_upload(content.size)
-            bytes_at(pinned.pointer, content.size)[:] = content
             buffer = self._allocate(content.size, self._up)
             self._copy("upload", pinned.pointer, buffer.pointer, content.size, self._up)
             buffer.busy = pinned.busy = self._event(self._up)

@@ -62,8 +62,8 @@ def find_gpu() -> Gpu:
         raise UnavailableError("cuda-core is not installed", install("gpu")) from error
     try:
         Device(0)  # starts CUDA
-        status, current = driver.cuCtxGetDevice()
-        ordinal = 0 if int(status) else int(current)
+        _, context = driver.cuCtxGetCurrent()
+        ordinal = int(driver.cuCtxGetDevice()[1]) if int(context) else 0
         device = Device(ordinal)
         _, memory_bytes = driver.cuDeviceTotalMem(device.device_id)
         _, version = driver.cuDriverGetVersion()

@@ -6,8 +6,9 @@
 // without fused multiply-add, its sums equal those of the numpy pipeline bit for bit.
 //
 // Indices have 32 bits, as 64-bit division costs a GPU more than most bodies; offsets have 64 bits.
+// Where an index stands for several neighbours along Z, a thread has their loads in flight together.
 // Arrays are C-contiguous: images (C, X, Y, Z), logits (windows, K, x, y, z). The comment of each
-// kernel names its numpy reference, and B, the minimum number of bytes moved per index.
+// kernel names its numpy reference, and B, the minimum number of bytes moved per voxel or element.
 
 #ifdef __CUDACC__
 
@@ -40,11 +41,19 @@ FUNCTION float half_value(unsigned short bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+// Copies B bytes between addresses that are multiples of B.
+template <int B> FUNCTION void copy(void *to, const void *from) {
+    if constexpr (B == 16) *(uint4 *)to = *(const uint4 *)from;
+    else if constexpr (B == 8) *(uint2 *)to = *(const uint2 *)from;
+    else *(unsigned *)to = *(const unsigned *)from;
+}
 
 #else
 
 #include <cmath>
 #include <cstring>
+
+#define __align__(bytes) alignas(bytes)
 
 #define KERNEL(name, Args)                                                              \
     static void name##_body(const Args &a, unsigned i);                                 \
@@ -72,8 +81,21 @@ FUNCTION float half_value(unsigned short bits) {
     std::memcpy(&half, &bits, 2);
     return (float)half;
 }
+template <int B> FUNCTION void copy(void *to, const void *from) { std::memcpy(to, from, B); }
 
 #endif
+
+// Copies N elements; in pieces of up to 16 bytes if both addresses allow it.
+template <int N, class T> FUNCTION void copy_all(T *to, const T *from) {
+    const int size = (int)(N * sizeof(T)), piece = size % 16 == 0 ? 16 : size % 8 == 0 ? 8 : 4;
+    if constexpr (size % piece == 0)
+        if ((((unsigned long long)to | (unsigned long long)from) & (piece - 1)) == 0) {
+            for (int k = 0; k < size; k += piece)
+                copy<piece>((char *)to + k, (const char *)from + k);
+            return;
+        }
+    for (int k = 0; k < N; ++k) to[k] = from[k];
+}
 
 struct Extent { int x, y, z; };
 
@@ -90,6 +112,14 @@ FUNCTION bool inside(Extent at, Extent of) {
 }
 FUNCTION Extent plus(Extent a, Extent b) { return Extent{a.x + b.x, a.y + b.y, a.z + b.z}; }
 FUNCTION Extent minus(Extent a, Extent b) { return Extent{a.x - b.x, a.y - b.y, a.z - b.z}; }
+FUNCTION Extent largest(Extent a, Extent b) {
+    return Extent{a.x > b.x ? a.x : b.x, a.y > b.y ? a.y : b.y, a.z > b.z ? a.z : b.z};
+}
+// The voxel that follows another in memory.
+FUNCTION Extent next(Extent at, Extent of) {
+    if (++at.z < of.z) return at;
+    return ++at.y < of.y ? Extent{at.x, at.y, 0} : Extent{at.x + 1, 0, 0};
+}
 FUNCTION int axis(Extent s, int which) { return which == 0 ? s.x : which == 1 ? s.y : s.z; }
 
 // Memory layout of a volume, with any order and direction of the axes.
@@ -119,6 +149,11 @@ FUNCTION Extent from_turned(AxisTransform t, Extent at, Extent shape) {
     }
     return Extent{source[0], source[1], source[2]};
 }
+// Elements from a voxel of the image to the one that follows it along Z of the turned image.
+FUNCTION long long step_along_turned_z(AxisTransform t, Extent shape) {
+    long long step = t.axes[2] == 0 ? (long long)shape.y * shape.z : t.axes[2] == 1 ? shape.z : 1;
+    return t.flips[2] ? -step : step;
+}
 FUNCTION Extent to_turned(AxisTransform t, Extent at, Extent shape) {
     Extent turned = turned_shape(t, shape);
     int target[3];
@@ -147,8 +182,10 @@ FUNCTION Extent start_of(const Tiling &t, int window) {
 FUNCTION int first_along(int at, int window, int stride) {
     return at < window ? 0 : (at - window) / stride + 1;
 }
-// Calls `visit(window, position in it)` for all windows that contain a voxel, in the plan's order.
-template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Extent at, Visit visit) {
+// Calls `visit(window, position in it)` for all windows that contain any of `along` voxels from `at` on
+// along Z, in the plan's order. The position is that of the first voxel, which may lie in front.
+template <class Visit>
+FUNCTION void for_windows_around(const Tiling &t, Extent at, int along, Visit visit) {
     for (int x = first_along(at.x, t.window.x, t.stride.x); x < t.count.x; ++x) {
         int in_x = at.x - start_along(x, t.stride.x, t.last.x);
         if (in_x < 0) break;
@@ -157,35 +194,56 @@ template <class Visit> FUNCTION void for_windows_around(const Tiling &t, Extent 
             if (in_y < 0) break;
             for (int z = first_along(at.z, t.window.z, t.stride.z); z < t.count.z; ++z) {
                 int in_z = at.z - start_along(z, t.stride.z, t.last.z);
-                if (in_z < 0) break;
+                if (in_z + along <= 0) break;
                 visit((x * t.count.y + y) * t.count.z + z, Extent{in_x, in_y, in_z});
             }
         }
     }
 }
 
-// Widens a box (smallest X, Y, Z, then largest). Most voxels only read it and change nothing.
-FUNCTION void widen(int *box, Extent at) {
-    for (int j = 0; j < 3; ++j) {
-        if (axis(at, j) < load(box + j)) atomicMin(box + j, axis(at, j));
-        if (axis(at, j) > load(box + 3 + j)) atomicMax(box + 3 + j, axis(at, j));
-    }
-}
+const int SCANNED = 16;  // voxels per index of the scans
+const int SPREAD = 16;   // counters per value: a GPU adds to one sector of memory at a time
 
-// Counts of the nonzero values of one channel, and their bounding box; one index per voxel, in
-// memory order. Reference: numpy.bincount, foreground.foreground_box. B: 2.
+// Counts of the nonzero values of one channel, and their bounding box in memory; one index per 16
+// voxels, in memory order. Reference: numpy.bincount, foreground.foreground_box. B: 2.
 struct ScanArgs {
     const void *volume;  // int16, or fp32
-    int *counts;         // 65536, indexed by value + 32768, or by the upper half of the key
-    int *box;
-    Extent shape;  // of the memory
-    AxisTransform transform;    // from memory to the volume
+    int *counts;         // (65536, 16), indexed by value + 32768, or by the upper half of the key
+    int *box;            // largest distance of a voxel from the end along X, Y, Z, and from the start
+    Extent shape;        // of the memory
 };
+template <class T, class Bin> FUNCTION void scan_voxels(const ScanArgs &a, unsigned i, Bin bin_of) {
+    long long voxels = voxels_of(a.shape), first = (long long)i * SCANNED;
+    int count = voxels - first < SCANNED ? (int)(voxels - first) : SCANNED;
+    const T *volume = (const T *)a.volume + first;
+    __align__(16) T values[SCANNED];
+    if (count == SCANNED) copy_all<SCANNED>(values, volume);
+    else
+        for (int k = 0; k < SCANNED; ++k) values[k] = k < count ? volume[k] : (T)0;
+    Extent at = place((unsigned)first, a.shape);
+    Extent before = {0, 0, 0}, behind = {0, 0, 0};
+    int *counts = a.counts + i % SPREAD;
+    int last = -1, run = 0;  // equal neighbours are counted by one addition
+    for (int k = 0; k < SCANNED; ++k) {
+        if (values[k] != 0) {
+            int bin = bin_of(values[k]);
+            if (bin != last && run) atomicAdd(counts + last * SPREAD, run);
+            run = bin == last ? run + 1 : 1;
+            last = bin;
+            before = largest(before, minus(a.shape, at));
+            behind = largest(behind, plus(at, Extent{1, 1, 1}));
+        }
+        at = next(at, a.shape);
+    }
+    if (!run) return;
+    atomicAdd(counts + last * SPREAD, run);
+    for (int j = 0; j < 3; ++j) {  // most voxels only read the box and change nothing
+        if (axis(before, j) > load(a.box + j)) atomicMax(a.box + j, axis(before, j));
+        if (axis(behind, j) > load(a.box + 3 + j)) atomicMax(a.box + 3 + j, axis(behind, j));
+    }
+}
 KERNEL(scan, ScanArgs) {
-    int value = ((const short *)a.volume)[i];
-    if (value == 0) return;
-    atomicAdd(a.counts + value + 32768, 1);
-    widen(a.box, to_turned(a.transform, place(i, a.shape), a.shape));
+    scan_voxels<short>(a, i, [](short value) { return value + 32768; });
 }
 
 // Order-preserving key of a float: for both signs, the larger float has the larger key.
@@ -199,10 +257,20 @@ FUNCTION unsigned key_of(float value) {
 // lower halves (`refine`) they yield any order statistic (radix selection: Alabi et al., "Fast
 // k-selection algorithms for graphics processing units", JEA 17, 2012). B: 4.
 KERNEL(scan_float, ScanArgs) {
-    float value = ((const float *)a.volume)[i];
-    if (value == 0) return;
-    atomicAdd(a.counts + (key_of(value) >> 16), 1);
-    widen(a.box, to_turned(a.transform, place(i, a.shape), a.shape));
+    scan_voxels<float>(a, i, [](float value) { return (int)(key_of(value) >> 16); });
+}
+
+// Adds the counters of each value. Reference: numpy.sum. B: 68.
+struct SumCountsArgs {
+    const int *counts;  // (65536, 16)
+    int *sums;          // 65536
+};
+KERNEL(sum_counts, SumCountsArgs) {
+    __align__(16) int counts[SPREAD];
+    copy_all<SPREAD>(counts, a.counts + (long long)i * SPREAD);
+    int sum = 0;
+    for (int k = 0; k < SPREAD; ++k) sum += counts[k];
+    a.sums[i] = sum;
 }
 
 // Counts of the lower halves of keys whose upper half was chosen. Reference: numpy.unique. B: 4.
@@ -272,7 +340,22 @@ KERNEL(normalise_float, NormaliseFloatArgs) {
     a.image[i] = a.keep_zero && value == 0 ? 0.0f : (float)mapped;
 }
 
+// A row of a window along Z: where it lies in the image, and which of its voxels the image has.
+struct Row {
+    long long first, step;  // element of the first voxel, and elements from one to the next
+    int begin, end;         // voxels within the image; the others are padding
+};
+FUNCTION Row row_of(const Tiling &t, AxisTransform transform, Extent shape, int window, Extent within) {
+    Extent turned = minus(plus(start_of(t, window), within), t.pad);
+    Extent of = turned_shape(transform, shape);
+    bool outside = turned.x < 0 || turned.y < 0 || turned.x >= of.x || turned.y >= of.y;
+    int begin = -turned.z, end = of.z - turned.z;
+    return Row{index(from_turned(transform, turned, shape), shape), step_along_turned_z(transform, shape),
+               begin > 0 ? begin : 0, outside ? 0 : end};
+}
+
 // Flags the windows of the turned, padded image that are not all 0; the others skip the network.
+// One index per row of a window along Z; a row of a flagged window is not looked at.
 // Reference: numpy.any per window. B: 4C.
 struct OccupyArgs {
     const float *image;  // (C, X, Y, Z)
@@ -283,19 +366,27 @@ struct OccupyArgs {
     int channels;
 };
 KERNEL(occupy, OccupyArgs) {
+    Extent window = a.tiling.window;
+    unsigned rows = (unsigned)window.x * window.y;
+    int which = (int)(i / rows);
+    Extent within = {(int)(i % rows) / window.y, (int)(i % rows) % window.y, 0};
+    Row row = row_of(a.tiling, a.transform, a.shape, which, within);
     long long voxels = voxels_of(a.shape);
-    bool empty = true;
-    for (int c = 0; c < a.channels && empty; ++c) empty = a.image[c * voxels + i] == 0;
-    if (empty) return;
-    Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
-    int *occupied = a.occupied;
-    for_windows_around(a.tiling, at, [=](int window, Extent) {
-        if (!load(occupied + window)) store(occupied + window, 1);
-    });
+    int end = row.end < window.z ? row.end : window.z;
+    for (int z = row.begin; z < end; ++z) {
+        if (z % 8 == 0 && load(a.occupied + which)) return;
+        for (int c = 0; c < a.channels; ++c)
+            if (a.image[c * voxels + row.first + z * row.step] != 0) {
+                store(a.occupied + which, 1);
+                return;
+            }
+    }
 }
 
-// Copies windows of the turned, padded image to the engine's input. Reference: windows.pad_image
-// and Box.slices. B: 4 + 2 or 4.
+const int GATHERED = 8;  // voxels along Z per index of `gather`
+
+// Copies windows of the turned, padded image to the engine's input; one index per 8 voxels of a row.
+// Reference: windows.pad_image and Box.slices. B: 4 + 2 or 4.
 struct GatherArgs {
     const float *image;  // (C, X, Y, Z)
     void *batches;       // each (windows, C, x, y, z), fp16 or fp32
@@ -306,20 +397,37 @@ struct GatherArgs {
     AxisTransform transform;
     int channels, batch, half;  // `batch` windows per batch
 };
-KERNEL(gather, GatherArgs) {
-    unsigned voxels = (unsigned)voxels_of(a.tiling.window);
-    unsigned channel = i / voxels, window = channel / a.channels;
-    long long to = window / a.batch * a.stride +
-                   (long long)(i - window / a.batch * a.batch * a.channels * voxels);
-    Extent at = plus(place(i % voxels, a.tiling.window), start_of(a.tiling, a.windows[window]));
-    Extent turned = minus(at, a.tiling.pad);
-    float value = 0;
-    if (inside(turned, turned_shape(a.transform, a.shape))) {
-        Extent source = from_turned(a.transform, turned, a.shape);
-        value = a.image[channel % a.channels * voxels_of(a.shape) + index(source, a.shape)];
+FUNCTION void put(float *to, float value) { *to = value; }
+FUNCTION void put(unsigned short *to, float value) { *to = half_bits(value); }
+template <class T>
+FUNCTION void gather_row(const GatherArgs &a, T *to, const float *image, Row row, int z) {
+    __align__(16) T values[GATHERED];
+    int count = a.tiling.window.z - z;
+    for (int k = 0; k < GATHERED; ++k) {
+        bool there = z + k >= row.begin && z + k < row.end && k < count;
+        put(values + k, there ? image[row.first + (z + k) * row.step] : 0.0f);
     }
-    if (a.half) ((unsigned short *)a.batches)[to] = half_bits(value);
-    else ((float *)a.batches)[to] = value;
+    if (count >= GATHERED) copy_all<GATHERED>(to, values);
+    else
+        for (int k = 0; k < GATHERED; ++k)
+            if (k < count) to[k] = values[k];
+}
+KERNEL(gather, GatherArgs) {
+    Extent window = a.tiling.window;
+    Extent groups = {window.x, window.y, (window.z + GATHERED - 1) / GATHERED};
+    unsigned per_channel = (unsigned)voxels_of(groups);
+    int row_number = (int)(i / per_channel), channel = row_number % a.channels;
+    int slot = row_number / a.channels;
+    Extent within = place(i % per_channel, groups);
+    int z = within.z * GATHERED;
+    within.z = 0;
+    Row row = row_of(a.tiling, a.transform, a.shape, a.windows[slot], within);
+    long long voxels = voxels_of(window);
+    long long to = slot / a.batch * a.stride + (slot % a.batch * a.channels + channel) * voxels +
+                   index(within, window) + z;
+    const float *image = a.image + channel * voxels_of(a.shape);
+    if (a.half) gather_row(a, (unsigned short *)a.batches + to, image, row, z);
+    else gather_row(a, (float *)a.batches + to, image, row, z);
 }
 
 // Converts logits from fp32 to fp16, to halve their memory. Reference: numpy.astype. B: 6.
@@ -343,11 +451,13 @@ template <int N> FUNCTION int first_largest(const float (&scores)[N], int count)
     return best;
 }
 
+const int BLENDED = 2;  // voxels along Z per index, for few classes
+
 // One pass over all windows. For each voxel of the box: the mean of the logits of all windows that
 // contain it, weighted by the importance map, and summed in the plan's order without atomics, hence
 // deterministic. Then its class; with several passes, a vote plus 1/16 of the probability, or the
-// probability alone (tta.py), is added to the scores, and the last pass writes the class.
-// Reference: sliding_window.sliding_window, tta.Fusion.
+// probability alone (tta.py), is added to the scores, and the last pass writes the class. One index
+// per group of voxels along Z of the turned image. Reference: sliding_window.sliding_window, tta.Fusion.
 // B: 2.4 K times 2 or 4, and 8K with several passes.
 struct BlendArgs {
     const void *logits;       // (windows, K, x, y, z), fp16 or fp32
@@ -361,55 +471,116 @@ struct BlendArgs {
     AxisTransform transform;
     int count, half, vote, first, last;  // `count` classes; first or last pass
 };
-template <int N> FUNCTION void blend_classes(const BlendArgs &a, unsigned i) {
-    float sums[N], weight_sum = 0;
-    for (int k = 0; k < N; ++k) sums[k] = 0;
+FUNCTION float as_float(float value) { return value; }
+FUNCTION float as_float(unsigned short bits) { return half_value(bits); }
+// Reads G neighbours, those from `begin` to `end`; the others are 0. With `together`, all are read at
+// once: without a branch between them, several such reads are in flight together.
+template <int G, class T>
+FUNCTION void read_row(float (&out)[G], const T *from, int begin, int end, bool together) {
+    __align__(16) T values[G];
+    if (together) copy<(int)(G * sizeof(T))>(values, from);
+    else
+        for (int g = 0; g < G; ++g) values[g] = g >= begin && g < end ? from[g] : (T)0;
+    for (int g = 0; g < G; ++g) out[g] = as_float(values[g]);
+}
+// Adds the weighted logits of G voxels in one window, of which those from `begin` to `end` lie in it.
+template <int N, int G, class T>
+FUNCTION void add_window(const BlendArgs &a, float (&sums)[N][G], float (&weights)[G], const T *logits,
+                         const float *importance, int begin, int end, bool together) {
+    const int count = G > 1 ? N : a.count;
+    long long voxels = voxels_of(a.tiling.window);
+    float weight[G], logit[N][G];
+    read_row(weight, importance, begin, end, together);
+    for (int k = 0; k < N; ++k)
+        if (k < count) read_row(logit[k], logits + k * voxels, begin, end, together);
+    for (int g = 0; g < G; ++g) weights[g] += weight[g];
+    for (int k = 0; k < N; ++k)
+        for (int g = 0; g < G; ++g)
+            if (k < count) sums[k][g] += logit[k][g] * weight[g];
+}
+// The weighted mean of the logits of G voxels from `at` on along Z, for up to N classes.
+template <int N, int G, class T>
+FUNCTION void mean_logits(const BlendArgs &a, float (&sums)[N][G], Extent at) {
+    const int count = G > 1 ? N : a.count;
+    float weights[G];
+    for (int g = 0; g < G; ++g) {
+        weights[g] = 0;
+        for (int k = 0; k < N; ++k) sums[k][g] = 0;
+    }
+    Extent size = a.tiling.window;
+    long long voxels = voxels_of(size);
     const long long *places = a.places;
-    Extent at = plus(to_turned(a.transform, place(i, a.shape), a.shape), a.tiling.pad);
-    long long voxels = voxels_of(a.tiling.window), box = voxels_of(a.shape);
-    for_windows_around(a.tiling, at, [&](int window, Extent within) {
+    for_windows_around(a.tiling, at, G, [&](int window, Extent within) {
         if (places[window] < 0) return;
-        long long inner = index(within, a.tiling.window);
-        float weight = a.importance[inner];
-        weight_sum += weight;
-        for (int k = 0; k < N; ++k) {
-            if (k >= a.count) break;
-            long long from = places[window] + k * voxels + inner;
-            float logit = a.half ? half_value(((const unsigned short *)a.logits)[from])
-                                 : ((const float *)a.logits)[from];
-            sums[k] += logit * weight;
-        }
+        int begin = within.z < 0 ? -within.z : 0, end = size.z - within.z < G ? size.z - within.z : G;
+        long long inner = index(within, size);
+        const T *logits = (const T *)a.logits + places[window] + inner;
+        const float *importance = a.importance + inner;
+        // The logits of all classes are aligned alike if the window's size is a multiple of G.
+        unsigned long long apart = (unsigned long long)logits % (G * sizeof(T)) +
+                                   (unsigned long long)importance % (G * sizeof(float)) + voxels % G;
+        if (begin == 0 && end == G && apart == 0)
+            add_window(a, sums, weights, logits, importance, 0, G, true);
+        else
+            add_window(a, sums, weights, logits, importance, begin, end, false);
     });
-    weight_sum = weight_sum > LEAST_WEIGHT ? weight_sum : LEAST_WEIGHT;
-    for (int k = 0; k < N; ++k) {
-        if (k >= a.count) break;
-        sums[k] /= weight_sum;
-        if (!(sums[k] - sums[k] == 0)) store(a.not_finite, 1);
-    }
-    int best = first_largest(sums, a.count);
-    if (a.scores) {
-        float largest = sums[0], sum = 0;
-        for (int k = 1; k < N; ++k)
-            if (k < a.count && sums[k] > largest) largest = sums[k];
+    for (int g = 0; g < G; ++g) {
+        float weight = weights[g] > LEAST_WEIGHT ? weights[g] : LEAST_WEIGHT;
         for (int k = 0; k < N; ++k)
-            if (k < a.count) sum += sums[k] = EXP(sums[k] - largest);
-        for (int k = 0; k < N; ++k) {
-            if (k >= a.count) break;
-            float score = sums[k] / sum;
-            if (a.vote) score = score * 0.0625f + (k == best ? 1.0f : 0.0f);
-            sums[k] = a.first ? score : a.scores[k * box + i] + score;
-            if (!a.last) a.scores[k * box + i] = sums[k];
-        }
-        if (!a.last) return;
-        best = first_largest(sums, a.count);
+            if (k < count) sums[k][g] /= weight;
     }
-    a.classes[i] = (unsigned char)best;
 }
-KERNEL(blend, BlendArgs) {  // so that the sums of few classes fit in registers
-    if (a.count <= 4) blend_classes<4>(a, i);
-    else if (a.count <= 8) blend_classes<8>(a, i);
-    else blend_classes<MOST_CLASSES>(a, i);
+// Class of a voxel, or -1 if a later pass decides; `voxel` is its element in the image.
+template <int N>
+FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long long voxel) {
+    for (int k = 0; k < N; ++k)
+        if (k < count && !(logits[k] - logits[k] == 0)) store(a.not_finite, 1);
+    int best = first_largest(logits, count);
+    if (!a.scores) return best;
+    long long box = voxels_of(a.shape);
+    float largest = logits[0], sum = 0;
+    for (int k = 1; k < N; ++k)
+        if (k < count && logits[k] > largest) largest = logits[k];
+    for (int k = 0; k < N; ++k)
+        if (k < count) sum += logits[k] = EXP(logits[k] - largest);
+    for (int k = 0; k < N; ++k) {
+        if (k >= count) break;
+        float score = logits[k] / sum;
+        if (a.vote) score = score * 0.0625f + (k == best ? 1.0f : 0.0f);
+        logits[k] = a.first ? score : a.scores[k * box + voxel] + score;
+        if (!a.last) a.scores[k * box + voxel] = logits[k];
+    }
+    return a.last ? first_largest(logits, count) : -1;
 }
+template <int N, int G> FUNCTION void blend_voxels(const BlendArgs &a, Extent turned) {
+    float sums[N][G];
+    Extent at = plus(turned, a.tiling.pad);
+    if (a.half) mean_logits<N, G, unsigned short>(a, sums, at);
+    else mean_logits<N, G, float>(a, sums, at);
+    long long first = index(from_turned(a.transform, turned, a.shape), a.shape);
+    long long step = step_along_turned_z(a.transform, a.shape);
+    int left = turned_shape(a.transform, a.shape).z - turned.z;
+    for (int g = 0; g < G; ++g) {
+        if (g >= left) break;
+        float logits[N];
+        for (int k = 0; k < N; ++k) logits[k] = sums[k][g];
+        int found = class_of(a, logits, G > 1 ? N : a.count, first + g * step);
+        if (found >= 0) a.classes[first + g * step] = (unsigned char)found;
+    }
+}
+// One kernel for each small number of classes: the sums of several voxels then fit in registers, and
+// an exact number of classes takes no branches. The others take up to 8 or 32 classes, voxel by voxel.
+template <int N, int G> FUNCTION void blend_index(const BlendArgs &a, unsigned i) {
+    Extent of = turned_shape(a.transform, a.shape);
+    Extent turned = place(i, Extent{of.x, of.y, (of.z + G - 1) / G});
+    turned.z *= G;
+    blend_voxels<N, G>(a, turned);
+}
+KERNEL(blend_2, BlendArgs) { blend_index<2, BLENDED>(a, i); }
+KERNEL(blend_3, BlendArgs) { blend_index<3, BLENDED>(a, i); }
+KERNEL(blend_4, BlendArgs) { blend_index<4, BLENDED>(a, i); }
+KERNEL(blend_8, BlendArgs) { blend_index<8, 1>(a, i); }
+KERNEL(blend_32, BlendArgs) { blend_index<MOST_CLASSES, 1>(a, i); }
 
 // 26-connected components of one class, by union-find over voxels: the root of a tree is its
 // smallest voxel index, whatever the order of the unions (Playne and Hawick, "A new algorithm for
@@ -454,19 +625,29 @@ FUNCTION void unite(int *parents, int first, int second) {
         second = low;
     }
 }
+FUNCTION bool begins_run(const unsigned char *classes, unsigned i, int z) {
+    return z == 0 || classes[i - 1] != classes[i];
+}
 // Reference: scipy.ndimage.label, cleanup.remove_small_components.
 KERNEL(label_start, LabelArgs) {  // B: 9
-    a.parents[i] = a.classes[i] ? (int)i : -1;
+    int z = (int)(i % a.shape.z), start = (int)i;
+    int found = a.classes[i];
+    for (; found && z > 0 && a.classes[start - 1] == found; --z) --start;
+    a.parents[i] = found ? start : -1;  // a run along Z is one tree from the start
     a.sizes[i] = 0;
 }
+// Two runs are neighbours only if one has a neighbour of the other's first voxel, so that unions with
+// a first voxel suffice.
 KERNEL(label_merge, LabelArgs) {  // B: 5 and more
     if (!a.classes[i]) return;
     Extent at = place(i, a.shape);
-    for (int n = 0; n < 13; ++n) {  // the neighbours of smaller index
+    bool begins = begins_run(a.classes, i, at.z);
+    for (int n = 0; n < 12; ++n) {  // the neighbours of smaller index in other rows
         Extent other = {at.x + n / 9 - 1, at.y + n / 3 % 3 - 1, at.z + n % 3 - 1};
         if (!inside(other, a.shape)) continue;
         int j = (int)index(other, a.shape);
-        if (a.classes[j] == a.classes[i]) unite(a.parents, (int)i, j);
+        if (a.classes[j] != a.classes[i]) continue;
+        if (begins || begins_run(a.classes, (unsigned)j, other.z)) unite(a.parents, (int)i, j);
     }
 }
 KERNEL(label_flatten, LabelArgs) {  // B: 4 and more

@@ -65,6 +65,11 @@ class Tiling(ctypes.Structure):
 
     _fields_ = tuple((name, Extent) for name in ("window", "count", "stride", "last", "pad"))
 
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return int(self.count.x * self.count.y * self.count.z)
+
     @classmethod
     def of(cls, plan: WindowPlan) -> Tiling:
         """Structure of a window plan."""
@@ -82,10 +87,37 @@ def _ints(names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, ctypes.c_int) for name in names.split())
 
 
-class ScanArgs(ctypes.Structure):
-    """Arguments of kernels `scan` and `scan_float`; one index per voxel, in memory order."""
+SCANNED, GATHERED = 16, 8
+"""Number of voxels per index of the kernels `scan` and `scan_float`, and of `gather`."""
+SPREAD = 16
+"""Number of counters per value of the kernels `scan` and `scan_float`."""
+_BLENDED = {2: 2, 3: 2, 4: 2, 8: 1, MOST_CLASSES: 1}  # voxels per index, by number of classes
 
-    _fields_ = _fields("volume counts box", "shape", ("transform", TransformArg))
+
+def blend_kernel(classes: int) -> tuple[str, int]:
+    """Name of the kernel that blends so many classes, and its number of voxels per index."""
+    if classes in _BLENDED:
+        return f"blend_{classes}", _BLENDED[classes]
+    largest = 8 if classes < 8 else MOST_CLASSES
+    return f"blend_{largest}", _BLENDED[largest]
+
+
+def groups_along_z(shape: Sequence[int], size: int) -> int:
+    """Number of groups of `size` neighbours along Z that hold all voxels of a shape."""
+    x, y, z = shape
+    return x * y * -(-z // size)
+
+
+class ScanArgs(ctypes.Structure):
+    """Arguments of kernels `scan` and `scan_float`; one index per `SCANNED` voxels of memory."""
+
+    _fields_ = _fields("volume counts box", "shape")
+
+
+class SumCountsArgs(ctypes.Structure):
+    """Arguments of kernel `sum_counts`; one index per value."""
+
+    _fields_ = _fields("counts sums", "")
 
 
 class RefineArgs(ctypes.Structure):
@@ -129,7 +161,7 @@ class NormaliseFloatArgs(ctypes.Structure):
 
 
 class OccupyArgs(ctypes.Structure):
-    """Arguments of kernel `occupy`; one index per voxel of the image."""
+    """Arguments of kernel `occupy`; one index per row of a window along Z."""
 
     _fields_ = (
         *_fields("image occupied", "shape"),
@@ -140,7 +172,7 @@ class OccupyArgs(ctypes.Structure):
 
 
 class GatherArgs(ctypes.Structure):
-    """Arguments of kernel `gather`; one index per element of the batches."""
+    """Arguments of kernel `gather`; one index per group of `GATHERED` voxels of a window."""
 
     _fields_ = (
         *_fields("image batches windows", ""),
@@ -159,7 +191,7 @@ class NarrowArgs(ctypes.Structure):
 
 
 class BlendArgs(ctypes.Structure):
-    """Arguments of kernel `blend`; one index per voxel of the image."""
+    """Arguments of the kernels of `blend_kernel`; one index per group of voxels along Z."""
 
     _fields_ = (
         *_fields("logits importance places scores classes not_finite", "shape"),
@@ -194,6 +226,7 @@ class RestoreArgs(ctypes.Structure):
 ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "scan": ScanArgs,
     "scan_float": ScanArgs,
+    "sum_counts": SumCountsArgs,
     "refine": RefineArgs,
     "moment": MomentArgs,
     "normalise": NormaliseArgs,
@@ -201,7 +234,7 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "occupy": OccupyArgs,
     "gather": GatherArgs,
     "narrow": NarrowArgs,
-    "blend": BlendArgs,
+    **{f"blend_{classes}": BlendArgs for classes in _BLENDED},
     "label_start": LabelArgs,
     "label_merge": LabelArgs,
     "label_flatten": LabelArgs,

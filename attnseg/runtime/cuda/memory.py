@@ -33,7 +33,7 @@ class MemoryRequirements:
         windows: Size and overlap of the windows.
         transforms: Transform of each test-time pass.
         statistics_bytes: Memory for the statistics of all channels.
-        refine_bytes: Scratch memory for the statistics of float32 channels; 0 for int16.
+        scratch_bytes: Memory that is needed while the statistics are computed.
         floating: Whether channels are float32 rather than int16.
         half: Whether the engine's input and output are fp16 rather than fp32.
         batches: Largest and smallest batch size of the engine, in windows.
@@ -47,7 +47,7 @@ class MemoryRequirements:
     windows: WindowOptions
     transforms: tuple[AxisTransform, ...]
     statistics_bytes: int
-    refine_bytes: int
+    scratch_bytes: int
     floating: bool
     half: bool
     batches: tuple[int, int]
@@ -153,8 +153,8 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
     }
     places, kept_bytes = _laid_out(kept)
     scratch_bytes = 0
-    refining = {"refine": need.refine_bytes}
-    for together in (refining, network, cleaning):  # never needed at the same time
+    scanning = {"scan": need.scratch_bytes}
+    for together in (scanning, network, cleaning):  # never needed at the same time
         laid, size = _laid_out(together)
         places |= {name: (kept_bytes + at, length) for name, (at, length) in laid.items()}
         scratch_bytes = max(scratch_bytes, size)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from attnseg.runtime.cuda.driver import Context
 from attnseg.runtime.errors import EngineError, OutOfMemoryError
 
-_UPLOADS = 2  # blocks for uploads: one is filled while the other is copied
+_UPLOADS = 8  # blocks for uploads: those of one volume are filled while others are copied
 _MOST_DOWNLOADS = 4  # free blocks held for downloads: labels and counts of two volumes
 
 
@@ -70,13 +70,12 @@ class PinnedBlocks:
         return Pinned(self._context, size_bytes)
 
     def take_for_upload(self, size_bytes: int) -> Pinned:
-        """Return a block that no copy uses; the caller holds `upload_lock`."""
-        if len(self._uploads) < _UPLOADS:
-            return self._new(size_bytes)
-        pinned = self._uploads.pop(0)
-        if pinned.busy:
-            pinned.busy.wait("upload")
-        return pinned if pinned.size_bytes >= size_bytes else self._new(size_bytes)
+        """Return a block that no copy uses."""
+        with self.upload_lock:
+            pinned = self._uploads.pop(0) if self._uploads[_UPLOADS - 1 :] else None
+        if pinned and pinned.busy:
+            pinned.busy.wait("upload")  # also before it is freed
+        return pinned if pinned and pinned.size_bytes >= size_bytes else self._new(size_bytes)
 
     def keep_for_upload(self, pinned: Pinned) -> None:
         """Put back a block whose copy is enqueued; the caller holds `upload_lock`."""

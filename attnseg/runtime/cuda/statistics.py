@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda import kernels
 from attnseg.runtime.cuda.device import Device, DeviceBuffer, Region
-from attnseg.runtime.cuda.kernels import Extent, LayoutArg, TransformArg
+from attnseg.runtime.cuda.kernels import Extent, LayoutArg
 from attnseg.runtime.cuda.upload import DeviceChannel
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import Box, shape_of
@@ -25,6 +25,8 @@ from attnseg.runtime.steps.normalise import Counts, Scheme, constant, naming_cha
 HALF = 1 << 16
 """Number of values of int16, and of half the key of a float32."""
 LANES = HALF
+_SPREAD_BYTES = 4 * HALF * kernels.SPREAD
+_BOX_BYTES = 256  # of the box of one channel, which has 6 numbers
 _ZERO_KEY = 1 << 31  # key of 0.0
 _INFINITE = (0x007F, 0xFF80)  # upper halves of -inf and inf; those of NaN lie beyond
 
@@ -38,7 +40,7 @@ def _with_zeros(counts: NDArray[np.int32], zero: int, voxels: int) -> NDArray[np
 
 def statistics_bytes(channels: int) -> int:
     """Device memory that `VolumeStatistics` needs, in bytes."""
-    return channels * (4 * HALF + 4 * HALF) + 1024
+    return channels * (4 * HALF + _BOX_BYTES + 4 * HALF)
 
 
 class VolumeStatistics:
@@ -57,37 +59,54 @@ class VolumeStatistics:
             device: Device of the channels.
             channels: Channels of one volume.
             memory: Region of `statistics_bytes`.
-            scratch: Region of `refine_bytes`; used only for float32 channels.
+            scratch: Region of `scratch_bytes`.
         """
         self._device, self._channels, self._scratch = device, channels, scratch
         number = len(channels)
-        self._counts = Region.of(memory, 0, 4 * HALF * number)
-        self._tables = Region.of(memory, 4 * HALF * number, 4 * HALF * number)
-        self._box = Region.of(memory, 8 * HALF * number, 24)
+        found_bytes = (4 * HALF + _BOX_BYTES) * number
+        self._counts = Region.of(memory, 0, found_bytes)  # and the boxes behind them
+        self._tables = Region.of(memory, found_bytes, 4 * HALF * number)
         self.box, self._found = self._look()
 
     def _look(self) -> tuple[Box | None, NDArray[np.int32]]:
         """Box of all nonzero voxels, None if there are none, and the counts of every channel."""
-        device, far = self._device, np.iinfo(np.int32).max
+        device, number = self._device, len(self._channels)
         device.clear(self._counts)
-        device.upload(np.array([far] * 3 + [-1] * 3, np.int32), self._box)
+        spread = Region.of(self._scratch, 0, _SPREAD_BYTES)
         for index, channel in enumerate(self._channels):
+            device.clear(spread)
             args = kernels.ScanArgs(
                 volume=channel.buffer.pointer,
-                counts=self._counts.pointer + 4 * HALF * index,
-                box=self._box.pointer,
+                counts=spread.pointer,
+                box=self._counts.pointer + 4 * HALF * number + _BOX_BYTES * index,
                 shape=Extent.of(channel.memory),
-                transform=TransformArg.of(channel.transform),
             )
-            device.launch("scan_float" if channel.floating else "scan", channel.voxels, args)
-        counts = np.empty((len(self._channels), HALF), np.int32)
-        box = np.empty((2, 3), np.int32)
-        device.download(self._counts, counts)
-        device.download(self._box, box)
-        first, last = box.tolist()
-        if last[0] < 0:
-            return None, counts
-        return Box(shape_of(first), shape_of([at + 1 for at in last])), counts
+            groups = -(-channel.voxels // kernels.SCANNED)
+            device.launch("scan_float" if channel.floating else "scan", groups, args)
+            sums = kernels.SumCountsArgs(spread.pointer, self._counts.pointer + 4 * HALF * index)
+            device.launch("sum_counts", HALF, sums)
+        found = np.empty(self._counts.size_bytes // 4, np.int32)
+        device.download(self._counts, found)  # in one copy, as each waits for the device
+        counts = found[: number * HALF].reshape(number, HALF)
+        boxes = found[number * HALF :].reshape(number, -1)[:, :6]
+        return self._joined(boxes), counts
+
+    def _joined(self, found: NDArray[np.int32]) -> Box | None:
+        """Box of all channels, from what the scans found in memory, `(C, 6)`; None if it is empty.
+
+        A scan gives the largest distances of a nonzero voxel from the end and from the start.
+        """
+        boxes = []
+        for channel, (*behind, x, y, z) in zip(self._channels, found.tolist(), strict=True):
+            if not x:
+                continue
+            first = [size - far for size, far in zip(channel.memory, behind, strict=True)]
+            box = Box(shape_of(first), shape_of((x, y, z)))
+            boxes.append(channel.transform.box(box, channel.memory))
+        if not boxes:
+            return None
+        starts, stops = ([getattr(box, end) for box in boxes] for end in ("start", "stop"))
+        return Box(shape_of(np.min(starts, axis=0)), shape_of(np.max(stops, axis=0)))
 
     def normalise(self, image: DeviceBuffer, box: Box, schemes: Sequence[Scheme]) -> None:
         """Write the normalised box, `(C, X, Y, Z)` float32.
@@ -142,9 +161,15 @@ class VolumeStatistics:
         self._device.launch("normalise_float", prod(box.shape), args)
 
 
-def refine_bytes(percentiles: int) -> int:
-    """Device memory that `FloatStatistics` needs for a number of percentiles, in bytes."""
-    return 4 * HALF * (2 * percentiles + 3) + 8 * LANES
+def scratch_bytes(floating: bool, percentiles: int) -> int:
+    """Device memory that `VolumeStatistics` needs while it computes, in bytes.
+
+    Args:
+        floating: Whether any channel is float32.
+        percentiles: Largest number of percentiles of a channel.
+    """
+    refine = 4 * HALF * (2 * percentiles + 3) + 8 * LANES if floating else 0
+    return max(_SPREAD_BYTES, refine)
 
 
 class FloatStatistics:
@@ -171,7 +196,7 @@ class FloatStatistics:
             channel: The float32 channel.
             upper: `(65536,)` int32 counts of the upper key halves of nonzero voxels.
             foreground: Voxels to include.
-            scratch: Region of `refine_bytes`.
+            scratch: Region of `scratch_bytes`.
 
         Raises:
             VolumeError: The channel has no foreground, one value only, or is not finite.

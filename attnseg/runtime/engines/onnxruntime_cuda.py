@@ -25,6 +25,7 @@ from attnseg.runtime.extras import install
 from attnseg.runtime.geometry import Shape
 
 _PROVIDER = "CUDAExecutionProvider"
+_FATAL = 4  # log level
 _SHORTAGES = ("FAILED TO ALLOCATE MEMORY", "OUT OF MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
@@ -194,17 +195,22 @@ def open_onnxruntime_cuda(
             "open the segmenter outside of that context, or use an engine of TensorRT",
         )
     complaints = _load_cuda_libraries(ort)
+    # It prints an error for each fused convolution that cuDNN has no kernel for, and then runs the
+    # convolution in another way; errors that stop it are raised as well.
+    ort.set_default_logger_severity(_FATAL)
     settings = {
         "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),
         "use_tf32": "0",  # TensorFloat-32 would round fp32 graphs to 10 bits
         "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE selects by time: bytes could differ
+        "prefer_nhwc": "1",  # channels last: a third less time than channels first on an H200
         "arena_extend_strategy": "kSameAsRequested",  # instead of doubling each time
     }
     if max_memory_bytes is not None:
         settings["gpu_mem_limit"] = str(max_memory_bytes)
     with device.active():
-        session = OnnxSession(model, {"use_deterministic_compute": True}, [(_PROVIDER, settings)])
+        options = {"use_deterministic_compute": True, "log_severity_level": _FATAL}
+        session = OnnxSession(model, options, [(_PROVIDER, settings)])
     if session.provider != _PROVIDER:  # ONNX Runtime silently continues on the CPU
         raise UnavailableError(
             f"ONNX Runtime could not load its CUDA provider ({complaints or 'no reason given'})",

@@ -124,16 +124,18 @@ class CudaPipeline:
             with clock.stage(Step.CHECK):
                 check_channel_count(volume, self._plan.task)
                 arrays = device_arrays(self._device, volume)
-                rules = self._plan.rules
+                rules, threads = self._plan.rules, self._plan.threads
                 checked = (
-                    check_input(volume, rules) if arrays is None else _on_device(volume, rules)
+                    check_input(volume, rules, threads)
+                    if arrays is None
+                    else _on_device(volume, rules)
                 )
             warnings = (*self._plan.notes, *checked.warnings)
             if checked.preprocessing.grid is not None:  # there is no kernel for it
                 return Staged(checked.volume, checked.preprocessing, warnings, clock)
             with clock.stage(Step.UPLOAD):
                 given: Any = arrays or checked.volume.channels
-                sent = upload(self._device, given, self._transform(volume))
+                sent = upload(self._device, given, self._transform(volume), threads)
         return CudaStaged(checked.volume, checked.preprocessing, warnings, clock, sent)
 
     def submit(
@@ -176,8 +178,8 @@ class CudaPipeline:
     def _enqueue(self, staged: CudaStaged, progress: Progress | None, on_device: bool) -> Pending:
         """Enqueue every step of a volume on the device."""
         timeline = Timeline(self._engine)
-        if staged.upload.mark:
-            self._device.after(staged.upload.mark)
+        for mark in staged.upload.marks:
+            self._device.after(mark)
         timeline.mark(Step.UPLOAD)
         steps = DeviceSteps(self._plan, self._engine, self._workspace, staged.upload)
         steps.preprocess()

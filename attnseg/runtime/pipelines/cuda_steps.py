@@ -128,7 +128,7 @@ class DeviceSteps:
     def preprocess(self) -> None:
         """Crop and normalise the volume."""
         preprocessing = self._plan.preprocessing
-        regions = self._region("statistics"), self._region("refine")
+        regions = self._region("statistics"), self._region("scan")
         statistics = VolumeStatistics(self._device, self._upload.channels, *regions)
         if preprocessing.crop == "nonzero":
             if statistics.box is None:
@@ -190,7 +190,8 @@ class DeviceSteps:
                 transform=TransformArg.of(transform),
                 channels=self._channels,
             )
-            self._launch("occupy", args)
+            rows = tiling.windows * tiling.window.x * tiling.window.y
+            self._device.launch("occupy", rows, args)
         found = np.empty(count, np.int32)
         self._device.download(flags, found)
         return found
@@ -226,7 +227,8 @@ class DeviceSteps:
             batch=self._memory.batch,
             half=int(self._engine.half),
         )
-        self._device.launch("gather", count * self._channels * prod(one.plan.window), args)
+        groups = kernels.groups_along_z(one.plan.window, kernels.GATHERED)
+        self._device.launch("gather", count * self._channels * groups, args)
 
     def _infer(self, images: Region, call: int, shape: tuple[int, ...]) -> None:
         """Run one batch of a pass, number `call`, and store its logits."""
@@ -266,7 +268,9 @@ class DeviceSteps:
             first=int(index == 0),
             last=int(index == passes - 1),
         )
-        self._launch("blend", args)
+        kernel, voxels = kernels.blend_kernel(self._classes)
+        turned = one.transform.shape(self._box.shape)
+        self._device.launch(kernel, kernels.groups_along_z(turned, voxels), args)
 
     def clean_up(self) -> None:
         """Remove small components."""

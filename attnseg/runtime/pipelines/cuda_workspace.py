@@ -12,7 +12,7 @@ from attnseg.runtime.cuda.memory import (
     plan_memory,
     smallest_plan,
 )
-from attnseg.runtime.cuda.statistics import refine_bytes, statistics_bytes
+from attnseg.runtime.cuda.statistics import scratch_bytes, statistics_bytes
 from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.errors import OutOfMemoryError
@@ -31,7 +31,7 @@ def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequ
         windows=plan.windows,
         transforms=plan.transforms,
         statistics_bytes=statistics_bytes(len(upload.channels)),
-        refine_bytes=refine_bytes(percentiles) if floating else 0,
+        scratch_bytes=scratch_bytes(floating, percentiles),
         floating=floating,
         half=engine.half,
         batches=engine.batches,

@@ -25,6 +25,7 @@ def devices(
                 raise error
 
     monkeypatch.setattr(cuda.core, "Device", Device)
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda: (0, 0 if current is None else 77))
     monkeypatch.setattr(driver, "cuCtxGetDevice", lambda: (current is None, current))
     monkeypatch.setattr(driver, "cuDeviceTotalMem", lambda _: (0, 24 << 30))
     monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, 13010))

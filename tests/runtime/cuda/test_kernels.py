@@ -19,10 +19,22 @@ from scipy import ndimage
 from attnseg.runtime.cuda import compiler, kernels
 from attnseg.runtime.cuda.compiler import cached_kernels, compile_kernels
 from attnseg.runtime.cuda.device import Device
-from attnseg.runtime.cuda.kernels import ARGUMENTS, SOURCE, Extent, LayoutArg, Tiling, TransformArg
+from attnseg.runtime.cuda.kernels import (
+    ARGUMENTS,
+    GATHERED,
+    SCANNED,
+    SOURCE,
+    SPREAD,
+    Extent,
+    LayoutArg,
+    Tiling,
+    TransformArg,
+    blend_kernel,
+    groups_along_z,
+)
 from attnseg.runtime.cuda.upload import memory_order
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.geometry import AxisTransform, Layout, shape_of
+from attnseg.runtime.geometry import AxisTransform, Box, Layout, shape_of
 from attnseg.runtime.pipelines.sliding_window import sliding_window
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.tta import PASSES, Fusion, argmax_classes
@@ -62,7 +74,7 @@ VIEWS = {
 }
 
 
-def placed(view: np.ndarray) -> tuple[np.ndarray, Extent, TransformArg]:
+def placed(view: np.ndarray) -> tuple[np.ndarray, Extent, AxisTransform]:
     """The memory of a view as it lies, its shape, and the transform from it to the view."""
     steps = [stride // view.itemsize for stride in view.strides]
     order = memory_order(Layout(shape_of(view.shape), shape_of(steps)))
@@ -70,7 +82,7 @@ def placed(view: np.ndarray) -> tuple[np.ndarray, Extent, TransformArg]:
     memory = order[0].invert(view)
     assert order[1] == memory.shape and memory.flags.c_contiguous
     np.testing.assert_array_equal(order[0].apply(memory), view)
-    return memory, Extent.of(order[1]), TransformArg.of(order[0])
+    return memory, Extent.of(order[1]), order[0]
 
 
 def layout(array: np.ndarray) -> LayoutArg:
@@ -85,25 +97,39 @@ def test_values_are_counted_and_the_box_is_found(device: Device, view: str) -> N
     volume = np.zeros((9, 7, 8), np.int16)
     volume[2:7, 1:4, 3:8] = np.random.default_rng(0).integers(-32768, 32767, (5, 3, 5))
     volume[2, 1, 3] = volume[6, 3, 7] = 5  # the corners are not 0
-    counts, box = np.zeros(65536, np.int32), np.array([99, 99, 99, -1, -1, -1], np.int32)
+    counts, box = np.zeros((65536, SPREAD), np.int32), np.zeros(6, np.int32)
     memory, shape, turn = placed(VIEWS[view](volume))
-    run(device, "scan", volume.size, memory, counts, box, shape, turn)
+    run(device, "scan", -(-volume.size // SCANNED), memory, counts, box, shape)
     expected = np.bincount(volume.ravel().astype(np.int64) + 32768, minlength=65536)
     expected[32768] = 0
-    np.testing.assert_array_equal(counts, expected)
-    assert box.tolist() == [2, 1, 3, 6, 3, 7]
+    sums = np.full(65536, -1, np.int32)
+    run(device, "sum_counts", 65536, counts, sums)
+    np.testing.assert_array_equal(sums, expected)
+    first = [size - far for size, far in zip(memory.shape, box[:3].tolist(), strict=True)]
+    found = turn.box(Box(shape_of(first), shape_of(box[3:])), memory.shape)
+    assert found == Box((2, 1, 3), (7, 4, 8))
+
+
+def test_equal_neighbours_are_counted_together(device: Device) -> None:
+    volume = np.array([3] * 20 + [0, 3, 4, 3] + [0] * 13 + [-1], np.int16).reshape(1, 1, -1)
+    counts, box = np.zeros((65536, SPREAD), np.int32), np.zeros(6, np.int32)
+    run(device, "scan", 3, volume, counts, box, Extent.of(volume.shape))
+    found = {(int(v) - 32768, int(k)): int(counts[v, k]) for v, k in np.argwhere(counts)}
+    # Voxels 0 to 15, 16 to 31 and 32 to 37 have counters of their own.
+    assert found == {(3, 0): 16, (3, 1): 6, (4, 1): 1, (-1, 2): 1}
+    assert box.tolist() == [1, 1, 38, 1, 1, 38]
+    run(device, "scan", 1, np.zeros(16, np.int16), counts * 0, box * 0, Extent(4, 2, 2))
 
 
 def test_keys_of_floats_are_in_their_order(device: Device) -> None:
     values = np.array([-np.inf, -3e38, -2.5, -1e-40, 1e-40, 0.5, 1.0, 3e38, np.inf], np.float32)
     upper = []
     for value in values:
-        counts, box = np.zeros(65536, np.int32), np.array([9, 9, 9, -1, -1, -1], np.int32)
+        counts, box = np.zeros((65536, SPREAD), np.int32), np.zeros(6, np.int32)
         volume = np.array([0, value, -0.0], np.float32)
-        args = (volume, counts, box, Extent(3, 1, 1), TransformArg.of(IDENTITY))
-        run(device, "scan_float", 3, *args)
-        assert box.tolist() == [1, 0, 0, 1, 0, 0] and counts.sum() == 1
-        upper.append(int(np.argmax(counts)))
+        run(device, "scan_float", 1, volume, counts, box, Extent(3, 1, 1))
+        assert box.tolist() == [2, 1, 1, 2, 1, 1] and counts.sum() == 1
+        upper.append(int(np.argmax(counts.sum(axis=1))))
     assert upper == sorted(upper)
     assert upper[0] == 0x007F and upper[-1] == 0xFF80
 
@@ -166,14 +192,14 @@ def test_floats_go_through_the_curve(device: Device, keep_zero: int) -> None:
 def test_the_tiling_is_the_plan(
     host: HostDevice, shape: tuple[int, ...], window: tuple[int, ...], overlap: float
 ) -> None:
-    """Every window of the plan, seen by the kernel that marks the windows around a voxel."""
+    """Every window of the plan, seen by the kernel that looks for windows with content."""
     plan = plan_windows(shape, window, overlap)
     voxel = np.array([hash((shape, overlap)) % n for n in shape])
     image = np.zeros(shape, np.float32)
     image[tuple(voxel)] = 1
     flags = np.zeros(len(plan.windows), np.int32)
     args = (image, flags, Extent.of(shape), Tiling.of(plan), TransformArg.of(IDENTITY), 1)
-    run(host, "occupy", image.size, *args)
+    run(host, "occupy", len(plan.windows) * window[0] * window[1], *args)
     at = voxel + plan.pad_before
     expected = [np.all(at >= w.start) and np.all(at < w.stop) for w in plan.windows]
     np.testing.assert_array_equal(flags > 0, expected)
@@ -194,7 +220,7 @@ def test_windows_with_content_are_found(device: Device, transform: AxisTransform
         TransformArg.of(transform),
         2,
     )
-    run(device, "occupy", image[0].size, *args)
+    run(device, "occupy", len(plan.windows) * 8 * 8, *args)
     padded = pad_image(turned, plan)
     expected = [padded[(slice(None), *w.slices())].any() for w in plan.windows]
     np.testing.assert_array_equal(flags > 0, expected)
@@ -215,7 +241,7 @@ def gathered(
     run(
         device,
         "gather",
-        len(windows) * size,
+        len(windows) * len(image) * groups_along_z(plan.window, GATHERED),
         image,
         batches,
         windows,
@@ -275,10 +301,11 @@ class Blender:
         """`places` as in `BlendArgs`; None for one window after another."""
         if places is None:
             places = np.arange(len(plan.windows), dtype=np.int64) * logits[0].size
+        kernel, voxels = blend_kernel(self.count)
         run(
             self._device,
-            "blend",
-            self.classes.size,
+            kernel,
+            groups_along_z(turn.shape(self.classes.shape), voxels),
             logits,
             importance_map(plan.window),
             places,
@@ -473,7 +500,8 @@ def test_every_kernel_has_its_arguments_a_reference_and_its_bytes() -> None:
     assert names == list(ARGUMENTS)
     for name, structure in ARGUMENTS.items():
         assert f"KERNEL({name}, {structure.__name__})" in text
-    assert text.count(" B: ") == len(names)
+    one_comment = {re.sub(r"^blend_\d+$", "blend", name) for name in names}
+    assert text.count(" B: ") == len(one_comment)
 
 
 def test_no_kernel_keeps_values_in_memory_that_fit_in_registers() -> None:

@@ -411,7 +411,7 @@ def requirements_of(
         windows=windows,
         transforms=PASSES[tta],
         statistics_bytes=statistics_bytes(4),
-        refine_bytes=0,
+        scratch_bytes=0,
         floating=False,
         half=half,
         batches=(4, 1),
