@@ -102,6 +102,17 @@ resources() {  # registers, spills and stack of each kernel on this GPU
     cuobjdump -sass "$store/kernels.cubin" > "$store/kernels.sass" && wc -l "$store/kernels.sass"
 }
 
+sanitize() {  # TOOL: the tests of the kernels under compute-sanitizer
+    compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q -x \
+        -p no:cacheprovider -W default tests/runtime/cuda/test_kernels.py -k 'not float'
+}
+
+counters() {  # share of the peak rates that each kernel reaches in one volume
+    ncu --clock-control none --print-summary per-kernel --section SpeedOfLight --section Occupancy \
+        -k 'regex:^(scan|normalise|occupy|gather|blend|label_.*|restore)$' -c 24 \
+        "$python" "$kit/checks.py" once
+}
+
 # NAME LIMIT_S COMMAND, in their order
 step_list() {
     cat <<'EOF'
@@ -117,26 +128,34 @@ case 60 case_folder
 kernels 120 check kernels
 benchmark 120 $python -m benchmarks.gpu --repeats 10
 batches 90 check batches
+full 60 check full
+profile 60 check profile
 copies 60 check copies
 host 60 check host
 ort 60 assemble ort
 ort-probe 90 check ort
+ort-settings 90 check settings
+ort-tests 150 gpu_tests tests/runtime/cuda/test_on_gpu.py -k onnxruntime
 bundle 150 export_bundle $store/graphs --builder none
 ort-doctor 60 $python -m attnseg doctor --model $store/graphs
 ort-run 90 run_twice onnxruntime-cuda $store/graphs fp16
 ort-benchmark 120 check kernels --model $store/graphs --engine onnxruntime-cuda
-memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 $python -m pytest -m gpu -q -x -p no:cacheprovider -W default tests/runtime/cuda/test_kernels.py -k 'not float'
+memcheck 90 sanitize memcheck
+racecheck 90 sanitize racecheck
+initcheck 90 sanitize initcheck
+counters 60 counters
 trt 90 assemble trt
 rtx-probe 90 check rtx
 rtx-bundle 200 export_bundle $store/rtx --compatible ampere+
 rtx-doctor 60 $python -m attnseg doctor --model $store/rtx
-rtx-tests 200 gpu_tests tests/runtime/cuda/test_on_gpu.py -k 'engine or less_memory'
+rtx-tests 200 gpu_tests tests/runtime/cuda/test_on_gpu.py -k tensorrt
 rtx-run 120 run_twice tensorrt-rtx $store/rtx fp16
 rtx-benchmark 120 check kernels --model $store/rtx --engine tensorrt-rtx
 EOF
 }
-core="site machine nvidia resources kernels-tests device-tests golden volume kernels batches copies host"
-ort="site ort case ort-probe bundle ort-doctor ort-run ort-benchmark memcheck"
+core="site machine nvidia resources kernels-tests device-tests golden volume kernels batches copies host
+    full profile memcheck racecheck initcheck counters"
+ort="site ort case ort-probe ort-settings bundle ort-doctor ort-run ort-benchmark ort-tests"
 rtx="site ort trt case rtx-probe rtx-bundle rtx-doctor rtx-run rtx-benchmark rtx-tests"
 
 began=$SECONDS
@@ -150,7 +169,7 @@ run_step() {  # NAME
     [ "$seconds" -lt "$left" ] || seconds=$left
     echo "== $name"
     took=$SECONDS
-    export -f assemble check case_folder export_bundle run_twice gpu_tests resources
+    export -f assemble check case_folder export_bundle run_twice gpu_tests resources sanitize counters
     export kit root store site out logs python device host
     timeout -k 5 "$seconds" bash -c "set -o pipefail; $command" > "$logs/$name.txt" 2>&1
     rc=$?

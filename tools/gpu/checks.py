@@ -1,10 +1,11 @@
 """Checks of attnseg on a GPU, one per subcommand; each prints its results and adds them to a file.
 
-    python checks.py machine|golden|volume|batches|copies|host|kernels|ort|rtx
+    python checks.py machine|golden|volume|batches|full|profile|copies|host|kernels|ort|settings|rtx
         [--json FILE] [--host] [--model BUNDLE] [--engine NAME]
 
 `--host` runs a check on the processor, with a smaller case, to test this script without a GPU.
-Copies and kernels need a GPU; ort and rtx then only convert the graph and build engines.
+Copies, profile, kernels and settings need a GPU; ort and rtx then only convert the graph and build
+engines.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Check:
         self.note("device opened, ms", round((time.perf_counter() - began) * 1000))
         with device.active():
             began = time.perf_counter()
-            device._function("blend")
+            device._function("blend_4")
         self.note("kernels compiled or read, ms", round((time.perf_counter() - began) * 1000))
 
     def golden(self) -> None:
@@ -145,7 +146,12 @@ class Check:
             self.note(f"golden {name}: difference", f"{golden.difference(logits[0]):.1e}")
             self.note(f"golden {name}: again the same", all((x == logits[0]).all() for x in logits))
 
-    def once(self, volume: Volume, tta: str, **how: Any) -> bytes:
+    def once(self) -> None:
+        """One volume with torch as the engine, for a profiler around this script."""
+        options = SegmentOptions(tta="none" if self.host else "paper")
+        Segmenter(self.bundle, options, self.engine(1 if self.host else 12)).segment(self.volume())
+
+    def labels_of(self, volume: Volume, tta: str, **how: Any) -> bytes:
         """Labels of a volume from a newly opened engine, which must repeat them."""
         segmenter = Segmenter(self.bundle, SegmentOptions(tta=tta), self.engine(**how))
         first = segmenter.segment(volume).labels.tobytes()
@@ -162,7 +168,7 @@ class Check:
         volume, tta = self.volume(), "none" if self.host else "paper"
         most = 1 if self.host else 12
         ways = ({"batch": most}, {"batch": most}, {"batch": most, "graphs": True}, {"batch": 1})
-        labels = [self.once(volume, tta, **how) for how in ways]
+        labels = [self.labels_of(volume, tta, **how) for how in ways]
         self.note("two engines: the same bytes", labels[0] == labels[1])
         self.note("graphs: the same bytes", labels[0] == labels[2])
         batches = np.frombuffer(labels[0], np.uint8), np.frombuffer(labels[3], np.uint8)
@@ -171,7 +177,7 @@ class Check:
         began = time.perf_counter()
         expected = Segmenter(self.bundle, chosen).segment(volume).labels
         self.note("processor, one pass, s", round(time.perf_counter() - began, 1))
-        one = np.frombuffer(self.once(volume, "none", batch=most), np.uint8)
+        one = np.frombuffer(self.labels_of(volume, "none", batch=most), np.uint8)
         differ = one != np.frombuffer(expected.tobytes(), np.uint8)
         self.note("against the processor: share that differs", f"{differ.mean():.1e}")
 
@@ -200,6 +206,116 @@ class Check:
                 self.note(f"{name}, graph", round(_events_ms(graph.replay) / voxels, 3))
                 del graph
             torch.cuda.empty_cache()
+
+    def full(self) -> None:
+        """Whole volumes in one pass over the box, beside the windows of the model."""
+        volume = self.volume()
+        labels, tta = [], "none" if self.host else "paper"
+        for window in (None, "full"):
+            chosen = SegmentOptions(tta=tta, window=window)  # type: ignore[arg-type]
+            engine = self.engine(1 if self.host or window else 12, graphs=True)
+            segmenter = Segmenter(self.bundle, chosen, engine)
+            took = median_ms(lambda s=segmenter: s.segment(volume), 1 if self.host else 10)  # type: ignore[misc]
+            found = segmenter.segment(volume)
+            labels.append(found.labels)
+            name = f"torch engine, window {window or 'of the model'}"
+            self.note(f"{name}: array to labels, ms", round(took, 1))
+            self.note(f"{name}: network, ms", round(found.elapsed_ms["network"], 1))
+        self.note("share of labels that differ", f"{(labels[0] != labels[1]).mean():.1e}")
+
+    def profile(self) -> None:
+        """Device time of the network's kernels, by name, in torch and in ONNX Runtime."""
+        if self.host:
+            print("not run: needs a GPU")
+            return
+        import torch
+
+        given = torch.randn(12, 4, 64, 64, 64, device="cuda", dtype=torch.float16)
+        given = given.contiguous(memory_format=torch.channels_last_3d)
+        network = self.engine()._network
+
+        def by_torch() -> None:
+            with torch.inference_mode():
+                network(given)
+
+        self._print_kernels("torch", by_torch)
+        try:
+            from attnseg.runtime.engines.onnxruntime_cuda import open_onnxruntime_cuda
+
+            _, file = self._half_graph()
+            engine = open_onnxruntime_cuda(file, "fp16", self.device, (64, 64, 64))
+        except Exception as error:  # ONNX Runtime arrives in a later call
+            print(f"onnxruntime-cuda: not run ({error})")
+            return
+        image = given.float().cpu().numpy()
+        self._print_kernels("onnxruntime-cuda", lambda: engine.infer(image))
+
+    def _print_kernels(self, name: str, run: Callable[[], object], most: int = 14) -> None:
+        import torch
+
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(5):
+                run()
+            torch.cuda.synchronize()
+        rows = [
+            (event.self_device_time_total / 5000, event.count // 5, event.key)
+            for event in profiler.key_averages()
+        ]
+        self.note(f"{name}, kernels of 12 windows, ms", round(sum(row[0] for row in rows), 2))
+        for took, count, kernel in sorted(rows, reverse=True)[:most]:
+            self.note(f"{name}: {kernel[:90]}", f"{took:.3f} ms in {count} launches")
+
+    def settings(self) -> None:
+        """ONNX Runtime's CUDA provider with other settings: time per window, and equal sessions."""
+        if self.host:
+            print("not run: needs a GPU")
+            return
+        from attnseg.runtime.engines import onnxruntime_cuda as module
+
+        golden, (_, file) = read_golden(self.bundle), self._half_graph()
+        session = module.OnnxSession
+        variants: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+            "as shipped": ({}, {}),
+            "exhaustive search": ({"cudnn_conv_algo_search": "EXHAUSTIVE"}, {}),
+            "default algorithm": ({"cudnn_conv_algo_search": "DEFAULT"}, {}),
+            "not deterministic": ({}, {"use_deterministic_compute": False}),
+            "channels last": ({"prefer_nhwc": "1"}, {}),
+            "basic graph": ({}, {"graph_optimization_level": 1}),
+        }
+        for name, (provider, options) in variants.items():
+
+            def changed(
+                model: Path,
+                given: dict[str, Any],
+                providers: list[Any],
+                provider: dict[str, str] = provider,
+                options: dict[str, Any] = options,
+            ) -> Any:
+                import onnxruntime
+
+                levels = {1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC}
+                own = {k: levels.get(v, v) if "level" in k else v for k, v in options.items()}
+                return session(model, given | own, [(providers[0][0], providers[0][1] | provider)])
+
+            module.OnnxSession = changed  # type: ignore[misc, assignment]
+            try:
+                logits, took = [], {}
+                for _ in range(2):
+                    engine = module.open_onnxruntime_cuda(file, "fp16", self.device, (64, 64, 64))
+                    logits.append(engine.infer(golden.repeated(12).image))
+                for batch in (4, 12):
+                    took[batch] = f"{self._windows_ms(engine, batch, 5):.3f}"
+                same = bool((logits[0] == logits[1]).all())
+                difference = golden.repeated(12).difference(logits[0])
+                shown = f"{took} ms a window, sessions equal: {same}, golden {difference:.1e}"
+            except Exception as error:  # the reason is the result
+                shown = f"failed: {str(error)[:200]}"
+            finally:
+                module.OnnxSession = session  # type: ignore[misc]
+            self.note(f"ort settings, {name}", shown)
 
     def copies(self) -> None:
         """Rates of copies between host and GPU, pinned and pageable, and within the GPU."""
@@ -411,7 +527,10 @@ def _events_ms(run: Callable[[], object], repeats: int = 20) -> float:
 def main() -> None:
     """Run one check and store its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    names = ("machine", "golden", "volume", "batches", "copies", "host", "kernels", "ort", "rtx")
+    names = (
+        *("machine", "golden", "volume", "batches", "full", "profile", "copies", "host"),
+        *("kernels", "once", "ort", "settings", "rtx"),
+    )
     parser.add_argument("check", choices=names)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--host", action="store_true")
