@@ -22,11 +22,11 @@ from attnseg.runtime.errors import BundleError, ConfigError, EngineError
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.model.protobuf import BYTES, read_fields, read_messages
 from attnseg.runtime.options import available_threads
 
 _MODEL_GRAPH, _GRAPH_NODE, _GRAPH_OUTPUT, _VALUE_NAME = 7, 1, 12, 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR = 1, 2, 4
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 @dataclass(frozen=True)
@@ -36,46 +36,18 @@ class _Node:
     outputs: list[str]
 
 
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The integer at an offset, and the offset after it."""
-    value = shift = 0
-    while data[at] & 0x80:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | data[at] << shift, at + 1
-
-
-def _read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each string or message field."""
-    at = 0
-    while at < len(data):
-        key, at = _read_varint(data, at)
-        kind = key & 7
-        if kind == _BYTES:
-            size, at = _read_varint(data, at)
-            yield key >> 3, data[at : at + size]
-            at += size
-        elif kind == _VARINT:
-            _, at = _read_varint(data, at)
-        else:
-            at += {_FIXED64: 8, _FIXED32: 4}[kind]
-
-
 def _read_node(data: memoryview) -> _Node:
     node: dict[int, list[str]] = {_NODE_INPUT: [], _NODE_OUTPUT: [], _NODE_OPERATOR: []}
-    for number, content in _read_fields(data):
-        if number in node:
-            node[number].append(str(content, "utf-8"))
-    return _Node(node[_NODE_OPERATOR][0], node[_NODE_INPUT], node[_NODE_OUTPUT])
+    for number, content in read_fields(data):
+        if number in node and isinstance(content, memoryview):
+            node[number].append(str(content, "utf-8", "replace"))
+    return _Node("".join(node[_NODE_OPERATOR]), node[_NODE_INPUT], node[_NODE_OUTPUT])
 
 
 def _read_nodes(model: bytes) -> Iterator[_Node]:
     """Nodes of an ONNX file, in which each follows those that it depends on."""
-    for number, graph in _read_fields(memoryview(model)):
-        if number == _MODEL_GRAPH:
-            for inner, node in _read_fields(graph):
-                if inner == _GRAPH_NODE:
-                    yield _read_node(node)
+    for node in read_messages(memoryview(model), _MODEL_GRAPH, _GRAPH_NODE):
+        yield _read_node(node)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -84,7 +56,7 @@ def _field(number: int, content: bytes) -> bytes:
     while size > 0x7F:
         length += bytes([size & 0x7F | 0x80])
         size >>= 7
-    return bytes([number << 3 | _BYTES]) + length + bytes([size]) + content
+    return bytes([number << 3 | BYTES]) + length + bytes([size]) + content
 
 
 def with_outputs(model: bytes, names: list[str]) -> bytes:
@@ -107,7 +79,7 @@ def find_sigmoids(model: bytes) -> dict[str, int]:
         stage = max((stages.get(name, 1) for name in node.inputs), default=1)
         stages |= dict.fromkeys(node.outputs, stage + (node.operator == "MaxPool"))
         if node.operator == "Sigmoid":
-            found[node.outputs[0]] = stage
+            found |= dict.fromkeys(node.outputs[:1], stage)
     return found
 
 
@@ -143,7 +115,8 @@ class AttentionGraph:
         require("attention weights", "cpu", ("onnxruntime",))
         self._file = bundle.file("onnx")
         content = self._file.read_bytes()
-        self.stages = len(bundle.manifest.network["widths"])
+        widths = bundle.manifest.network.get("widths")
+        self.stages = len(widths) if isinstance(widths, list) else 0
         self._sigmoids = find_sigmoids(content)
         self._check(set(self._sigmoids.values()))
         self._session = self._open(with_outputs(content, list(self._sigmoids)))
