@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from attnseg.runtime.extras import install
-from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.bundle import Bundle, BundleFile
 from attnseg.runtime.model.manifest import FileEntry
 from attnseg.runtime.model.verdict import read_verdicts
 
@@ -40,10 +39,10 @@ def _purpose(entry: FileEntry) -> str:
     return f"{build.target}{later}, {build.builder} {build.version}, {build.batch}x{window}"
 
 
-def _layers(file: Path) -> str:
+def _layers(file: BundleFile) -> str:
     import onnx
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(file))
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(file.read_bytes()))
     graph = model.graph
     values = (*graph.value_info, *graph.output, *graph.input)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -69,7 +68,7 @@ def inspect_bundle(bundle: Bundle) -> Contents:
         )
         for name, entry in entries.items()
     ]
-    graphs = [bundle.folder / name for name, entry in entries.items() if entry.role == "onnx"]
+    graphs = [file for file in bundle.files if file.entry.role == "onnx"]
     verdicts = [str(verdict) for verdict in read_verdicts(bundle)]
     if importlib.util.find_spec("onnx") is None:
         return Contents(files, verdicts, [f"layers: need onnx; {install('export')}"])

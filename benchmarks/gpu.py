@@ -43,7 +43,7 @@ from attnseg.runtime.cuda.kernels import (
 )
 from attnseg.runtime.cuda.memory import MemoryRequirements, plan_memory, smallest_plan
 from attnseg.runtime.cuda.statistics import scratch_bytes, statistics_bytes
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import EngineInfo, ModelFile
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.engines.select import select_engine
 from attnseg.runtime.errors import EngineError
@@ -290,11 +290,11 @@ class Layer:
     moved_bytes: int
 
 
-def layers_of(model: Path, window: Sequence[int]) -> list[Layer]:
+def layers_of(model: ModelFile, window: Sequence[int]) -> list[Layer]:
     """The convolutions of an ONNX graph for one window."""
     import onnx
 
-    graph = onnx.load(model)
+    graph = onnx.load_from_string(model.read_bytes())
     dims = graph.graph.input[0].type.tensor_type.shape.dim
     for dim, size in zip(dims, (1, dims[1].dim_value, *window), strict=True):
         dim.dim_value = size

@@ -121,7 +121,7 @@ def test_the_manifest_is_that_of_the_task(bundle: Bundle) -> None:
 
 
 def test_weights_of_the_bundle_export_again(bundle: Bundle, tmp_path: Path) -> None:
-    again = export_bundle(bundle.file("weights"), tmp_path / "again").bundle
+    again = export_bundle(bundle.file("weights").path, tmp_path / "again").bundle
     assert again.file("weights").read_bytes() == bundle.file("weights").read_bytes()
     assert again.manifest == bundle.manifest
 

@@ -199,15 +199,15 @@ def test_the_bundle_says_what_every_file_is(exported: Bundle) -> None:
     }
     (engine,) = [entry.engine for entry in files.values() if entry.engine]
     assert (engine.builder, engine.target, engine.window) == ("tensorrt-rtx", "sm86", (64, 64, 64))
-    assert json.loads(exported.file("parity").read_text())["budget"]["dice"] == 0.002
-    card = exported.file("card").read_text()
+    assert json.loads(exported.file("parity").path.read_text())["budget"]["dice"] == 0.002
+    card = exported.file("card").path.read_text()
     assert "| fp16 simulated by onnxruntime" in card
     assert "model-fp16-sm86.tensorrt-rtx" in card or "fp16 tensorrt-rtx" in card
 
 
 def test_the_graphs_say_what_they_take_and_give(exported: Bundle) -> None:
     for precision in ("fp32", "fp16"):
-        model = onnx.load(exported.file("onnx", precision))
+        model = onnx.load(exported.file("onnx", precision).path)
         words = {entry.key: entry.value for entry in model.metadata_props}
         assert words["name"] == exported.manifest.name
         assert words["channels"] == "t1, t1ce, t2, flair"
@@ -216,7 +216,7 @@ def test_the_graphs_say_what_they_take_and_give(exported: Bundle) -> None:
 
 
 def test_the_bill_of_materials_is_valid_and_names_files_and_packages(exported: Bundle) -> None:
-    text = exported.file("sbom").read_text()
+    text = exported.file("sbom").path.read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     parts = {part["name"]: part for part in json.loads(text)["components"]}
     for name, entry in exported.manifest.files.items():
@@ -282,7 +282,7 @@ def test_an_fp16_graph_with_a_layer_that_is_wrong_is_left_out_by_name(
     files = exported.bundle.manifest.files
     assert {e.precision for e in files.values() if e.role in ("onnx", "engine")} == {"fp32"}
     assert exported.bundle.has("weights") and exported.in_fp32 == ()
-    record = json.loads(exported.bundle.file("parity").read_text())
+    record = json.loads(exported.bundle.file("parity").path.read_text())
     assert record["left_out"] == [error.cause]
     assert {m["file"] for m in record["measured"] if not m["within_budget"]} == {"model-fp16.onnx"}
 
@@ -381,6 +381,6 @@ def test_an_fp16_graph_that_overflows_is_left_out_and_the_report_is_strict_json(
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    text = exported.bundle.file("parity").read_text()
+    text = exported.bundle.file("parity").path.read_text()
     measured = json.loads(text, parse_constant=refuse)["measured"]
     assert [m["logits"] for m in measured if m["precision"] == "fp16"] == [None]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from attnseg.export.gate.parity import Gate, Measured, NotRun, ParityReport, SimulatedFp16
 from attnseg.export.graphs.graph import Graph
 from attnseg.runtime.engines.cpu import installed_engines, no_engine, open_engine
 from attnseg.runtime.engines.select import Candidate, EngineRequest, candidates
 from attnseg.runtime.errors import EngineError, MismatchError, UnavailableError
-from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.bundle import Bundle, BundleFile
 from attnseg.runtime.model.manifest import Budget
 from attnseg.runtime.options import available_threads
 
@@ -39,7 +38,7 @@ def _on_cpu(gate: Gate, bundle: Bundle) -> Iterator[Measured]:
         yield from _if_it_opens(gate, "onnxruntime", bundle.file("onnx", "int8"), "int8")
 
 
-def _if_it_opens(gate: Gate, name: str, file: Path, precision: str) -> Iterator[Measured]:
+def _if_it_opens(gate: Gate, name: str, file: BundleFile, precision: str) -> Iterator[Measured]:
     gate.step(f"{name} {precision}: golden window")
     try:
         engine = open_engine(name, file, precision, available_threads())

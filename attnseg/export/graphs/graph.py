@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import onnx
 
-from attnseg.runtime.engines.base import reason_of
+from attnseg.runtime.engines.base import ModelFile, reason_of
 from attnseg.runtime.errors import ExportError
 
 
@@ -26,7 +25,7 @@ class Graph:
         return graph
 
     @classmethod
-    def read(cls, file: Path) -> Graph:
+    def read(cls, file: ModelFile) -> Graph:
         """Read a file."""
         return cls.of(file.read_bytes())
 

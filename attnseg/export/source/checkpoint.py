@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.paper import RESULTS, table_row
 from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
-from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.bundle import BundleFile
 from attnseg.runtime.model.manifest import Training, Validation
 from attnseg.runtime.steps.windows import WindowOptions
 from attnseg.trainer.checkpoint import (
@@ -153,14 +153,25 @@ def _architecture(config: NetworkConfig) -> tuple[str, str]:
     )
 
 
-def _from_safetensors(path: Path) -> TrainedModel:
+def _metadata_of(content: bytes) -> dict[str, Any]:
+    """Metadata in the header of a safetensors file; empty if it is not of attnseg.
+
+    Raises:
+        ValueError, RecursionError: The metadata is not JSON, or nested too deeply.
+    """
+    size = int.from_bytes(content[:8], "little")
+    words = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    metadata = json.loads(words.get(_METADATA_KEY, "{}"))
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _from_safetensors(path: Path, content: bytes) -> TrainedModel:
     try:
-        with safe_open(path, "pt") as stored:
-            metadata = json.loads((stored.metadata() or {}).get(_METADATA_KEY, "{}"))
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        weights = load(content)  # which checks the header
+        metadata = _metadata_of(content)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: is damaged or not a safetensors file ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != _SAFETENSORS_FORMAT:
+    if metadata.get("format") != _SAFETENSORS_FORMAT:
         raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
     if metadata.get(_DIGEST, "") not in ("", weights_digest(weights)):
         raise TrainingError(f"{path}: its weights do not match their digest", "copy it again")
@@ -188,15 +199,18 @@ def check_file(path: Path) -> None:
         raise TrainingError(f"{path}: does not exist", mend)
 
 
-def load_trained(path: Path) -> TrainedModel:
+def load_trained(file: Path | BundleFile) -> TrainedModel:
     """Load a checkpoint (`.pt`) or the weights of a bundle (`.safetensors`).
 
     Raises:
         TrainingError: The file is missing, damaged, or not written by attnseg, or a weight is NaN
             or infinite.
+        BundleError: The weights do not match the checksum of their bundle.
     """
-    check_file(path)
-    model = _read_trained(path)
+    if isinstance(file, BundleFile):
+        model, path = _from_safetensors(file.path, file.read_bytes()), file.path
+    else:
+        model, path = _read_trained(file), file
     for name, value in model.network.state_dict().items():
         wrong = int(torch.count_nonzero(~torch.isfinite(value)))
         if wrong:
@@ -209,14 +223,14 @@ def load_trained(path: Path) -> TrainedModel:
 
 
 def _read_trained(path: Path) -> TrainedModel:
-    if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    try:
+    check_file(path)
+    if path.suffix != ".safetensors":
         return _from_checkpoint(path)
-    except _NONSENSE as error:
-        raise TrainingError(
-            f"{path}: its configuration and weights do not agree ({error})"
-        ) from error
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
+    return _from_safetensors(path, content)
 
 
 def encode_weights(model: TrainedModel) -> bytes:
@@ -234,17 +248,3 @@ def encode_weights(model: TrainedModel) -> bytes:
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
     metadata[_DIGEST] = weights_digest(weights)
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})
-
-
-def weights_of(model: Path | None) -> Path:
-    """Path of a file for `load_trained`: `model` itself, or the weights of a bundle folder.
-
-    Args:
-        model: Checkpoint, weights file or bundle folder; None for the shipped bundle.
-
-    Raises:
-        BundleError: The bundle has no weights.
-    """
-    if model is None:
-        return Bundle.default().file("weights")
-    return Bundle.load(model).file("weights") if model.is_dir() else model

@@ -13,4 +13,4 @@ RUNS = Path("runs")
 def default_model(runs: Path = RUNS) -> Path:
     """The newest `best.pt` below a folder of runs, or the weights of the shipped bundle."""
     trained = sorted(runs.rglob("best.pt"), key=lambda file: file.stat().st_mtime)
-    return trained[-1] if trained else Bundle.default().file("weights")
+    return trained[-1] if trained else Bundle.default().file("weights").path

@@ -53,6 +53,21 @@ def reason_of(error: Exception) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3].rstrip()}..."
 
 
+class ModelFile(Protocol):
+    """A graph or an engine file; a bundle's compares its content with the checksum."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file, for the texts of errors."""
+
+    def read_bytes(self) -> bytes:
+        """Content of the file, which the engine runs; it reads no other file.
+
+        Raises:
+            BundleError: The content is not that which the bundle's manifest names.
+        """
+
+
 class Engine(Protocol):
     """Runs the network on one batch at a time."""
 

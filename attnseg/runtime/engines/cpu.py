@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
-from attnseg.runtime.engines.base import PRECISIONS, Engine
+from attnseg.runtime.engines.base import PRECISIONS, Engine, ModelFile
 from attnseg.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from attnseg.runtime.engines.openvino import OpenVinoEngine
 from attnseg.runtime.errors import ConfigError, EngineError
 from attnseg.runtime.extras import install, version_of
 
-_OPEN: dict[str, Callable[[Path, str, int], Engine]] = {
+_OPEN: dict[str, Callable[[ModelFile, str, int], Engine]] = {
     "openvino": OpenVinoEngine,
     "onnxruntime": OnnxRuntimeEngine,
 }
@@ -39,7 +38,7 @@ def no_engine() -> EngineError:
     )
 
 
-def open_engine(name: str, model: Path, precision: str, threads: int) -> Engine:
+def open_engine(name: str, model: ModelFile, precision: str, threads: int) -> Engine:
     """Open an engine on an ONNX file.
 
     Args:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo, reason_of
+from attnseg.runtime.engines.base import EngineInfo, ModelFile, reason_of
 from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
@@ -17,14 +16,15 @@ from attnseg.runtime.extras import install
 class OnnxSession:
     """ONNX Runtime session of a graph with one input."""
 
-    def __init__(self, model: Path, options: dict[str, Any], providers: list[Any]) -> None:
+    def __init__(self, model: ModelFile, options: dict[str, Any], providers: list[Any]) -> None:
         ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         for name, value in options.items():
             setattr(settings, name, value)
+        content = model.read_bytes()
         try:
-            self._session = ort.InferenceSession(str(model), settings, providers=providers)
+            self._session = ort.InferenceSession(content, settings, providers=providers)
         except Exception as error:  # its exceptions share no base but Exception
             raise EngineError(f"{model}: ONNX Runtime refuses it ({reason_of(error)})") from error
         self._session.disable_fallback()  # to another provider, which would be silent
@@ -81,7 +81,7 @@ class OnnxSession:
 class OnnxRuntimeEngine:
     """Runs an fp32 or quantised (int8) ONNX graph on ONNX Runtime's CPU provider."""
 
-    def __init__(self, model: Path, precision: str, threads: int) -> None:
+    def __init__(self, model: ModelFile, precision: str, threads: int) -> None:
         """Open `model`.
 
         Raises:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.cuda.gpu import find_gpu
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import EngineInfo, ModelFile
 from attnseg.runtime.engines.device import usual_batch
 from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.engines.onnxruntime import OnnxSession
@@ -166,7 +166,7 @@ def _load_cuda_libraries(ort: Any) -> str:
 
 
 def open_onnxruntime_cuda(
-    model: Path,
+    model: ModelFile,
     precision: str,
     open_device: Callable[[], Device],
     window: Shape | None = None,

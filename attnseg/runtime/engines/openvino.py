@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo, reason_of
+from attnseg.runtime.engines.base import EngineInfo, ModelFile, reason_of
 from attnseg.runtime.engines.libraries import import_openvino
 from attnseg.runtime.errors import EngineError, Setting
 from attnseg.runtime.extras import install
@@ -34,7 +33,7 @@ class OpenVinoEngine:
     The precision is always set explicitly, as OpenVINO otherwise selects bf16 wherever it is fast.
     """
 
-    def __init__(self, model: Path, precision: str, threads: int) -> None:
+    def __init__(self, model: ModelFile, precision: str, threads: int) -> None:
         """Open `model`.
 
         Raises:
@@ -60,11 +59,12 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
+        content = model.read_bytes()
         try:
-            self._model = self._core.read_model(model)
-        except RuntimeError as error:
+            self._model = self._core.read_model(content)
+            self._takes = self._model.input(0).partial_shape
+        except Exception as error:  # UnicodeDecodeError, if a name in its message is damaged
             raise EngineError(f"{model}: OpenVINO refuses it ({reason_of(error)})") from error
-        self._takes = self._model.input(0).partial_shape
         self._shape: tuple[int, ...] | None = None
         self._request: Any = None
         self.info = EngineInfo("openvino", ov.__version__.split("-")[0], chosen, "cpu")
@@ -82,7 +82,7 @@ class OpenVinoEngine:
             if batch.shape != self._shape:
                 self._compile(batch.shape)
             result = self._request.infer(batch, share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
+        except Exception as error:  # see above
             raise EngineError(
                 f"OpenVINO failed on a batch of shape {batch.shape} ({reason_of(error)})"
             ) from error

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ from attnseg.runtime.engines.base import PRECISIONS, Engine
 from attnseg.runtime.engines.cpu import CPU_ENGINES
 from attnseg.runtime.errors import BundleError, ConfigError, EngineError, MismatchError, Setting
 from attnseg.runtime.geometry import Shape
-from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.model.bundle import Bundle, BundleFile
 from attnseg.runtime.model.golden import read_golden
-from attnseg.runtime.model.manifest import FileEntry
 from attnseg.runtime.model.verdict import over_budget
 
 log = logging.getLogger(__name__)
@@ -106,7 +104,7 @@ class Candidate:
     """
 
     engine: str
-    file: Path
+    file: BundleFile
     precision: str
     open: Callable[[], Engine]
     prebuilt: bool = False
@@ -124,7 +122,7 @@ class Refusal:
     """
 
     engine: str
-    file: Path
+    file: BundleFile
     prebuilt: bool
     error: EngineError
 
@@ -183,15 +181,15 @@ def _device_opener(request: EngineRequest) -> Callable[[], Any]:
 def _prebuilt(
     bundle: Bundle, builder: str, request: EngineRequest, open_device: Callable[[], Any]
 ) -> Iterator[Candidate]:
-    for name, entry in bundle.manifest.files.items():
-        if entry.engine and entry.engine.builder == builder:
-            file, precision = bundle.folder / name, str(entry.precision)
+    for file in bundle.files:
+        if file.entry.engine and file.entry.engine.builder == builder:
+            precision = str(file.entry.precision)
 
-            def open_it(file: Path = file, entry: FileEntry = entry) -> Engine:
+            def open_it(file: BundleFile = file, precision: str = precision) -> Engine:
                 from attnseg.runtime.engines.tensorrt import open_tensorrt
 
-                engine = open_tensorrt(file, entry, request.window, open_device)
-                return _check_golden(bundle, str(entry.precision), engine)
+                engine = open_tensorrt(file, file.entry, request.window, open_device)
+                return _check_golden(bundle, precision, engine)
 
             yield Candidate(builder, file, precision, open_it, prebuilt=True)
 

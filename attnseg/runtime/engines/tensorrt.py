@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda.device import Device, Region
 from attnseg.runtime.cuda.gpu import Gpu, capability, find_gpu
-from attnseg.runtime.engines.base import EngineInfo
+from attnseg.runtime.engines.base import EngineInfo, ModelFile
 from attnseg.runtime.errors import (
+    AttnsegError,
     DeviceLostError,
     EngineError,
     OutOfMemoryError,
@@ -130,7 +131,7 @@ def check_build(build: EngineBuild, version: str, gpu: Gpu, window: Shape | None
 
 
 def open_tensorrt(
-    file: Path, entry: FileEntry, window: Shape | None, open_device: Callable[[], Device]
+    file: ModelFile, entry: FileEntry, window: Shape | None, open_device: Callable[[], Device]
 ) -> TensorRtEngine:
     """Open an engine file of a bundle on this machine's GPU.
 
@@ -186,7 +187,7 @@ class TensorRtEngine:
 
     def __init__(
         self,
-        file: Path,
+        file: ModelFile,
         build: EngineBuild,
         precision: str,
         device: Device,
@@ -206,6 +207,7 @@ class TensorRtEngine:
 
         Raises:
             EngineError: The library rejects the file, or it does not have one input and one output.
+            BundleError: The file does not match the checksum of its bundle.
         """
         self._file, self._device, self._library = file, device, library
         self._log = _logger(build.builder)
@@ -221,7 +223,7 @@ class TensorRtEngine:
         try:
             with device.active():
                 self._load(build)
-        except EngineError:
+        except AttnsegError:
             raise
         except Exception as error:  # the bindings' errors share no base but Exception
             raise EngineError(f"{file.name}: {self.info.name} does not start ({error})") from error
@@ -230,7 +232,9 @@ class TensorRtEngine:
         self._runtime = self._library.Runtime(self._log)  # must outlive the engine
         if build.version_compatible:  # such an engine carries TensorRT's lean runtime
             self._runtime.engine_host_code_allowed = True
-        self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
+        content = self._file.read_bytes()
+        self._size_bytes = len(content)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise self._failure("refuses it")
         self._context = self._create_context()
@@ -300,7 +304,7 @@ class TensorRtEngine:
     @property
     def memory_bytes(self) -> int:
         """Size of the activations and of the engine file, which is mostly weights."""
-        return int(self._engine.device_memory_size_v2) + self._file.stat().st_size
+        return int(self._engine.device_memory_size_v2) + self._size_bytes
 
     def _execute(self, images: int, logits: int, stream: int) -> None:
         for name, pointer in zip(self._names, (images, logits), strict=True):

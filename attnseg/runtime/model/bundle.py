@@ -8,11 +8,13 @@ not unpickle or execute anything in them (exception: version-compatible TensorRT
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
@@ -33,6 +35,100 @@ _MODEL_FILES = {
     ".pt": "a checkpoint",
     ".safetensors": "a file of weights",
 }
+
+
+_LARGEST_MANIFEST = 16 << 20  # bytes; the shipped one has 7,000
+_COPY_AGAIN = "copy the bundle again"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file, or a link to one; a pipe or device is refused and not waited for.
+
+    Raises:
+        BundleError: The file is missing or of another kind, or reading it fails.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise BundleError(f"{path}: is not a regular file", _COPY_AGAIN)
+            yield stream
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{path}: cannot be read ({reason})", _COPY_AGAIN) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """Read a regular file of at most `largest` bytes.
+
+    Raises:
+        BundleError: The file is larger or of another kind, or cannot be read.
+    """
+    with _opened(path) as stream:
+        size = _size_of(stream)
+        if size > largest:
+            raise BundleError(f"{path}: has {size} bytes, more than {largest}", _COPY_AGAIN)
+        return stream.read(size)
+
+
+def _size_of(stream: BufferedReader) -> int:
+    return os.fstat(stream.fileno()).st_size
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """A file of a bundle, whose content is compared with its checksum whenever it is read.
+
+    Attributes:
+        path: Path of the file.
+        entry: Its entry in the manifest.
+    """
+
+    path: Path
+    entry: FileEntry
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Name of the file within the bundle."""
+        return self.path.name
+
+    def read_bytes(self) -> bytes:
+        """Content of the file; the bytes returned are those that match the checksum.
+
+        Raises:
+            BundleError: The file cannot be read, or does not match its checksum.
+        """
+        with _opened(self.path) as stream:
+            same_size = _size_of(stream) == self.entry.size_bytes
+            content = stream.read(self.entry.size_bytes) if same_size else b""
+        self._compare(hashlib.sha256(content).hexdigest() if same_size else "")
+        return content
+
+    def check(self) -> None:
+        """Compare the file with its checksum, without holding its content in memory.
+
+        Raises:
+            BundleError: See `read_bytes`.
+        """
+        with _opened(self.path) as stream:
+            same_size = _size_of(stream) == self.entry.size_bytes
+            digest = hashlib.file_digest(stream, "sha256").hexdigest() if same_size else ""
+        self._compare(digest)
+
+    def _compare(self, sha256: str) -> None:
+        if sha256 != self.entry.sha256:
+            raise BundleError(
+                f"{self.path}: does not match its checksum in {MANIFEST}; it was changed or "
+                "damaged",
+                _COPY_AGAIN,
+            )
 
 
 @dataclass(frozen=True)
@@ -62,27 +158,45 @@ class Bundle:
         manifest_file = folder / MANIFEST
         if not folder.is_dir() or not manifest_file.is_file():
             raise _not_a_bundle(folder)
-        stored = manifest_file.read_bytes()
+        stored = read_bounded(manifest_file, _LARGEST_MANIFEST)
         manifest = _decode(manifest_file, stored)
-        for name, entry in manifest.files.items():
-            _check_file(folder / name, entry)
-        return cls(folder, manifest, hashlib.sha256(stored).hexdigest())
+        bundle = cls(folder, manifest, hashlib.sha256(stored).hexdigest())
+        for file in bundle.files:
+            file.check()
+        return bundle
 
     @classmethod
     def default(cls) -> Self:
         """Load the bundle shipped with attnseg, a research demonstration."""
         return cls.load(default_folder())
 
-    def file(self, role: Role, precision: Precision | None = None) -> Path:
-        """Path of the file with a role and precision; without a precision, fp32 for `onnx`.
+    @property
+    def files(self) -> tuple[BundleFile, ...]:
+        """All files but the manifest and its signature, in the order of the manifest."""
+        return tuple(BundleFile(self.folder / n, e) for n, e in self.manifest.files.items())
+
+    def read_manifest(self) -> bytes:
+        """Bytes of the manifest, as they were when the bundle was loaded.
+
+        Raises:
+            BundleError: The manifest was changed since, or cannot be read.
+        """
+        file = self.folder / MANIFEST
+        stored = read_bounded(file, _LARGEST_MANIFEST)
+        if hashlib.sha256(stored).hexdigest() != self.sha256:
+            raise BundleError(f"{file}: was changed while the bundle was in use", "open it again")
+        return stored
+
+    def file(self, role: Role, precision: Precision | None = None) -> BundleFile:
+        """File with a role and precision; without a precision, fp32 for `onnx`.
 
         Raises:
             BundleError: The bundle has no such file.
         """
         wanted = precision or ("fp32" if role == "onnx" else None)
-        for name, entry in self.manifest.files.items():
-            if entry.role == role and wanted in (None, entry.precision):
-                return self.folder / name
+        for file in self.files:
+            if file.entry.role == role and wanted in (None, file.entry.precision):
+                return file
         kind = f"{role} {precision}" if precision else role
         raise BundleError(f"{self.folder}: has no file of role {kind}", "export the model again")
 
@@ -125,26 +239,6 @@ def _decode(file: Path, stored: bytes) -> Manifest:
         raise BundleError(f"{file}: {error.cause}", mend, *error.settings) from error
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
-    try:
-        found = path.stat()
-        regular = stat.S_ISREG(found.st_mode)  # opening a pipe would wait for its other end
-        digest = ""
-        if regular and found.st_size == entry.size_bytes:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise BundleError(f"{path}: cannot be read ({reason})", "copy the bundle again") from error
-    if not regular:
-        raise BundleError(f"{path}: is not a regular file", "copy the bundle again")
-    if digest != entry.sha256:
-        raise BundleError(
-            f"{path}: does not match its checksum in {MANIFEST}; it was changed or damaged",
-            "copy the bundle again",
-        )
-
-
 def file_entry(
     role: Role,
     content: bytes,
@@ -167,7 +261,8 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
             "give {} or choose another folder",
             Setting("overwrite", True),
         )
-    manifest = _decode(folder / MANIFEST, (folder / MANIFEST).read_bytes())
+    stored = read_bounded(folder / MANIFEST, _LARGEST_MANIFEST)
+    manifest = _decode(folder / MANIFEST, stored)
     names = {file.name for file in folder.iterdir()} - {*manifest.files, MANIFEST, SIGNATURE}
     if names:
         raise BundleError(

@@ -72,8 +72,9 @@ def read_golden(bundle: Bundle) -> Golden:
         BundleError: The bundle has no golden window, or the file is invalid.
     """
     file = bundle.file("golden")
+    content = file.read_bytes()
     try:
-        image, logits = _load(file.read_bytes())
+        image, logits = _load(content)
     except Exception as error:  # numpy raises any type for a damaged file, SyntaxError among them
         reason = " ".join(str(error).split())
         raise BundleError(

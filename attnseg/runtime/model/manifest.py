@@ -21,6 +21,8 @@ from attnseg.runtime.task import Task
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
+LARGEST_FILE = 1 << 32
+"""Largest file of a bundle in bytes; a graph has less than 2**31, and an engine holds one."""
 
 Role = Literal["onnx", "engine", "weights", "golden", "parity", "card", "sbom", "log"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -218,7 +220,12 @@ class FileEntry:
         _require(
             digest is not None, "sha256 must be 64 hexadecimal digits", self.sha256, _FileError
         )
-        _require(self.size_bytes > 0, "size_bytes must be positive", self.size_bytes, _FileError)
+        _require(
+            0 < self.size_bytes <= LARGEST_FILE,
+            f"size_bytes must be positive and at most {LARGEST_FILE}",
+            self.size_bytes,
+            _FileError,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

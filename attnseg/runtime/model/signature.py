@@ -16,8 +16,10 @@ from typing import Any
 
 from attnseg.runtime.errors import BundleError, ConfigError, DependencyError, Setting
 from attnseg.runtime.extras import install
-from attnseg.runtime.model.bundle import Bundle
-from attnseg.runtime.model.manifest import MANIFEST, SIGNATURE
+from attnseg.runtime.model.bundle import Bundle, read_bounded
+from attnseg.runtime.model.manifest import SIGNATURE
+
+_SIGNATURE_BYTES = 64
 
 
 def _cryptography() -> Any:
@@ -76,7 +78,8 @@ def check_signature(bundle: Bundle, key: Path) -> None:
         key: PEM file with the Ed25519 public key.
 
     Raises:
-        BundleError: The signature is missing, or does not match the key or the manifest.
+        BundleError: The signature is missing, or does not match the key or the manifest, or the
+            manifest was changed since the bundle was loaded.
         ConfigError: The file holds no public key, or `cryptography` is not installed.
     """
     serialization, stored = _cryptography(), _read(key)
@@ -99,7 +102,7 @@ def check_signature(bundle: Bundle, key: Path) -> None:
             Setting("sign", "KEY.pem"),
         )
     try:
-        public.verify(file.read_bytes(), (bundle.folder / MANIFEST).read_bytes())
+        public.verify(read_bounded(file, _SIGNATURE_BYTES), bundle.read_manifest())
     except InvalidSignature as error:
         raise BundleError(
             f"{file}: is not a signature of this bundle by the key {key}",

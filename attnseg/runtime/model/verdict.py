@@ -47,8 +47,9 @@ def read_verdicts(bundle: Bundle) -> tuple[Verdict, ...]:
     if not bundle.has("parity"):
         return ()
     file = bundle.file("parity")
+    content = file.read_bytes()
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(content)
         return tuple(
             Verdict(
                 engine=str(entry["engine"]).rsplit(" ", 1)[0],
@@ -58,7 +59,7 @@ def read_verdicts(bundle: Bundle) -> tuple[Verdict, ...]:
             )
             for entry in report["measured"]
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{file}: is not a parity report", "export the model again") from error
 
 

@@ -136,7 +136,7 @@ def test_int8_over_the_budget_is_left_out_and_the_rest_is_written(
     files = exported.bundle.manifest.files
     assert {e.precision for e in files.values() if e.role in ("onnx", "engine")} == {"fp32"}
     assert not [e for e in files.values() if e.role == "engine"]
-    assert error.cause in exported.bundle.file("card").read_text()
+    assert error.cause in exported.bundle.file("card").path.read_text()
     kept = {s.name: s.value for s in error.settings}
     enough = Budget(kept["budget_dice"], kept.get("budget_volume", 100))
     again = export_bundle(graph, tmp_path / "kept", replace(options, budget=enough, engines=()))

@@ -216,12 +216,12 @@ def test_a_bundle_of_probabilities_segments_and_says_what_was_left_out(tmp_path:
     )
     (note,) = exported.report.notes
     assert note in steps
-    assert note in exported.bundle.file("card").read_text()
-    assert json.loads(exported.bundle.file("parity").read_text())["notes"] == [note]
+    assert note in exported.bundle.file("card").path.read_text()
+    assert json.loads(exported.bundle.file("parity").path.read_text())["notes"] == [note]
     # The mean of probabilities is computed from logits, not from a softmax of a softmax.
     image = np.random.default_rng(0).normal(40, 20, (32, 32, 32)).astype(np.float32)
     z_scores = (image - image.mean()) / image.std()
     plan = SegmentOptions(precision="fp32", tta="paper", fuse="mean", min_voxels=0)
     labels = Segmenter(exported.bundle, plan).segment(Volume([image], np.eye(4))).labels
     np.testing.assert_array_equal(labels, np.where(z_scores > 0, 0, 1))
-    onnx.checker.check_model(onnx.load(exported.bundle.file("onnx")), full_check=True)
+    onnx.checker.check_model(onnx.load(exported.bundle.file("onnx").path), full_check=True)

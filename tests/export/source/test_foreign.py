@@ -49,7 +49,7 @@ def test_its_bundle_is_whole_and_is_measured_again(bundle: Bundle) -> None:
     report = verify_bundle(bundle.folder)
     assert report.failures() == []
     assert {m.precision for m in report.measured} >= {"fp32", "fp16"}
-    assert "Nothing is known of its training." in bundle.file("card").read_text()
+    assert "Nothing is known of its training." in bundle.file("card").path.read_text()
 
 
 def test_it_runs_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:

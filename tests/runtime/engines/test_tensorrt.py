@@ -16,7 +16,8 @@ from attnseg.runtime.cuda.device import Region
 from attnseg.runtime.cuda.gpu import Gpu
 from attnseg.runtime.engines import tensorrt
 from attnseg.runtime.engines.tensorrt import TensorRtEngine, check_build
-from attnseg.runtime.errors import EngineError, UnavailableError
+from attnseg.runtime.errors import BundleError, EngineError, UnavailableError
+from attnseg.runtime.model.bundle import BundleFile, file_entry
 from attnseg.runtime.model.manifest import EngineBuild, FileEntry
 from tests.runtime.cuda.host_device import HostDevice
 
@@ -187,6 +188,16 @@ def engine(folder: Path, content: bytes, cache: Path | None = None, **changes: A
         library=StandIn,
         cache_file=cache,
     )
+
+
+def test_an_engine_file_that_was_exchanged_is_not_loaded(tmp_path: Path) -> None:
+    content = plan(TensorProto.FLOAT16)
+    file = BundleFile(tmp_path / "model", file_entry("engine", content, "fp16", build()))
+    file.path.write_bytes(content)
+    TensorRtEngine(file, build(), "fp16", device=HostDevice(), library=StandIn)
+    file.path.write_bytes(plan(TensorProto.FLOAT))
+    with pytest.raises(BundleError, match="model: does not match its checksum"):
+        TensorRtEngine(file, build(), "fp16", device=HostDevice(), library=StandIn)
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])

@@ -1,25 +1,33 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attnseg.export.source.checkpoint import load_trained
+from attnseg.runtime.engines.cpu import CPU_ENGINES
+from attnseg.runtime.engines.select import EngineRequest, select_engine
 from attnseg.runtime.errors import BundleError
-from attnseg.runtime.model import bundle
 from attnseg.runtime.model.bundle import (
     Bundle,
+    BundleFile,
     default_folder,
     draft_bundle,
     file_entry,
 )
+from attnseg.runtime.model.golden import read_golden
+from attnseg.runtime.model.manifest import FileEntry
 from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
-from tests.bundles import write_bundle
+from attnseg.runtime.model.verdict import read_verdicts
+from tests.bundles import small_graph, write_bundle
 
 
 @pytest.fixture
@@ -85,8 +93,8 @@ def test_a_bundle_of_version_1_is_read_as_one_in_fp32(bundle_folder: Path) -> No
 
 
 def test_a_file_is_found_by_role_and_precision(bundle_folder: Path) -> None:
-    (bundle_folder / "half.onnx").write_bytes(b"half")
-    half = file_entry("onnx", b"half", "fp16")
+    (bundle_folder / "half.onnx").write_bytes(small_graph())
+    half = file_entry("onnx", small_graph(), "fp16")
     files = Bundle.load(bundle_folder).manifest.files
     kept = {name: asdict(e) for name, e in files.items()}
     changes = {"files": {**kept, "half.onnx": asdict(half)}}
@@ -248,7 +256,7 @@ def test_a_manifest_is_written_again_byte_for_byte() -> None:
     ("field", "value", "rule"),
     [
         ("sha256", "zz", "sha256 must be 64 hexadecimal digits, got zz"),
-        ("size_bytes", 0, "size_bytes must be positive, got 0"),
+        ("size_bytes", 0, "size_bytes must be positive and at most 4294967296, got 0"),
         ("precision", None, "precision belongs to files of role onnx and engine"),
     ],
 )
@@ -271,12 +279,12 @@ def test_a_failure_beside_the_bundle_is_no_failure_to_write_it(tmp_path: Path) -
 
 def test_a_bundle_is_read_back_as_written(tmp_path: Path) -> None:
     manifest = Bundle.default().manifest
-    files = {"model.onnx": b"not really"}
-    entry = file_entry("onnx", b"not really", "fp32")
+    files = {"model.onnx": small_graph()}
+    entry = file_entry("onnx", small_graph(), "fp32")
     manifest = replace(manifest, files={"model.onnx": entry})
     bundle = write_bundle(tmp_path / "deep" / "bundle", manifest, files)
     assert bundle.manifest == manifest
-    assert bundle.file("onnx").read_bytes() == b"not really"
+    assert bundle.file("onnx").read_bytes() == small_graph()
     with pytest.raises(BundleError, match="no file of role weights"):
         bundle.file("weights")
 
@@ -348,24 +356,115 @@ def test_every_field_must_be_there(bundle_folder: Path, field: str) -> None:
         Bundle.load(bundle_folder)
 
 
-def test_a_file_that_is_no_regular_file_is_refused_and_not_waited_for(bundle_folder: Path) -> None:
-    (bundle_folder / "golden.npz").unlink()
-    os.mkfifo(bundle_folder / "golden.npz")
-    with pytest.raises(BundleError, match=r"golden\.npz: is not a regular file"):
-        Bundle.load(bundle_folder)
-    (bundle_folder / "golden.npz").unlink()
-    (bundle_folder / "golden.npz").symlink_to("/dev/zero")
-    with pytest.raises(BundleError, match=r"golden\.npz: is not a regular file"):
-        Bundle.load(bundle_folder)
-
-
-def test_a_file_of_another_size_is_not_read(
-    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+def test_a_file_that_is_no_regular_file_is_refused_and_not_waited_for(
+    bundle_folder: Path, name: str
 ) -> None:
-    edit_manifest(bundle_folder, files={"model.onnx": entry("onnx", "fp32")})
-    monkeypatch.setattr(bundle.hashlib, "file_digest", None)
+    file = bundle_folder / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BundleError, match=f"{name}: is not a regular file"):
+        Bundle.load(bundle_folder)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=f"{name}: is not a regular file"):
+        Bundle.load(bundle_folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(BundleError, match=rf"{name}: cannot be read \(Is a directory\)"):
+        Bundle.load(bundle_folder)
+
+
+def test_a_link_stands_for_the_file_that_it_names(bundle_folder: Path, tmp_path: Path) -> None:
+    """Caches of models keep files under their checksums and link to them."""
+    expected = Bundle.load(bundle_folder)
+    for name in ("model.onnx", "golden.npz", "manifest.json"):
+        (bundle_folder / name).rename(tmp_path / name)
+        (bundle_folder / name).symlink_to(tmp_path / name)
+    assert Bundle.load(bundle_folder) == expected
+    (tmp_path / "golden.npz").write_bytes(b"another")
+    with pytest.raises(BundleError, match=r"golden\.npz: does not match its checksum"):
+        Bundle.load(bundle_folder)
+    (tmp_path / "golden.npz").unlink()
+    with pytest.raises(BundleError, match=r"golden\.npz: cannot be read \(No such file"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize("name", ["README.md", "golden.npz", "weights.safetensors"])
+def test_a_file_of_another_size_is_not_read(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with (bundle_folder / name).open("ab") as stream:
+        stream.write(b"x")
+    read = []
+    digest = hashlib.file_digest
+
+    def recorded(stream: Any, kind: str) -> Any:
+        read.append(Path(stream.name).name)
+        return digest(stream, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", recorded)
+    with pytest.raises(BundleError, match=f"{name}: does not match its checksum"):
+        Bundle.load(bundle_folder)
+    assert name not in read
+
+
+def test_a_graph_is_read_to_its_size_in_the_manifest_and_no_further(bundle_folder: Path) -> None:
+    with (bundle_folder / "model.onnx").open("ab") as stream:
+        stream.truncate(1 << 33)  # 8 GB of zeros, which take no space
+    tracemalloc.start()
     with pytest.raises(BundleError, match=r"model\.onnx: does not match its checksum"):
         Bundle.load(bundle_folder)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_a_file_of_another_size_never_matches(bundle_folder: Path) -> None:
+    """The checksum is that of no bytes at all."""
+    files = json.loads((bundle_folder / "manifest.json").read_text())["files"]
+    files["README.md"] |= {"sha256": hashlib.sha256().hexdigest(), "size_bytes": 5}
+    edit_manifest(bundle_folder, files=files)
+    with pytest.raises(BundleError, match=r"README\.md: does not match its checksum"):
+        Bundle.load(bundle_folder)
+    entry = FileEntry("card", None, None, hashlib.sha256().hexdigest(), 5)
+    with pytest.raises(BundleError, match=r"README\.md: does not match its checksum"):
+        BundleFile(bundle_folder / "README.md", entry).read_bytes()
+
+
+def test_a_manifest_has_a_largest_size(bundle_folder: Path) -> None:
+    with (bundle_folder / "manifest.json").open("ab") as stream:
+        stream.truncate(1 << 33)
+    with pytest.raises(BundleError, match=r"json: has 8589934592 bytes, more than 16777216"):
+        Bundle.load(bundle_folder)
+
+
+def test_the_size_of_a_file_in_the_manifest_has_a_largest_value(bundle_folder: Path) -> None:
+    files = json.loads((bundle_folder / "manifest.json").read_text())["files"]
+    files["golden.npz"]["size_bytes"] = 1 << 40
+    edit_manifest(bundle_folder, files=files)
+    message = "size_bytes must be positive and at most 4294967296, got 1099511627776"
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(bundle_folder)
+
+
+def test_a_file_that_is_exchanged_after_loading_is_never_given_out(bundle_folder: Path) -> None:
+    loaded = Bundle.load(bundle_folder)
+    for file in loaded.files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.path.write_bytes(content)
+    for file in loaded.files:
+        with pytest.raises(BundleError, match=f"{file.name}: does not match its checksum"):
+            file.read_bytes()
+    for read in (read_golden, read_verdicts):
+        with pytest.raises(BundleError, match="does not match its checksum"):
+            read(loaded)
+    for engine in CPU_ENGINES:
+        request = EngineRequest(engine=engine, precision="fp32")
+        with pytest.raises(BundleError, match=r"model\.onnx: does not match its checksum"):
+            select_engine(loaded, request)
+    with pytest.raises(BundleError, match=r"weights\.safetensors: does not match its checksum"):
+        load_trained(loaded.file("weights"))
 
 
 @pytest.mark.parametrize("version", [True, 1.0, 2.0])

@@ -13,7 +13,7 @@ from attnseg import Bundle
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
-from tests.bundles import write_bundle
+from tests.bundles import small_graph, write_bundle
 
 
 def golden() -> Golden:
@@ -23,8 +23,8 @@ def golden() -> Golden:
 
 
 def bundle_with(folder: Path, content: bytes | None) -> Bundle:
-    files = {"model.onnx": b"graph"}
-    entries = {"model.onnx": file_entry("onnx", b"graph", "fp32")}
+    files = {"model.onnx": small_graph()}
+    entries = {"model.onnx": file_entry("onnx", small_graph(), "fp32")}
     if content is not None:
         files["golden.npz"] = content
         entries["golden.npz"] = file_entry("golden", content)

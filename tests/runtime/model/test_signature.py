@@ -12,7 +12,7 @@ from attnseg import Bundle
 from attnseg.runtime.errors import BundleError, ConfigError, DependencyError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.signature import Signer, check_signature
-from tests.bundles import write_bundle
+from tests.bundles import small_graph, write_bundle
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command")
 
@@ -32,10 +32,10 @@ def write_keys(folder: Path, name: str = "key") -> tuple[Path, Path]:
 
 
 def signed_bundle(folder: Path, private: Path | None) -> Bundle:
-    entries = {"model.onnx": file_entry("onnx", b"graph", "fp32")}
+    entries = {"model.onnx": file_entry("onnx", small_graph(), "fp32")}
     manifest = replace(Bundle.default().manifest, files=entries)
     sign = Signer(private).sign if private else None
-    return write_bundle(folder / "bundle", manifest, {"model.onnx": b"graph"}, sign)
+    return write_bundle(folder / "bundle", manifest, {"model.onnx": small_graph()}, sign)
 
 
 def test_a_bundle_signed_by_the_key_passes(tmp_path: Path) -> None:
@@ -66,11 +66,42 @@ def test_the_signature_of_another_key_is_refused(tmp_path: Path) -> None:
         check_signature(signed_bundle(tmp_path, private), other)
 
 
+def test_a_manifest_that_is_exchanged_after_loading_is_refused(tmp_path: Path) -> None:
+    """The other manifest is signed too, as that of an earlier version is."""
+    private, public = write_keys(tmp_path)
+    folder = signed_bundle(tmp_path, private).folder
+    stored = [(folder / name).read_bytes() for name in ("manifest.json", "manifest.json.sig")]
+    changed = stored[0] + b" "
+    (folder / "manifest.json").write_bytes(changed)
+    (folder / "manifest.json.sig").write_bytes(Signer(private).sign(changed))
+    bundle = Bundle.load(folder)
+    check_signature(bundle, public)
+    for name, content in zip(("manifest.json", "manifest.json.sig"), stored, strict=True):
+        (folder / name).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json: was changed while the bundle was in"):
+        check_signature(bundle, public)
+
+
+def test_a_signature_is_at_most_64_bytes_of_a_regular_file(tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path)
+    bundle = signed_bundle(tmp_path, private)
+    signature = bundle.folder / "manifest.json.sig"
+    signature.write_bytes(signature.read_bytes() + b"x")
+    with pytest.raises(BundleError, match=r"json\.sig: has 65 bytes, more than 64"):
+        check_signature(bundle, public)
+    signature.unlink()
+    signature.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match="is not signed"):
+        check_signature(bundle, public)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.json.sig"])
 def test_what_was_changed_after_signing_is_refused(tmp_path: Path, name: str) -> None:
     private, public = write_keys(tmp_path)
     folder = signed_bundle(tmp_path, private).folder
-    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 0x2A  # the newline at the end of the manifest becomes a space
+    (folder / name).write_bytes(content)
     with pytest.raises(BundleError, match="is not a signature of this bundle"):
         check_signature(Bundle.load(folder), public)
 

@@ -22,7 +22,7 @@ from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample, resample_volume, restore_logits
 from attnseg.runtime.task import Channel, Label, Task
-from tests.bundles import write_bundle
+from tests.bundles import small_graph, write_bundle
 from tests.conftest import LinearEngine
 
 ANISOTROPIC = np.array([[0, 0, 3.0, 5], [-1.0, 0, 0, 6], [0, 2.0, 0, 7], [0, 0, 0, 1]])
@@ -181,7 +181,7 @@ def ball_manifest(grid: Grid | None) -> Manifest:
         inference=Inference((16, 16, 16), 0.25, 4, 0),
         training=None,
         validation=None,
-        files={"model.onnx": file_entry("onnx", b"onnx", "fp32")},
+        files={"model.onnx": file_entry("onnx", small_graph(1, 2), "fp32")},
     )
 
 
@@ -270,14 +270,16 @@ def test_a_spacing_within_5_percent_is_not_resampled() -> None:
 @pytest.mark.parametrize("grid", [None, *GRIDS], ids=str)
 def test_a_manifest_survives_its_file(tmp_path: Path, grid: Grid | None) -> None:
     manifest = ball_manifest(grid)
-    bundle = write_bundle(tmp_path / "model", manifest, {"model.onnx": b"onnx"})
+    bundle = write_bundle(tmp_path / "model", manifest, {"model.onnx": small_graph(1, 2)})
     assert bundle.manifest == manifest
     assert bundle.manifest.preprocessing.grid == grid
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
     """A bundle whose manifest says something else."""
-    folder = write_bundle(tmp_path / "m", ball_manifest(None), {"model.onnx": b"onnx"}).folder
+    folder = write_bundle(
+        tmp_path / "m", ball_manifest(None), {"model.onnx": small_graph(1, 2)}
+    ).folder
     stored = {**json.loads((folder / "manifest.json").read_text()), **changes}
     (folder / "manifest.json").write_text(json.dumps(stored))
     return folder
