@@ -20,6 +20,7 @@ from typing import Self
 
 from attnseg.runtime.errors import BundleError, ConfigError, Setting
 from attnseg.runtime.files import new_folder
+from attnseg.runtime.model.graph import check_graph
 from attnseg.runtime.model.manifest import (
     MANIFEST,
     SIGNATURE,
@@ -148,11 +149,12 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read a bundle and verify the checksum of every file.
+        """Read a bundle, verify the checksum of every file, and check its graphs.
 
         Raises:
             BundleError: The folder is not a bundle, its format version is unknown, its manifest is
-                invalid, or a file is missing or does not match its checksum.
+                invalid, a file is missing or does not match its checksum, or a graph is damaged,
+                refers to other files, or does not fit the manifest.
         """
         folder = Path(folder)
         manifest_file = folder / MANIFEST
@@ -162,7 +164,10 @@ class Bundle:
         manifest = _decode(manifest_file, stored)
         bundle = cls(folder, manifest, hashlib.sha256(stored).hexdigest())
         for file in bundle.files:
-            file.check()
+            if file.entry.role == "onnx":
+                check_graph(file.path, file.read_bytes(), manifest.task)
+            else:
+                file.check()
         return bundle
 
     @classmethod
