@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.runtime.engines.base import reason_of
 from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.errors import BundleError, ConfigError, EngineError
 from attnseg.runtime.extras import require
@@ -135,11 +136,13 @@ class AttentionGraph:
         ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = available_threads()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what fails is raised, too
+        providers = ["CPUExecutionProvider"]
         try:
-            return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # its exceptions share no base but Exception
-            raise EngineError(f"{self._file}: ONNX Runtime refuses it ({error})") from error
+            reason = reason_of(error)
+            raise EngineError(f"{self._file}: ONNX Runtime refuses it ({reason})") from error
 
     def weights(self, window: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Compute the weights of one window.
@@ -152,8 +155,13 @@ class AttentionGraph:
 
         Raises:
             BundleError: The graph does not have one tensor of weights per stage.
+            EngineError: ONNX Runtime fails.
         """
-        values = self._session.run(list(self._sigmoids), {self._input: window[None]})
+        try:
+            values = self._session.run(list(self._sigmoids), {self._input: window[None]})
+        except Exception as error:  # its exceptions share no base but Exception
+            reason = reason_of(error)
+            raise EngineError(f"{self._file}: ONNX Runtime failed ({reason})") from error
         found = [
             (stage, value[0, :, 0, 0, 0])
             for stage, value in zip(self._sigmoids.values(), values, strict=True)

@@ -24,12 +24,12 @@ from attnseg.evaluation.explain import (
 from attnseg.export.source.onnx import export_onnx
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import BundleError, ConfigError
+from attnseg.runtime.errors import BundleError, ConfigError, EngineError
 from attnseg.runtime.model.bundle import Bundle, file_entry
 from attnseg.runtime.model.manifest import Inference
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
 from attnseg.trainer.networks import build_network
-from tests.bundles import write_bundle
+from tests.bundles import small_model, write_bundle
 from tests.conftest import PLAIN
 
 
@@ -122,6 +122,37 @@ def test_outputs_are_declared_without_the_onnx_library_as_it_would() -> None:
     for name in names:
         expected.graph.output.add().name = name
     assert onnx.load_from_string(with_outputs(content, names)) == expected
+
+
+@pytest.mark.parametrize("widths", [None, 3, [2]])
+def test_a_manifest_without_the_widths_of_its_network_is_refused(
+    tmp_path: Path, widths: object
+) -> None:
+    network = constant_network(0)
+    values = {**network.config.to_dict(), "widths": widths}
+    bundle = bundle_of(network, tmp_path)
+    changed = replace(bundle, manifest=replace(bundle.manifest, network=values))
+    with pytest.raises(BundleError, match=r"model\.onnx: does not have one tensor of attention"):
+        AttentionGraph(changed)
+
+
+def test_a_node_without_operator_and_output_is_no_sigmoid() -> None:
+    model = small_model()
+    model.graph.node.add()
+    model.graph.node.add(op_type="Sigmoid", input=["logits"])
+    model.graph.node.add(op_type="Sigmoid", input=["logits"], output=["a"])
+    assert find_sigmoids(model.SerializeToString()) == {"a": 1}
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_one_error(tmp_path: Path) -> None:
+    """The window has 3 channels, the weights are for 4."""
+    network = constant_network(0)
+    model = onnx.load_from_string(export_onnx(network).content)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "any"
+    graph = AttentionGraph(bundle_of(network, tmp_path, model.SerializeToString()))
+    with pytest.raises(EngineError, match=r"model\.onnx: ONNX Runtime failed \(") as caught:
+        graph.weights(np.zeros((3, 8, 8, 8), np.float32))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_graph_without_the_weights_of_its_manifest_is_refused(

@@ -19,15 +19,17 @@ class OnnxSession:
     def __init__(self, model: ModelFile, options: dict[str, Any], providers: list[Any]) -> None:
         ort = import_onnxruntime()
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what fails is raised, too
         for name, value in options.items():
             setattr(settings, name, value)
         content = model.read_bytes()
         try:
-            self._session = ort.InferenceSession(content, settings, providers=providers)
+            # Without enable_fallback=0, a failure is printed, and another provider tried silently.
+            self._session = ort.InferenceSession(
+                content, settings, providers=providers, enable_fallback=0
+            )
         except Exception as error:  # its exceptions share no base but Exception
             raise EngineError(f"{model}: ONNX Runtime refuses it ({reason_of(error)})") from error
-        self._session.disable_fallback()  # to another provider, which would be silent
         self.input = str(self._session.get_inputs()[0].name)
         self._output = self._session.get_outputs()[0]
         self.output = str(self._output.name)

@@ -172,6 +172,35 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CPU_ENGINES)
+def test_a_graph_whose_operator_is_no_text_is_one_error_and_nothing_is_printed(
+    doubling: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both libraries raise UnicodeDecodeError, as their own message holds the name."""
+    doubling.write_bytes(doubling.read_bytes().replace(b"Add", b"A\x83d"))
+    with pytest.raises(EngineError, match=r"doubling\.onnx: .* refuses it \(.*decode") as caught:
+        open_engine(name, doubling, "fp32", 1).infer(np.zeros((1, 2, 4, 4, 4), np.float32))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", CPU_ENGINES)
+def test_a_graph_that_fails_in_use_is_one_error_and_nothing_is_printed(
+    doubling: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It adds 3 numbers along an axis of 4 voxels."""
+    model = onnx.load(doubling)
+    model.graph.node[0].input[1] = "numbers"
+    model.graph.initializer.append(helper.make_tensor("numbers", TensorProto.FLOAT, [3], [0] * 3))
+    onnx.save(model, doubling)
+    with pytest.raises(
+        EngineError, match=r"failed on a batch of shape \(1, 2, 4, 4, 4\)"
+    ) as caught:
+        open_engine(name, doubling, "fp32", 1).infer(np.zeros((1, 2, 4, 4, 4), np.float32))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", CPU_ENGINES)
 def test_a_named_engine_that_is_missing_names_the_extra(
     doubling: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
