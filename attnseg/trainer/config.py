@@ -10,7 +10,10 @@ from typing import Any, Literal, get_args
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.steps.foreground import Foreground
 from attnseg.runtime.steps.resample import LARGEST_GRID
+from attnseg.runtime.steps.windows import LARGEST_WINDOW
+from attnseg.trainer.decode import STORED, decode_config
 from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.networks import check_size
 
 Schedule = Literal["plateau", "cosine"]
 Optimiser = Literal["adamw", "adam"]
@@ -70,6 +73,8 @@ class TrainConfig:
         seed: Seed of the split, the initial weights, the patches and the augmentation.
     """
 
+    __pydantic_config__ = STORED
+
     network: NetworkConfig = field(default_factory=NetworkConfig)
     patch: int = 64
     overlap: float = 0.25
@@ -109,18 +114,23 @@ class TrainConfig:
         for name, (rule, holds) in self._rules().items():
             if not holds:
                 raise ConfigError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        check_size(self.network)
 
     def _rules(self) -> dict[str, tuple[str, bool]]:
         """Rule of each field in words, and whether the field satisfies it."""
         stride, lowest = self.network.stride, 2 * self.network.stride
+        largest = round(LARGEST_WINDOW ** (1 / 3))
         gamma = self.gamma
         return {
             "patch": (
-                f"a multiple of {stride} from {lowest} on",
-                self.patch >= lowest and self.patch % stride == 0,
+                f"a multiple of {stride} from {lowest} to {largest}",
+                lowest <= self.patch <= largest and self.patch % stride == 0,
             ),
             "overlap": ("at least 0 and below 1", 0 <= self.overlap < 1),
-            "batch_size": ("at least 1", self.batch_size >= 1),
+            "batch_size": (
+                f"at least 1, and a batch have at most {LARGEST_GRID} voxels",
+                self.batch_size >= 1 and self.batch_size * self.patch**3 <= LARGEST_GRID,
+            ),
             "epochs": ("at least 1", self.epochs >= 1),
             "steps_per_epoch": ("at least 0", self.steps_per_epoch >= 0),
             "tumour_share": ("within 0 and 1", 0 <= self.tumour_share <= 1),
@@ -166,7 +176,7 @@ class TrainConfig:
             "validation_share": ("above 0 and below 1", 0 < self.validation_share < 1),
             "synthetic_cases": ("at least 0", self.synthetic_cases >= 0),
             "precision": (" or ".join(get_args(Precision)), self.precision in get_args(Precision)),
-            "seed": ("at least 0", self.seed >= 0),
+            "seed": ("at least 0 and below 2**63", 0 <= self.seed < 1 << 63),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,16 +188,13 @@ class TrainConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`. Raises `ConfigError` for fields that do not exist."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown training field {', '.join(unknown)}")
-        values = dict(values)
-        if "network" in values:
-            values["network"] = NetworkConfig.from_dict(values["network"])
-        values |= {name: tuple(values[name]) for name in _LISTS if name in values}
-        return cls(**values)
+    def from_dict(cls, values: object) -> TrainConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A field does not exist, or its value is of another type or breaks a rule.
+        """
+        return decode_config(cls, values, "training")
 
     def with_settings(self, settings: dict[str, str]) -> TrainConfig:
         """Return a copy with fields set from text, as in `learning_rate=1e-3`.

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from attnseg.runtime.errors import ConfigError
+from attnseg.trainer.decode import STORED, decode_config
 
 Architecture = Literal["attnresunet", "unet3d", "deepmedic"]
 Attention = Literal["none", "gap", "se", "cbam"]
+_MOST_CHANNELS = 1 << 14  # of a layer
+_MOST_STAGES = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class NetworkConfig:
             the baselines of `attnseg.trainer.baselines`.
     """
 
+    __pydantic_config__ = STORED
+
     in_channels: int = 4
     classes: int = 4
     widths: tuple[int, ...] = (12, 24, 48, 96)
@@ -58,6 +63,14 @@ class NetworkConfig:
             raise ConfigError(
                 "widths must be even and at least 2 (each is halved in the decoder) and bottleneck "
                 f"at least 1, got widths {self.widths}, bottleneck {self.bottleneck}"
+            )
+        sizes = {n: getattr(self, n) for n in ("in_channels", "classes", "bottleneck")}
+        for name, size in {**sizes, "widths": max(self.widths)}.items():
+            if size > _MOST_CHANNELS:
+                raise ConfigError(f"{name} must be at most {_MOST_CHANNELS}, got {size}")
+        if len(self.widths) > _MOST_STAGES:
+            raise ConfigError(
+                f"widths must name at most {_MOST_STAGES} stages, got {len(self.widths)}"
             )
         for name, choices in (("architecture", Architecture), ("attention", Attention)):
             if getattr(self, name) not in get_args(choices):
@@ -83,12 +96,13 @@ class NetworkConfig:
         return {**asdict(self), "widths": list(self.widths)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NetworkConfig:
-        """Inverse of `to_dict`. Raises `ConfigError` for fields that do not exist."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigError(f"unknown network field {', '.join(unknown)}")
-        return cls(**{**values, "widths": tuple(values.get("widths", cls.widths))})
+    def from_dict(cls, values: object) -> NetworkConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A field does not exist, or its value is of another type or breaks a rule.
+        """
+        return decode_config(cls, values, "network")
 
 
 PRESETS: dict[str, NetworkConfig] = {

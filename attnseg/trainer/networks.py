@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from attnseg.runtime.errors import ConfigError, TrainingSetting
 from attnseg.trainer.baselines import DeepMedic, UNet3d
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig, ResidualBlock
 from attnseg.trainer.variants import Cost
@@ -15,10 +17,49 @@ from attnseg.trainer.variants import Cost
 Network = AttentionResNetUNet | UNet3d | DeepMedic
 
 
-def build_network(config: NetworkConfig) -> Network:
-    """Build a network with random weights; it has the attribute `config` and outputs logits."""
+LARGEST_NETWORK = 1 << 28
+"""Largest number of parameters of a network, 1 GiB in fp32; the paper's has 3.6 million."""
+
+
+def _new_network(config: NetworkConfig) -> Network:
     kinds = {"attnresunet": AttentionResNetUNet, "unet3d": UNet3d, "deepmedic": DeepMedic}
     network: Network = kinds[config.architecture](config)
+    return network
+
+
+def empty_network(config: NetworkConfig) -> Network:
+    """Build a network on PyTorch's `meta` device: its parameters have shapes and take no memory.
+
+    Raises:
+        ConfigError: It has more than `LARGEST_NETWORK` parameters.
+    """
+    with torch.device("meta"):
+        network = _new_network(config)
+    count = count_parameters(network)
+    if count > LARGEST_NETWORK:
+        raise ConfigError(
+            f"the network has {count} parameters, more than {LARGEST_NETWORK}",
+            "lower {} or {}",
+            TrainingSetting("widths"),
+            TrainingSetting("bottleneck"),
+        )
+    return network
+
+
+@cache
+def check_size(config: NetworkConfig) -> None:
+    """Raise `ConfigError` for a network that `empty_network` refuses."""
+    empty_network(config)
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """Build a network with random weights; it has the attribute `config` and outputs logits.
+
+    Raises:
+        ConfigError: It has more than `LARGEST_NETWORK` parameters.
+    """
+    check_size(config)
+    network = _new_network(config)
     _initialise(network)
     return network
 

@@ -118,7 +118,7 @@ def test_each_network_learns_a_phantom(name: str, patch: tuple[Tensor, Tensor]) 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "vnet"}, "architecture must be one of attnresunet, unet3d, deepmedic"),
+        ({"architecture": "vnet"}, "Input should be 'attnresunet', 'unet3d' or 'deepmedic'"),
         ({"architecture": "unet3d"}, "unet3d has no attention and no multi-scale module"),
         (
             {"architecture": "deepmedic", "attention": "none", "multi_scale": False},

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from attnseg.runtime.errors import ConfigError
 from attnseg.trainer.model import (
+    MODELS,
     PRESETS,
     AttentionResNetUNet,
     GlobalAverageAttention,
@@ -13,7 +16,7 @@ from attnseg.trainer.model import (
     ResidualBlock,
     SqueezeExcitation,
 )
-from attnseg.trainer.networks import count_macs, count_parameters
+from attnseg.trainer.networks import build_network, count_macs, count_parameters, empty_network
 
 
 def test_the_paper_preset_has_the_designs_parameters_and_work() -> None:
@@ -94,15 +97,43 @@ def test_each_variant_gives_logits_of_the_inputs_size(attention: str, multi_scal
         ({"widths": (3, 6)}, "widths must be even"),
         ({"widths": ()}, "widths must be even"),
         ({"classes": 1}, "classes >= 2"),
-        ({"attention": "eca"}, "attention must be one of none, gap, se, cbam, got 'eca'"),
+        (
+            {"attention": "eca"},
+            "attention: Input should be 'none', 'gap', 'se' or 'cbam', got 'eca'",
+        ),
         ({"depth": 3}, "unknown network field depth"),
+        ({"in_channels": 1.5}, "field in_channels: Input should be a valid integer, got 1.5"),
+        ({"in_channels": 4.0}, "field in_channels: Input should be a valid integer, got 4.0"),
+        ({"in_channels": True}, "field in_channels: Input should be a valid integer, got True"),
+        ({"classes": "4"}, "field classes: Input should be a valid integer, got '4'"),
+        ({"bottleneck": math.nan}, "field bottleneck: Input should be a valid integer, got nan"),
+        ({"widths": [4, 8.0]}, r"field widths\.1: Input should be a valid integer, got 8.0"),
+        ({"widths": 4}, "field widths: Input should be a valid array, got 4"),
+        ({"multi_scale": 1}, "field multi_scale: Input should be a valid boolean, got 1"),
+        ([], r"network configuration: Input should be an object, got \[\]"),
+        ({"widths": b"ab"}, "network configuration is no plain data"),
+        ({"in_channels": 20000}, "in_channels must be at most 16384, got 20000"),
     ],
 )
-def test_configurations_that_make_no_network_are_refused(
-    fields: dict[str, object], message: str
-) -> None:
+def test_configurations_that_make_no_network_are_refused(fields: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NetworkConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("config", [*MODELS.values(), *PRESETS.values()], ids=str)
+def test_an_empty_network_has_the_layout_of_a_real_one_and_no_memory(config: NetworkConfig) -> None:
+    empty = empty_network(config)
+    stored, real = empty.state_dict(), build_network(config).state_dict()
+    assert all(value.is_meta for value in stored.values())
+    assert {n: v.shape for n, v in stored.items()} == {n: v.shape for n, v in real.items()}
+
+
+def test_a_network_has_a_largest_number_of_parameters() -> None:
+    """Two 3x3x3 convolutions of 10000 channels in the bottleneck alone have 2.7e9 weights."""
+    huge = NetworkConfig(bottleneck=10000)
+    for build in (build_network, empty_network):
+        with pytest.raises(ConfigError, match="has 2736857814 parameters, more than 268435456"):
+            build(huge)
 
 
 def test_a_config_survives_its_dictionary() -> None:
