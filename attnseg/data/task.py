@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.steps.foreground import Foreground
 from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
 
@@ -22,6 +23,9 @@ class LabelledTask:
         foreground: Voxels over which the normalisation computes its statistics.
         description: Short description of a model for the task.
         decision: What was decided about the label values of a data set; see `decide_labels`.
+
+    Raises:
+        ConfigError: An alias stands for a label that does not exist.
     """
 
     task: Task
@@ -32,6 +36,11 @@ class LabelledTask:
     foreground: Foreground = "nonzero"
     description: str = ""
     decision: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        unknown = sorted({*self.aliases.values()} - {*self.task.label_values})
+        if unknown:
+            raise ConfigError(f"aliases stand for label {unknown[0]}, which does not exist")
 
     @property
     def class_of_label(self) -> dict[int, int]:

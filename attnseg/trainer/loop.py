@@ -35,7 +35,7 @@ from attnseg.trainer.engine import mixed_precision
 from attnseg.trainer.interrupt import Interrupt, noted_interrupts
 from attnseg.trainer.logs import CURVES, EVENTS, LOG, cut_log, draw_log, log_epoch
 from attnseg.trainer.loss import segmentation_loss
-from attnseg.trainer.networks import build_network, count_parameters
+from attnseg.trainer.networks import count_parameters, empty_network
 from attnseg.trainer.progress import shown_progress
 from attnseg.trainer.run import (
     Run,
@@ -211,7 +211,7 @@ def train(
     network = replace(config.network, in_channels=len(task.channels), classes=len(task.labels))
     config = replace(config, network=network)
     check_phantoms(config, data)
-    weights = initial_weights(initial, build_network(network)) if initial else None
+    weights = initial_weights(initial, empty_network(network)) if initial else None
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     with open_devices() as devices, _run_folder(output, devices):
         _check_patch(config, devices.device)

@@ -97,11 +97,21 @@ class Preparation:
         preprocessing: Steps applied to a case before the network.
         foreground_ml: Largest foreground among the training cases; None if the foreground is the
             whole volume.
+
+    Raises:
+        ConfigError: The task has another number of channels than the preprocessing.
     """
 
     task: LabelledTask
     preprocessing: Preprocessing
     foreground_ml: float | None = None
+
+    def __post_init__(self) -> None:
+        schemes, channels = len(self.preprocessing.normalisation), len(self.task.task.channels)
+        if schemes != channels:
+            raise ConfigError(
+                f"normalisation must have landmarks for {channels} channels, got {schemes}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as stored in checkpoints and in the metadata of weights."""
@@ -115,7 +125,12 @@ class Preparation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A value breaks a rule.
+            ValidationError: A value is of another type.
+        """
         names = ("task", "grid", "normalisation", "foreground_ml")
         own = {key: values.get(key) for key in names}
         stored = _PreparationJson.model_validate(own)

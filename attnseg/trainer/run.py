@@ -29,7 +29,7 @@ class Run:
     devices: Devices
     model: Network
     average: Network | None
-    optimiser: torch.optim.Optimizer
+    optimiser: torch.optim.Adam
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
     rng: np.random.Generator
@@ -78,16 +78,19 @@ class Run:
             )
         try:
             self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise TrainingError(f"last.pt: does not fit its own configuration ({error})") from error
+        except Exception as error:  # PyTorch and numpy raise any type for the state of another run
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise TrainingError(
+                f"last.pt: does not fit its own configuration ({reason})"
+            ) from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.optimiser.load_state_dict(_optimiser_state(self.optimiser, state["optimiser"]))
+        self.scheduler.load_state_dict(_plain_state(self.scheduler, state["scheduler"]))
+        self.scaler.load_state_dict(_plain_state(self.scaler, state["scaler"]))
         rng_state, generator_state = state["random"][self.devices.rank]
         self.rng.bit_generator.state = rng_state
         self.generator.set_state(generator_state)
@@ -105,6 +108,37 @@ class Run:
     def step(self) -> int:
         """Number of steps since the start of the run."""
         return self.epoch * self.steps_per_epoch + len(self.losses)
+
+
+def _optimiser_state(optimiser: torch.optim.Adam, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored moments and learning rate; the other settings are those of the configuration.
+
+    Raises:
+        ValueError, KeyError, TypeError: A moment is not of the shape of its parameter.
+    """
+    (group,), (kept,) = optimiser.state_dict()["param_groups"], stored["param_groups"]
+    (parameters,) = (own["params"] for own in optimiser.param_groups)
+    for index, moments in stored["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameters[index].shape:
+                raise ValueError(f"{name} of parameter {index} is {tuple(moments[name].shape)}")
+        moments["step"].item()
+    return {"state": stored["state"], "param_groups": [{**group, "lr": float(kept["lr"])}]}
+
+
+def _plain_state(owner: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of `owner.state_dict()` as stored, each of the type of the owner's.
+
+    Raises:
+        TypeError: An entry is of another type.
+    """
+    state: dict[str, Any] = owner.state_dict()
+    for name in state.keys() & stored.keys():
+        number = isinstance(state[name], int | float)
+        if not isinstance(stored[name], (int, float) if number else type(state[name])):
+            raise TypeError(f"{name} is {stored[name]!r}")
+        state[name] = stored[name]
+    return state
 
 
 def steps_per_epoch(config: TrainConfig, cases: int, devices: Devices) -> int:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -23,13 +24,12 @@ from attnseg.trainer.checkpoint import (
 from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.networks import build_network
 from tests.conftest import PLAIN
-
-SMALL = NetworkConfig(widths=(2, 4), bottleneck=4)
+from tests.trainer.states import SMALL, state_of
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"epoch": 1})
+    save_checkpoint(path, state_of(epoch=1))
     with pytest.raises(TrainingError, match="could not be written"):
         save_checkpoint(tmp_path / "gone" / "last.pt", {"epoch": 2})
     assert load_checkpoint(path)["epoch"] == 1
@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_old_checkpoint(
     tmp_path: Path, size: int
 ) -> None:
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"epoch": 1, "model": torch.zeros(50_000)})
+    save_checkpoint(path, state_of(epoch=1))
     with files_up_to(size), pytest.raises(TrainingError, match=r"last\.pt: could not be written"):
         save_checkpoint(path, {"epoch": 2, "model": torch.zeros(50_000)})
     assert load_checkpoint(path)["epoch"] == 1
@@ -115,7 +115,7 @@ def test_initial_weights_are_the_average_where_there_is_one(tmp_path: Path) -> N
     model = network.state_dict()
     average = {name: value + 1 for name, value in model.items()}
     for kept, expected in ((average, average), (None, model)):
-        save_checkpoint(tmp_path / "best.pt", {"model": model, "average": kept})
+        save_checkpoint(tmp_path / "best.pt", state_of(model=model, average=kept))
         weights = initial_weights(tmp_path / "best.pt", network)
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
@@ -142,7 +142,8 @@ def test_initial_weights_of_another_network_are_refused(
     tmp_path: Path, other: NetworkConfig, name: str
 ) -> None:
     model = {key: value.contiguous() for key, value in build_network(other).state_dict().items()}
-    save_checkpoint(tmp_path / "best.pt", {"model": model, "average": None})
+    state = state_of(SMALL if other.classes == 3 else other, model=model)
+    save_checkpoint(tmp_path / "best.pt", state)
     save_file(model, tmp_path / "weights.safetensors")
     with pytest.raises(TrainingError, match=f"{name}: is of another architecture") as caught:
         initial_weights(tmp_path / name, build_network(SMALL))
@@ -162,7 +163,7 @@ def test_initial_weights_that_are_none_are_refused(tmp_path: Path, name: str) ->
 def test_no_changed_byte_of_a_checkpoint_changes_its_weights(tmp_path: Path) -> None:
     weights = build_network(SMALL).state_dict()
     path = tmp_path / "best.pt"
-    save_checkpoint(path, {"model": weights, "average": None, "epoch": 3})
+    save_checkpoint(path, state_of(model=weights, epoch=3))
     stored = path.read_bytes()
     refused = 0
     for place in range(0, len(stored), max(1, len(stored) // 120)):
@@ -175,3 +176,114 @@ def test_no_changed_byte_of_a_checkpoint_changes_its_weights(tmp_path: Path) -> 
             assert found["epoch"] == 3
             assert all(torch.equal(found["model"][name], weights[name]) for name in weights)
     assert refused > 60
+
+
+def refused(path: Path, state: dict[str, Any]) -> str:
+    """Message of the only error that reading a state may raise."""
+    save_checkpoint(path, state)
+    with pytest.raises(TrainingError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+REQUIRED = ("config", "data", "split", "device", "model", "average", "epoch", "validation")
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, "seconds"])
+def test_an_entry_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
+    state = state_of()
+    del state[name]
+    message = refused(tmp_path / "best.pt", state)
+    assert message == f"checkpoint field {name}: Field required"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("config", None, "checkpoint field config: Input should be a valid dictionary, got None"),
+        ("config", [1], "checkpoint field config: Input should be a valid dictionary, got [1]"),
+        ("config", {"epoch": 3}, "unknown training field epoch"),
+        (
+            "config",
+            {"network": {"in_channels": 1.5}},
+            "training field network.in_channels: Input should be a valid integer, got 1.5",
+        ),
+        (
+            "config",
+            {"network": {"in_channels": torch.ones(1)}},
+            "the training configuration is no plain data (Object of type Tensor is not JSON "
+            "serializable)",
+        ),
+        (
+            "config",
+            {"network": {"bottleneck": 10000}},
+            "the network has 2736857814 parameters, more than 268435456; lower widths or "
+            "bottleneck",
+        ),
+        (
+            "config",
+            {"network": {"classes": 3}},
+            "its network has 4 channels and 3 classes, its task 4 and 4",
+        ),
+        ("data", 7, "checkpoint field data: Input should be a valid string, got 7"),
+        ("split", {"train": ["a"]}, "checkpoint field split.validation: Field required"),
+        (
+            "split",
+            {"train": "a", "validation": []},
+            "checkpoint field split.train: Input should be a valid list, got 'a'",
+        ),
+        ("epoch", True, "checkpoint field epoch: Input should be a valid integer, got True"),
+        (
+            "epoch",
+            -1,
+            "checkpoint field epoch: Input should be greater than or equal to 0, got -1",
+        ),
+        ("seconds", math.inf, "checkpoint field seconds: Input should be a finite number, got inf"),
+        (
+            "validation",
+            {"WT": "good"},
+            "checkpoint field validation.WT: Input should be a valid number, got 'good'",
+        ),
+        ("validation", 0.5, "checkpoint field validation: Input should be a valid dictionary, got"),
+        ("model", {"w": 3}, "checkpoint field model.w: Input should be an instance of Tensor, got"),
+        ("losses", ["a"], "checkpoint field losses.0: Input should be a valid number, got 'a'"),
+        ("best", None, "checkpoint field best: Input should be a valid number, got None"),
+        ("random", {}, "checkpoint field random: Input should be a valid list, got {}"),
+        ("optimiser", 1, "checkpoint field optimiser: Input should be a valid dictionary, got 1"),
+        ("task", 3, "checkpoint field task: Input should be a valid dictionary"),
+        ("grid", {"shape": [0, 1, 1]}, "a grid needs three positive numbers, got (0, 1, 1)"),
+        ("normalisation", None, "checkpoint field normalisation: Input should be a valid dict"),
+        (
+            "normalisation",
+            {"foreground": "all", "landmarks": {"percentiles": [1, 9], "values": [[0, 1]]}},
+            "normalisation must have landmarks for 4 channels, got 1",
+        ),
+        (
+            "normalisation",
+            {"foreground": "all", "landmarks": {"percentiles": [1, 9], "values": [[0, math.nan]]}},
+            "landmarks must be at least two, and ascending, got (0.0, nan)",
+        ),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named(
+    tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    assert refused(tmp_path / "best.pt", state_of(**{name: value})).startswith(message)
+
+
+def test_numbers_are_plain_numbers_after_reading(tmp_path: Path) -> None:
+    """A tensor of one number is taken for a number."""
+    state = state_of(validation={"WT": torch.tensor([0.25])}, losses=[torch.tensor(2.0), 1])
+    save_checkpoint(tmp_path / "best.pt", state)
+    found = load_checkpoint(tmp_path / "best.pt")
+    numbers = [found["validation"]["WT"], *found["losses"]]
+    assert numbers == [0.25, 2.0, 1.0]
+    assert {type(number) for number in numbers} == {float}
+
+
+def test_an_alias_of_a_label_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    task = {**state_of()["task"], "aliases": {3: 9}}
+    message = refused(tmp_path / "best.pt", state_of(task=task))
+    assert message == "aliases stand for label 9, which does not exist"

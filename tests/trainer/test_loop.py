@@ -29,6 +29,8 @@ from attnseg.runtime.steps.resample import Grid
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer import logs, loop
 from attnseg.trainer.checkpoint import (
+    checkpoint_config,
+    checkpoint_preparation,
     checkpoint_weights,
     load_checkpoint,
     load_run,
@@ -36,9 +38,11 @@ from attnseg.trainer.checkpoint import (
 )
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data_set import DataSet, open_data_set
+from attnseg.trainer.devices import Devices
 from attnseg.trainer.loop import train
 from attnseg.trainer.model import MODELS, NetworkConfig
 from attnseg.trainer.networks import build_network
+from attnseg.trainer.run import new_run
 from attnseg.trainer.start import start_run
 from tests.trainer.conftest import (
     SCORES,
@@ -322,6 +326,60 @@ def test_another_number_of_processes_cannot_resume_a_run(plain: Whole, data: Dat
             train(data, plain.config, plain.output, load_run(plain.output))
     finally:
         file.write_bytes(stored)
+
+
+def changed_moment(state: dict[str, Any]) -> None:
+    state["optimiser"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.pop("optimiser"), "KeyError: 'optimiser'"),
+        (lambda s: s.update(optimiser={}), "KeyError: 'param_groups'"),
+        (lambda s: s["optimiser"].update(param_groups=[]), "ValueError: not enough values"),
+        (lambda s: s["optimiser"]["param_groups"][0].update(lr=None), "TypeError: float"),
+        (lambda s: s["optimiser"].update(state={0: None}), "TypeError: 'NoneType'"),
+        (lambda s: s["optimiser"].update(state={999: {}}), "KeyError: 'exp_avg'"),
+        (changed_moment, r"ValueError: exp_avg of parameter 0 is \(3,\)"),
+        (lambda s: s["scheduler"].update(best="low"), "TypeError: best is 'low'"),
+        (lambda s: s["scheduler"].update(_last_lr=3), "TypeError: _last_lr is 3"),
+        (lambda s: s.update(random=[None]), "TypeError: cannot unpack"),
+        (lambda s: s.update(random=[({"bit_generator": 3}, None)]), "Error: "),
+        (lambda s: s["model"].popitem(), "RuntimeError: .*Missing key"),
+    ],
+)
+def test_a_state_that_cannot_be_resumed_is_one_clear_error(
+    plain: Whole, data: DataSet, change: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    file = plain.output / "last.pt"
+    stored = file.read_bytes()
+    state = load_checkpoint(file)
+    change(state)
+    try:
+        save_checkpoint(file, state)
+        message = rf"last\.pt: does not fit its own configuration \(.*{reason}"
+        with pytest.raises(TrainingError, match=message) as caught:
+            train(data, plain.config, plain.output, load_run(plain.output))
+    finally:
+        file.write_bytes(stored)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_progress_of_optimiser_and_scheduler_is_taken_from_a_checkpoint(
+    plain: Whole, data: DataSet
+) -> None:
+    """Their settings, and names that are no settings, are those of the configuration."""
+    state = load_checkpoint(plain.output / "last.pt")
+    state["optimiser"]["param_groups"][0] |= {"betas": "none", "lr": 0.125}
+    state["scheduler"] |= {"step": 3, "num_bad_epochs": 2}
+    preparation, devices = checkpoint_preparation(state), Devices(torch.device("cpu"))
+    run = new_run(checkpoint_config(state), data, preparation, devices, steps=3)
+    run.restore(state)
+    assert run.optimiser.param_groups[0]["betas"] == (0.9, 0.999)
+    assert run.optimiser.param_groups[0]["lr"] == 0.125
+    assert run.scheduler.num_bad_epochs == 2
+    assert callable(run.scheduler.step)
 
 
 def test_a_finished_run_has_nothing_to_resume(plain: Whole, data: DataSet) -> None:

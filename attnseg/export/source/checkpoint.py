@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors.torch import load, save
 
 from attnseg.data.task import LabelledTask
@@ -20,22 +20,22 @@ from attnseg.runtime.model.bundle import BundleFile
 from attnseg.runtime.model.manifest import Training, Validation
 from attnseg.runtime.steps.windows import WindowOptions
 from attnseg.trainer.checkpoint import (
+    check_task,
     checkpoint_config,
     checkpoint_preparation,
     checkpoint_weights,
     load_checkpoint,
+    same_layout,
     weights_digest,
 )
+from attnseg.trainer.decode import explain
 from attnseg.trainer.model import NetworkConfig
-from attnseg.trainer.networks import Network, build_network
+from attnseg.trainer.networks import Network, check_size, empty_network
 from attnseg.trainer.preparation import Preparation
 
 _METADATA_KEY = "attnseg"
-_DIGEST = "weights_sha256"  # missing in files of earlier versions
 _SAFETENSORS_FORMAT = "attnseg-weights-1"
 _NAMES = {"attnresunet": "attention-resnet-unet", "resunet": "resnet-unet"}
-# Errors raised by files of the right format with invalid content.
-_NONSENSE = (KeyError, TypeError, AttributeError, ValidationError, ConfigError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,16 @@ class TrainedModel:
         return WindowOptions((self.patch,) * 3, self.overlap, self.network.config.stride)
 
 
-def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> Network:
-    network = build_network(config)
+def _network(path: Path, config: NetworkConfig, weights: dict[str, torch.Tensor]) -> Network:
+    network = empty_network(config)
+    if not same_layout(weights, network):
+        raise TrainingError(f"{path}: its configuration and weights do not agree")
     network.load_state_dict(
         {
             name: value.float() if value.is_floating_point() else value
             for name, value in weights.items()
-        }
+        },
+        assign=True,
     )
     return network.eval()
 
@@ -89,12 +92,16 @@ def _network(config: NetworkConfig, weights: dict[str, torch.Tensor]) -> Network
 def _from_checkpoint(path: Path) -> TrainedModel:
     state = load_checkpoint(path)
     config = checkpoint_config(state)
+    preparation = checkpoint_preparation(state)
     scores = state["validation"]
     if scores is None:
         raise TrainingError(
             f"{path}: was saved in the middle of an epoch, so its accuracy is not known",
             "give best.pt, or resume the run",
         )
+    for region in preparation.task.task.regions:
+        if not 0 <= scores.get(region, math.nan) <= 1:
+            raise TrainingError(f"{path}: holds no Dice coefficient of {region}")
     training = Training(
         data=state["data"],
         train_cases=tuple(state["split"]["train"]),
@@ -105,7 +112,6 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         device=state["device"],
         config=config.to_dict(),
     )
-    preparation = checkpoint_preparation(state)
     where = (
         "whole cases"
         if preparation.preprocessing.grid is None
@@ -120,7 +126,7 @@ def _from_checkpoint(path: Path) -> TrainedModel:
         ),
     )
     return TrainedModel(
-        network=_network(config.network, checkpoint_weights(state)),
+        network=_network(path, config.network, checkpoint_weights(state)),
         preparation=preparation,
         patch=config.patch,
         overlap=config.overlap,
@@ -153,40 +159,57 @@ def _architecture(config: NetworkConfig) -> tuple[str, str]:
     )
 
 
-def _metadata_of(content: bytes) -> dict[str, Any]:
-    """Metadata in the header of a safetensors file; empty if it is not of attnseg.
+class _Metadata(BaseModel):
+    """Metadata of a weights file, besides the preparation."""
 
-    Raises:
-        ValueError, RecursionError: The metadata is not JSON, or nested too deeply.
-    """
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["attnseg-weights-1"]
+    weights_sha256: str = ""  # missing in files of earlier versions
+    network: dict[str, Any]
+    patch: PositiveInt
+    overlap: Annotated[float, Field(ge=0, lt=1)]
+    training: Training
+    validation: Validation
+    description: Description
+
+
+def _metadata_of(content: bytes) -> bytes:
+    """JSON of attnseg in the header of a safetensors file, which is valid; empty without one."""
     size = int.from_bytes(content[:8], "little")
-    words = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
-    metadata = json.loads(words.get(_METADATA_KEY, "{}"))
-    return metadata if isinstance(metadata, dict) else {}
+    metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return metadata.get(_METADATA_KEY, "").encode()
 
 
 def _from_safetensors(path: Path, content: bytes) -> TrainedModel:
     try:
-        weights = load(content)  # which checks the header
-        metadata = _metadata_of(content)
-    except (SafetensorError, ValueError, RecursionError) as error:
+        weights = load(content)
+    except Exception as error:  # a type that this version of PyTorch does not have is a KeyError
         raise TrainingError(f"{path}: is damaged or not a safetensors file ({error})") from error
-    if metadata.get("format") != _SAFETENSORS_FORMAT:
+    stored = _metadata_of(content)
+    if not stored:
         raise TrainingError(f"{path}: holds no weights of attnseg (format {_SAFETENSORS_FORMAT})")
-    if metadata.get(_DIGEST, "") not in ("", weights_digest(weights)):
-        raise TrainingError(f"{path}: its weights do not match their digest", "copy it again")
     try:
-        return TrainedModel(
-            network=_network(NetworkConfig.from_dict(metadata["network"]), weights),
-            preparation=Preparation.from_dict(metadata),
-            patch=metadata["patch"],
-            overlap=metadata["overlap"],
-            training=TypeAdapter(Training).validate_python(metadata["training"]),
-            validation=TypeAdapter(Validation).validate_python(metadata["validation"]),
-            description=Description(**metadata["description"]),
-        )
-    except _NONSENSE as error:
-        raise TrainingError(f"{path}: its metadata and weights do not agree ({error})") from error
+        metadata = _Metadata.model_validate_json(stored)
+        preparation = Preparation.from_dict(json.loads(stored))
+        config = NetworkConfig.from_dict(metadata.network)
+        check_size(config)
+    except ValidationError as error:
+        raise TrainingError(f"{path}: {explain(error, 'metadata')}") from error
+    except ConfigError as error:
+        raise TrainingError(f"{path}: {error.cause}", error.mend, *error.settings) from error
+    if metadata.weights_sha256 not in ("", weights_digest(weights)):
+        raise TrainingError(f"{path}: its weights do not match their digest", "copy it again")
+    check_task(path, config, preparation.task.task)
+    return TrainedModel(
+        network=_network(path, config, weights),
+        preparation=preparation,
+        patch=metadata.patch,
+        overlap=metadata.overlap,
+        training=metadata.training,
+        validation=metadata.validation,
+        description=metadata.description,
+    )
 
 
 def check_file(path: Path) -> None:
@@ -246,5 +269,5 @@ def encode_weights(model: TrainedModel) -> bytes:
         "description": asdict(model.description),
     }
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
-    metadata[_DIGEST] = weights_digest(weights)
+    metadata["weights_sha256"] = weights_digest(weights)
     return save(weights, {_METADATA_KEY: json.dumps(metadata)})

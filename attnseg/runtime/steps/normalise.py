@@ -134,7 +134,7 @@ class LandmarkMatching:
         if any(not 0 <= p <= 100 for p in self.percentiles):
             raise ConfigError(f"percentiles must be within 0 and 100, got {self.percentiles}")
         for row in (self.percentiles, self.values):
-            if len(row) < 2 or np.any(np.diff(row) <= 0):
+            if len(row) < 2 or not (np.isfinite(row).all() and (np.diff(row) > 0).all()):
                 raise ConfigError(f"landmarks must be at least two, and ascending, got {row}")
 
     @property
