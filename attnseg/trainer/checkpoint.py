@@ -30,6 +30,7 @@ from attnseg.trainer.model import NetworkConfig
 from attnseg.trainer.preparation import Preparation
 
 FORMAT = "attnseg-checkpoint-1"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FREE_SPACE_AND_RESUME: tuple[Any, ...] = ("free some space, then give {}", Setting("resume", True))
 """Mend and settings of the error for a run that could not write to its folder."""
 
@@ -159,13 +160,13 @@ def checkpoint_weights(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def same_layout(weights: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Whether weights have the names, the shapes and the kinds of numbers of a network's."""
+    """Whether weights have the names and shapes of a network's, and types that convert to its."""
     wanted = network.state_dict()
     return weights.keys() == wanted.keys() and all(
         value.layout == torch.strided
         and value.shape == wanted[name].shape
-        and value.is_floating_point() == wanted[name].is_floating_point()
-        and not value.is_complex()
+        and (value.dtype in _FLOATS) == wanted[name].is_floating_point()
+        and (value.dtype in _FLOATS or value.dtype == wanted[name].dtype)
         for name, value in weights.items()
     )
 

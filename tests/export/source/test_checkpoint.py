@@ -156,6 +156,7 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str, messag
         b'{"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         b'{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}',
         b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e99]}}',
+        b'{"w": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}',  # not known to PyTorch
         b'{"w": 3}',
         b"[]",
         b"\xff",
@@ -199,6 +200,9 @@ def test_a_checkpoint_without_its_dice_is_refused(tmp_path: Path, value: float |
         lambda w: w.update({"head.bias": torch.zeros(4, dtype=torch.int64)}),
         lambda w: w.update({"head.bias": torch.zeros(4, dtype=torch.complex64)}),
         lambda w: w.update({"head.bias": torch.zeros(4).to_sparse()}),
+        lambda w: w.update({"head.bias": torch.zeros(4, dtype=torch.float8_e5m2)}),
+        lambda w: w.update({"bottleneck.norm.num_batches_tracked": torch.tensor(1.0)}),
+        lambda w: w.update({"bottleneck.norm.num_batches_tracked": torch.tensor(True)}),
         lambda w: w.clear(),
     ],
 )

@@ -493,12 +493,21 @@ def test_a_manifest_that_is_no_plain_json_is_refused(
         Bundle.load(bundle_folder)
 
 
-def test_a_name_of_several_lines_is_refused(bundle_folder: Path) -> None:
-    labels = json.loads((bundle_folder / "manifest.json").read_text())["labels"]
-    labels[1]["name"] = "core\nother"
-    edit_manifest(bundle_folder, labels=labels)
-    with pytest.raises(BundleError, match=r"name 'core\\nother' must be one line of printable"):
+@pytest.mark.parametrize("name", ["core\nother", "core\x1b[31m", "core\x00", "core\u202e"])
+@pytest.mark.parametrize("kind", ["labels", "channels", "regions"])
+def test_a_name_with_a_control_character_is_refused(
+    bundle_folder: Path, name: str, kind: str
+) -> None:
+    stored = json.loads((bundle_folder / "manifest.json").read_text())[kind]
+    if kind == "regions":
+        stored[name] = [1]
+    else:
+        stored[0]["name"] = name
+    edit_manifest(bundle_folder, **{kind: stored})
+    message = f"name {name!r} must be one line of printable characters"
+    with pytest.raises(BundleError, match=re.escape(message)) as caught:
         Bundle.load(bundle_folder)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
