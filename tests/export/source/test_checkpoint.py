@@ -3,11 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -223,3 +224,44 @@ def test_a_checkpoint_is_loaded_with_its_weights_in_fp32(tmp_path: Path) -> None
     found = load_trained(tmp_path / "best.pt").network.state_dict()
     assert all(torch.equal(found[name], value) for name, value in state["model"].items())
     assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
+
+
+WRONG: tuple[Any, ...] = (
+    *(None, True, -1, 1.5, math.nan, 10**30, "", "a", b"a", [], [1], {}, {"a": 1}),
+    *(torch.zeros(0), torch.zeros(1), torch.zeros(3, 4)),
+)
+
+
+def paths(value: Any, start: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Keys and indices that lead to each part of a state, tensors left whole."""
+    if start:
+        yield start
+    parts = value.items() if isinstance(value, dict) else ()
+    parts = enumerate(value) if isinstance(value, list | tuple) else parts
+    for key, part in parts:
+        yield from paths(part, (*start, key))
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy of a state with another part."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = put(copy[path[0]], path[1:], new)
+    return copy
+
+
+def test_a_random_change_of_a_checkpoint_raises_nothing_else(tmp_path: Path) -> None:
+    state = state_of()
+    places = [path for path in paths(state) if path[0] != "model"] + [("model", "head.bias")]
+    rng = np.random.default_rng(0)
+    messages = []
+    for _ in range(200):
+        place, new = places[rng.integers(len(places))], WRONG[rng.integers(len(WRONG))]
+        save_checkpoint(tmp_path / "best.pt", put(state, place, new))
+        try:
+            encode_weights(load_trained(tmp_path / "best.pt"))
+        except TrainingError as error:
+            messages.append(str(error))
+    assert 100 < len(messages) < 200
+    assert not any("\n" in message for message in messages)
