@@ -35,6 +35,7 @@ from attnseg.evaluation.tables import markdown_table
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import AttnsegError, OutputError, Setting, TrainingError
+from attnseg.runtime.files import remove_partial
 from attnseg.runtime.folder import case_error
 from attnseg.runtime.model.manifest import Manifest
 from attnseg.runtime.results.output import write_results
@@ -173,6 +174,7 @@ def evaluate(
     if other is not None and against is not None:
         summary += compare(scores, other, against)
     (output / "worst").mkdir(parents=True, exist_ok=True)
+    remove_partial(output / "worst")
     for old in (output / "worst").glob("*.png"):
         old.unlink()
     overlays = {f"{r.name}.png": _overlay(r, manifest, scores[r.name]) for r in scoring.worst}

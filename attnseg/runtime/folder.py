@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from attnseg.runtime.case.nifti import encode_labels, read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import AttnsegError, OutputError, Setting, VolumeError
-from attnseg.runtime.files import LONGEST_NAME
+from attnseg.runtime.files import LONGEST_NAME, remove_partial
 from attnseg.runtime.pipelines.base import Pending, Staged
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.results.picture import render_picture
@@ -85,9 +85,19 @@ def _check_output(case: Case, output: Path) -> None:
 
 
 def _finish(
-    case: Case, loaded: _Loaded, pending: Pending, segmenter: Segmenter, output: Path
+    case: Case,
+    loaded: _Loaded,
+    pending: Pending,
+    segmenter: Segmenter,
+    output: Path,
+    overwrite: bool,
 ) -> CaseResult:
     """Wait for the segmentation of a case and write its result files."""
+
+    def check_again() -> None:  # another process may have finished the case in the meantime
+        if not overwrite:
+            earlier_report(output, case, segmenter.provenance)
+
     clock = StageClock()
     clock.elapsed_ms["load"] = loaded.elapsed_ms
     volume, names = loaded.staged.volume, output_names(case.name)
@@ -107,7 +117,7 @@ def _finish(
     provenance = Provenance(segmenter.bundle, result.engine, segmenter.plan.settings())
     report = make_report(case, volume, timed, provenance, labels)
     contents = (labels, picture, encode_report(report))
-    write_results(output, dict(zip(names.values(), contents, strict=True)))
+    write_results(output, dict(zip(names.values(), contents, strict=True)), check_again)
     return CaseResult(case.name, "done", report)
 
 
@@ -157,13 +167,17 @@ def _loaded_ahead(
 
 
 def _results(
-    cases: Sequence[Case], segmenter: Segmenter, output: Path, listener: Listener
+    cases: Sequence[Case],
+    segmenter: Segmenter,
+    output: Path,
+    listener: Listener,
+    overwrite: bool,
 ) -> Iterator[Future[CaseResult]]:
     """Results of the cases; files are written while the next case is segmented."""
 
     def finish(case: Case, loaded: _Loaded, pending: Pending) -> CaseResult:
         try:
-            return _finish(case, loaded, pending, segmenter, output)
+            return _finish(case, loaded, pending, segmenter, output, overwrite)
         except Exception as error:  # whatever it is, the other cases go on
             return _failed(case, error)
 
@@ -189,7 +203,9 @@ def segment_folder(
 ) -> Iterator[CaseResult]:
     """Segment cases in order, and yield each result as soon as it is available.
 
-    Reading, segmenting and writing of consecutive cases overlap.
+    Reading, segmenting and writing of consecutive cases overlap. Several processes may write to
+    one folder: a result of other options that another process writes in the meantime is kept, and
+    the case fails. What killed processes left in the folder is removed.
 
     Args:
         cases: Cases in processing order.
@@ -201,6 +217,7 @@ def segment_folder(
     Yields:
         Result of each case; skipped cases, and those with a conflicting result, come first.
     """
+    remove_partial(output)
     pending = []
     for case in cases:
         earlier = None if overwrite else _earlier(case, segmenter, output)
@@ -209,7 +226,7 @@ def segment_folder(
         else:
             pending.append(case)
     before: Future[CaseResult] | None = None
-    for current in _results(pending, segmenter, output, listener):
+    for current in _results(pending, segmenter, output, listener, overwrite):
         if before:
             yield before.result()
         before = current

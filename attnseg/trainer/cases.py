@@ -9,6 +9,7 @@ from pathlib import Path
 from attnseg.data.labelled import check_labels
 from attnseg.data.task import BRATS
 from attnseg.runtime.errors import Setting, TrainingError
+from attnseg.runtime.files import remove_partial
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data import TrainingCase, cached_case, synthetic_cases
 from attnseg.trainer.data_set import DataSet
@@ -91,6 +92,7 @@ def prepare_cases(
     """
     with devices.together():
         if devices.first:
+            remove_partial(cache)
             synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
     phantoms = synthetic_cases(config.synthetic_cases, SYNTHETIC_SEED, cache / "synthetic")
     training, validation = [*data.part("train"), *phantoms], data.part("validation")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case, read_classes
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.files import write_file
+from attnseg.runtime.files import new_folder, write_file
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import resample
 from attnseg.synthetic import make_case, write_case
@@ -93,8 +92,8 @@ def synthetic_cases(count: int, first_seed: int, folder: Path) -> list[LabelledC
     names = {f"synthetic-{seed}": seed for seed in range(first_seed, first_seed + count)}
     for name, seed in names.items():
         if not (folder / name).exists():
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-                made = write_case(make_case(seed), Path(scratch), name)
+            with new_folder(folder / name) as (scratch, _):
+                made = write_case(make_case(seed), scratch, name)
                 with suppress(OSError):  # another run that shares the cache has written it
                     os.replace(made, folder / name)
     found = find_labelled_cases(folder).cases

@@ -259,10 +259,14 @@ def test_a_folder_that_cannot_be_read_is_named(
 
 def test_an_output_that_cannot_be_made_is_refused(small_scan: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = call("run", small_scan, "-o", tmp_path / "file" / "out")
-    assert result.exit_code == 1
-    assert "cannot be written to" in result.stderr
-    assert "choose another output folder" in result.stderr
+    for output, reason in (
+        (tmp_path / "file" / "out", f"{tmp_path / 'file'}: is a file, not a folder"),
+        (Path("/proc/out"), "/proc/out: cannot be written to"),
+    ):
+        result = call("run", small_scan, "-o", output)
+        assert result.exit_code == 1
+        assert f"error: {reason}" in result.stderr
+        assert "choose another output folder" in result.stderr
 
 
 def test_a_disk_that_fills_up_fails_the_case_and_leaves_nothing(

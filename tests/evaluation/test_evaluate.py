@@ -107,6 +107,8 @@ def test_the_table_reads_back(cases, truth, tmp_path: Path) -> None:
 
 
 def test_the_worst_cases_are_drawn_with_the_truth_below(cases, truth, tmp_path: Path) -> None:
+    (tmp_path / "worst").mkdir()
+    (tmp_path / "worst" / f".a.png.{'0' * 16}.part").touch()  # of a process that was killed
     bad = truth(read_volume(cases[2].case.files))
 
     def labels_of(volume: Volume) -> np.ndarray:

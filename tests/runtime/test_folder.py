@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -275,12 +277,6 @@ def test_a_set_that_was_half_replaced_is_not_finished(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["labels", "picture"]
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(OutputError, match="out: is a file, not a folder"):
-        prepare_folder(tmp_path / "out")
-
-
 def copies(scan: Path, number: int) -> None:
     """More cases `c0`, `c1`, ... like `small`."""
     for index in range(number):
@@ -416,3 +412,78 @@ def test_a_finished_case_with_warnings_fails_a_strict_run(
     assert result.status == "failed"
     assert "leave strict out" in result.note
     assert len(list((tmp_path / "out").iterdir())) == 3  # the results are kept
+
+
+class Meanwhile(Listener):
+    """Lets another run finish the same cases as soon as a case is begun."""
+
+    def __init__(self, scan: Path, output: Path, other: Segmenter) -> None:
+        super().__init__()
+        self.scan, self.output, self.other = scan, output, other
+
+    def case_started(self, name: str) -> None:
+        (result,) = run(self.scan, self.output, self.other)
+        assert result.status == "done"
+
+
+@pytest.mark.parametrize(
+    ("min_voxels", "overwrite", "kept"), [(7, False, 7), (7, True, 150), (150, False, 150)]
+)
+def test_a_result_that_another_run_wrote_meanwhile_is_kept_unless_it_is_the_same(
+    small_scan: Path,
+    tmp_path: Path,
+    segmenter: Segmenter,
+    min_voxels: int,
+    overwrite: bool,
+    kept: int,
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    other = Segmenter(options=SegmentOptions(precision="fp32", min_voxels=min_voxels))
+    cases, listener = find_cases(small_scan).cases, Meanwhile(small_scan, out, other)
+    (result,) = segment_folder(cases, segmenter, out, listener, overwrite)
+    report = json.loads((out / "small.json").read_text())
+    assert report["options"]["min_voxels"] == kept
+    assert report["labels_sha256"] == sha256((out / "small_seg.nii.gz").read_bytes()).hexdigest()
+    if kept == 7:
+        assert result.status == "failed"
+        assert result.note == (
+            f"{out}: holds a result of small from other options (min_voxels 7); choose another "
+            "output folder, or give overwrite=True"
+        )
+    else:
+        assert result.status == "done"
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    left = [f".small.json.{'0' * 16}.part", f".gone_seg.nii.gz.{'f' * 16}.part"]
+    for name in left:
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".small.json.part").write_bytes(b"of somebody else")
+    list(segment_folder(find_cases(small_scan).cases, segmenter, tmp_path, Listener()))
+    hidden = [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert hidden == [".small.json.part"]
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "message"),
+    [
+        ("file", "file", "file: is a file, not a folder; choose another output folder"),
+        ("file", "file/out", "file: is a file, not a folder"),
+        ("link", "link", "link: is a link to nowhere, which does not exist; create nowhere, or"),
+        ("link", "link/deep/out", "link: is a link to nowhere, which does not exist"),
+        ("", "a\0b", "holds a null character; choose another output folder"),
+    ],
+)
+def test_a_path_that_cannot_be_a_folder_is_refused(
+    tmp_path: Path, made: str, given: str, message: str
+) -> None:
+    if made == "file":
+        (tmp_path / made).touch()
+    elif made == "link":
+        (tmp_path / made).symlink_to("nowhere")
+    with pytest.raises(OutputError, match=re.escape(message)):
+        prepare_folder(tmp_path / given)
+    assert [file.name for file in tmp_path.iterdir()] == [made] * bool(made)
