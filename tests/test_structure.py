@@ -104,6 +104,14 @@ def test_only_the_pipelines_know_the_flow() -> None:
             assert not [n for n in imported_names(file) if n.startswith("attnseg.runtime.pipel")]
 
 
+def test_threads_are_started_in_one_place() -> None:
+    """Those of the standard library may be waited for without end (`runtime/threads.py`)."""
+    for file in ROOT.rglob("*.py"):
+        names, own = imported_names(file), file.name == "threads.py"
+        assert not [n for n in names if n.startswith(("concurrent", "threading.Thread"))], file
+        assert own or ("_thread" not in names and "threading.Thread(" not in file.read_text()), file
+
+
 def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text("import torch\nfrom attnseg import cli\nfrom attnseg.runtime import volume")

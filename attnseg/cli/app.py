@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from attnseg._version import __version__
-from attnseg.cli.console import Manner, error_record, in_one_line, manner, print_document
+from attnseg.cli.console import Manner, error_record, manner, print_document, print_error
 from attnseg.cli.doctor import doctor
 from attnseg.cli.evaluate import evaluate, explain
 from attnseg.cli.export import export, inspect, verify
@@ -20,6 +20,7 @@ from attnseg.cli.run import demo, run
 from attnseg.cli.train import ablate, summary, train
 from attnseg.interrupt import INTERRUPTED
 from attnseg.runtime.errors import AttnsegError, ConfigError
+from attnseg.runtime.limits import limit_reached, unforeseen
 
 _FAILED, _WRONG_USAGE = 1, 2
 _MESSAGES = "Messages"
@@ -31,15 +32,6 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (AttnsegError, OSError) as error:
-            if isinstance(error, BrokenPipeError):  # the reader of standard output has closed it
-                raise
-            with self._context_of(ctx):
-                if manner().debug:
-                    traceback.print_exc()
-                print_document({"error": error_record(error)})
-                click.echo(f"error: {in_one_line(error)}", err=True)
-            ctx.exit(_WRONG_USAGE if isinstance(error, ConfigError) else _FAILED)
         except click.UsageError as error:
             with error.ctx or ctx as failed:
                 print_document({"error": error_record(error)})
@@ -49,6 +41,16 @@ class _Group(click.Group):
         except KeyboardInterrupt as error:
             click.echo("; ".join(("stopped", *error.args)), err=True)
             ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # BrokenPipeError: the reader of standard output has closed it
+        except Exception as error:
+            of_system = isinstance(error, OSError) and not limit_reached(error)
+            expected = of_system or isinstance(error, AttnsegError)
+            with self._context_of(ctx):
+                if manner().debug:
+                    traceback.print_exception(error)
+                print_error(error if expected else unforeseen(error))
+            ctx.exit(_WRONG_USAGE if isinstance(error, ConfigError) else _FAILED)
 
     def _context_of(self, ctx: click.Context) -> click.Context:
         """Context of the command that failed, for the options that the mend names."""

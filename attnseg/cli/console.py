@@ -155,14 +155,23 @@ def in_one_line(error: Exception | str) -> str:
     return one_line(" ".join(text.split()))
 
 
+def _hint(error: Exception) -> str:
+    """Hint at the traceback of an unforeseen error, unless it is shown."""
+    unforeseen = error.__cause__ is not None and type(error) is AttnsegError
+    return " (--debug shows the traceback)" if unforeseen and not manner().debug else ""
+
+
+def print_error(error: Exception) -> None:
+    """Print the error of a whole command on standard error, and in the JSON document."""
+    print_document({"error": error_record(error)})
+    click.echo(f"error: {in_one_line(error)}{_hint(error)}", err=True)
+
+
 def print_case_error(name: str, error: AttnsegError) -> None:
     """Print the error of one case on standard error, with its traceback if `--debug` is set."""
-    debug = manner().debug
-    if debug:
+    if manner().debug:
         traceback.print_exception(error)
-    unforeseen = error.__cause__ is not None and type(error) is AttnsegError
-    hint = " (--debug shows the traceback)" if unforeseen and not debug else ""
-    tell(f"{name}: {in_one_line(error)}{hint}")
+    tell(f"{name}: {in_one_line(error)}{_hint(error)}")
 
 
 def print_warnings(name: str, warnings: Iterable[str]) -> None:

@@ -16,7 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attnseg.cli.console import LIVE, console, detail, manner, note
 from attnseg.interrupt import leaving_on_interrupt
+from attnseg.runtime.limits import check_address_space
 
+_LEAST_BYTES = {"torch": 2_000_000_000}
+"""Address space that a module needs; PyTorch ends a process that has less while it is loaded."""
 _ERASE_LINE = "\r\033[2K"
 
 
@@ -46,7 +49,11 @@ def loading(what: str, module: str) -> Iterator[None]:
         what: Name for people, such as `PyTorch`.
         module: Name of the module; nothing is said if it is loaded already, nor by the second and
             later processes of `torchrun`.
+
+    Raises:
+        ResourceError: The process may not address as much memory as the module needs.
     """
+    check_address_space(_LEAST_BYTES.get(module, 0), what)
     text, erasable = f"loading {what}", console(stderr=True).is_terminal
     silent = manner().quiet or module in sys.modules or os.environ.get("RANK", "0") != "0"
     begun = time.monotonic()

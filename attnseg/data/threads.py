@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from attnseg.runtime.threads import Threads
 
 _MOST_THREADS = 8  # each holds a volume or two
 
@@ -29,14 +30,14 @@ def in_threads(
         Results by name, in the order of the items.
 
     Raises:
+        ResourceError: No thread can be started.
         KeyboardInterrupt: The main thread was stopped; calls that had not begun are dropped.
     """
-    pool, results = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)), {}
-    try:
-        for name, result in zip(items, pool.map(function, items.values()), strict=True):
-            results[name] = result
+    results = {}
+    with Threads(min(_MOST_THREADS, os.cpu_count() or 1, len(items))) as threads:
+        calls = {name: threads.submit(function, item) for name, item in items.items()}
+        for name, call in calls.items():
+            results[name] = call.result()
             if progress:
                 progress(name)
-    finally:
-        pool.shutdown(cancel_futures=True)
     return results

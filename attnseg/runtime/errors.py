@@ -11,6 +11,7 @@
     │   ├── UnavailableError  an engine unavailable on this machine
     │   ├── OutOfMemoryError  insufficient device memory
     │   └── DeviceLostError   an unusable CUDA context; restart the process
+    ├── ResourceError       a process without enough memory, threads or open files
     ├── OutputError         a result that cannot be written or would overwrite another
     ├── TrainingError       a training run that cannot start or continue
     └── ExportError         a model that cannot be exported, or an export that differs from it
@@ -124,6 +125,10 @@ class OutOfMemoryError(EngineError):
 
 class DeviceLostError(EngineError):
     """The CUDA context is unusable; restart the process."""
+
+
+class ResourceError(AttnsegError):
+    """A limit of the process is reached: on memory, threads or open files."""
 
 
 class OutputError(AttnsegError):

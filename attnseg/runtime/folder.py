@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ from attnseg.runtime.case.nifti import encode_labels, read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import AttnsegError, OutputError, Setting, VolumeError
 from attnseg.runtime.files import LONGEST_NAME, remove_partial
+from attnseg.runtime.limits import unforeseen
 from attnseg.runtime.pipelines.base import Pending, Staged
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.results.picture import render_picture
@@ -19,6 +19,7 @@ from attnseg.runtime.results.provenance import Provenance
 from attnseg.runtime.results.report import earlier_report, encode_report, make_report, output_names
 from attnseg.runtime.segmenter import Segmenter
 from attnseg.runtime.steps.clock import StageClock
+from attnseg.runtime.threads import Call, Threads
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,7 @@ def _finish(
 
 def case_error(case: Case, error: Exception) -> AttnsegError:
     """Convert an exception of a case to an `AttnsegError`; those are returned unchanged."""
-    if isinstance(error, AttnsegError):
-        return error
-    if isinstance(error, MemoryError):
-        cause, mend = "not enough memory", "close other programs or use a smaller window"
-    else:
-        cause, mend = f"unexpected {type(error).__name__} ({error})", ""
-    found = AttnsegError(f"{case.folder}: {cause}", mend)
-    found.__cause__ = error
-    return found
+    return error if isinstance(error, AttnsegError) else unforeseen(error, f"{case.folder}: ")
 
 
 def _failed(case: Case, error: Exception) -> CaseResult:
@@ -153,16 +146,16 @@ def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | Non
 
 def _loaded_ahead(
     cases: Sequence[Case], segmenter: Segmenter
-) -> Iterator[tuple[Case, Future[_Loaded]]]:
+) -> Iterator[tuple[Case, Call[_Loaded]]]:
     """Cases with their volumes; each is read while the previous case is segmented."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(_load, cases[0], segmenter) if cases else None
+    with Threads() as reader:
+        ahead = reader.submit(_load, cases[0], segmenter) if cases else None
         for index, case in enumerate(cases):
             assert ahead is not None
             current, ahead = ahead, None
-            current.exception()  # wait, so that at most one volume is held ahead
+            current.wait()  # so that at most one volume is held ahead
             if index + 1 < len(cases):
-                ahead = pool.submit(_load, cases[index + 1], segmenter)
+                ahead = reader.submit(_load, cases[index + 1], segmenter)
             yield case, current
 
 
@@ -172,7 +165,7 @@ def _results(
     output: Path,
     listener: Listener,
     overwrite: bool,
-) -> Iterator[Future[CaseResult]]:
+) -> Iterator[Call[CaseResult]]:
     """Results of the cases; files are written while the next case is segmented."""
 
     def finish(case: Case, loaded: _Loaded, pending: Pending) -> CaseResult:
@@ -181,7 +174,7 @@ def _results(
         except Exception as error:  # whatever it is, the other cases go on
             return _failed(case, error)
 
-    with ThreadPoolExecutor(1) as finisher:
+    with Threads() as finisher:
         for case, ahead in _loaded_ahead(cases, segmenter):
             listener.case_started(case.name)
             try:
@@ -225,7 +218,7 @@ def segment_folder(
             yield earlier
         else:
             pending.append(case)
-    before: Future[CaseResult] | None = None
+    before: Call[CaseResult] | None = None
     for current in _results(pending, segmenter, output, listener, overwrite):
         if before:
             yield before.result()

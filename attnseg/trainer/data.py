@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from attnseg.runtime.errors import TrainingError
 from attnseg.runtime.files import new_folder, write_file
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import resample
+from attnseg.runtime.threads import Threads
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer.preparation import Done, Preparation, read_scan
 
@@ -188,9 +188,9 @@ class BatchFeed:
         self._sampler = sampler
         self._batch_size = batch_size
         self._rng = rng
-        self._pool = ThreadPoolExecutor(1, "patches")
+        self._thread = Threads()
         self.state = rng.bit_generator.state
-        self._next = self._pool.submit(self._draw)
+        self._next = self._thread.submit(self._draw)
 
     def _draw(self) -> tuple[Batch, Any]:
         patches = [self._sampler.draw(self._rng) for _ in range(self._batch_size)]
@@ -201,9 +201,9 @@ class BatchFeed:
     def take(self) -> Batch:
         """Return the next batch."""
         batch, self.state = self._next.result()
-        self._next = self._pool.submit(self._draw)
+        self._next = self._thread.submit(self._draw)
         return batch
 
     def close(self) -> None:
         """Stop drawing."""
-        self._pool.shutdown(cancel_futures=True)
+        self._thread.close(drop=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from attnseg.runtime.case.header import Header, parse_header
 from attnseg.runtime.case.volume import Affine, Volume, check_finite, corner_distance_mm
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import AxisTransform, orientation_of
+from attnseg.runtime.threads import in_threads
 
 LABEL_DESCRIPTION = b"attnseg labels"
 """Value of the header field `descrip` in label files."""
@@ -141,10 +141,11 @@ def read_volume(paths: Sequence[Path], threads: int = 2) -> Volume:
     Raises:
         VolumeError: A file is missing, truncated, damaged or not 3-D, holds NaN or infinite
             voxels or only zeros, or is on another grid than the first file.
+        ResourceError: No thread can be started.
     """
     volumes = Counter(paths)
-    with ThreadPoolExecutor(threads) as pool:
-        read = dict(zip(volumes, pool.map(_read_image, volumes, volumes.values()), strict=True))
+    found = in_threads(lambda path: _read_image(path, volumes[path]), volumes, threads)
+    read = dict(zip(volumes, found, strict=True))
     images: list[_Image] = []
     for index, path in enumerate(paths):
         image = read[path]

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import EngineError, Setting
+from attnseg.runtime.extras import install
+from attnseg.runtime.limits import limit_reached
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32", "int8")
 """Precisions that can be requested; no engine supports all of them."""
@@ -51,6 +53,22 @@ def reason_of(error: Exception) -> str:
     """Message of another library's exception in one line, without source lines and file names."""
     text = " ".join(_NOISE.sub("", str(error)).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3].rstrip()}..."
+
+
+def failed(what: str, error: Exception) -> EngineError:
+    """Error for an engine that failed; `what` is the start of the cause.
+
+    The mend says what helps if memory or threads are lacking.
+    """
+    reached = limit_reached(error)
+    return EngineError(f"{what} ({reason_of(error)})", reached.mend if reached else "")
+
+
+def not_loaded(name: str, error: ImportError) -> EngineError:
+    """Error for an engine whose library is not installed, or is and cannot be loaded."""
+    if isinstance(error, ModuleNotFoundError):
+        return EngineError(f"engine {name} is not installed", install("cpu"))
+    return failed(f"engine {name} cannot be loaded", error)
 
 
 class ModelFile(Protocol):

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo, ModelFile, reason_of
+from attnseg.runtime.engines.base import EngineInfo, ModelFile, failed, not_loaded
 from attnseg.runtime.engines.libraries import import_onnxruntime
 from attnseg.runtime.errors import EngineError, Setting
-from attnseg.runtime.extras import install
 
 
 class OnnxSession:
@@ -29,7 +28,7 @@ class OnnxSession:
                 content, settings, providers=providers, enable_fallback=0
             )
         except Exception as error:  # its exceptions share no base but Exception
-            raise EngineError(f"{model}: ONNX Runtime refuses it ({reason_of(error)})") from error
+            raise failed(f"{model}: ONNX Runtime refuses it", error) from error
         self.input = str(self._session.get_inputs()[0].name)
         self._output = self._session.get_outputs()[0]
         self.output = str(self._output.name)
@@ -47,9 +46,7 @@ class OnnxSession:
         try:
             result = self._session.run(None, {self.input: batch.astype(self.dtype, copy=False)})
         except Exception as error:  # its exceptions share no base but Exception
-            raise EngineError(
-                f"ONNX Runtime failed on a batch of shape {batch.shape} ({reason_of(error)})"
-            ) from error
+            raise failed(f"ONNX Runtime failed on a batch of shape {batch.shape}", error) from error
         return np.asarray(result[0]).astype(np.float32, copy=False)
 
     def io_binding(self) -> Any:
@@ -100,7 +97,7 @@ class OnnxRuntimeEngine:
         try:
             import_onnxruntime()
         except ImportError as error:
-            raise EngineError("engine onnxruntime is not installed", install("cpu")) from error
+            raise not_loaded("onnxruntime", error) from error
         options = {"intra_op_num_threads": threads}
         self._session = OnnxSession(model, options, ["CPUExecutionProvider"])
         chosen = "int8" if precision == "int8" else "fp32"

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import EngineInfo, ModelFile, reason_of
+from attnseg.runtime.engines.base import EngineInfo, ModelFile, failed, not_loaded
 from attnseg.runtime.engines.libraries import import_openvino
 from attnseg.runtime.errors import EngineError, Setting
-from attnseg.runtime.extras import install
 
 _HINTS = {"bf16": "bf16", "fp32": "f32"}
 
@@ -43,10 +42,13 @@ class OpenVinoEngine:
         try:
             ov = import_openvino()
         except ImportError as error:
-            raise EngineError("engine openvino is not installed", install("cpu")) from error
+            raise not_loaded("openvino", error) from error
         self._ov = ov
-        self._core = _core()
-        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        try:
+            self._core = _core()
+            has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        except RuntimeError as error:
+            raise failed("engine openvino cannot be loaded", error) from error
         if precision == "bf16" and not has_bf16:
             raise EngineError(
                 "this processor has no bf16 instructions", "use {}", Setting("precision", "fp32")
@@ -64,7 +66,7 @@ class OpenVinoEngine:
             self._model = self._core.read_model(content)
             self._takes = self._model.input(0).partial_shape
         except Exception as error:  # UnicodeDecodeError, if a name in its message is damaged
-            raise EngineError(f"{model}: OpenVINO refuses it ({reason_of(error)})") from error
+            raise failed(f"{model}: OpenVINO refuses it", error) from error
         self._shape: tuple[int, ...] | None = None
         self._request: Any = None
         self.info = EngineInfo("openvino", ov.__version__.split("-")[0], chosen, "cpu")
@@ -83,7 +85,5 @@ class OpenVinoEngine:
                 self._compile(batch.shape)
             result = self._request.infer(batch, share_inputs=True, share_outputs=True)
         except Exception as error:  # see above
-            raise EngineError(
-                f"OpenVINO failed on a batch of shape {batch.shape} ({reason_of(error)})"
-            ) from error
+            raise failed(f"OpenVINO failed on a batch of shape {batch.shape}", error) from error
         return np.asarray(result[0])

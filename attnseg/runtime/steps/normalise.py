@@ -13,7 +13,6 @@ on z-scores, with the landmarks stored in the bundle.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from attnseg.runtime.case.volume import Channels
 from attnseg.runtime.errors import ConfigError, VolumeError
 from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.threads import in_threads
 
 DECILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
 _TABLE_LIMIT = 1 << 17  # range of 32- and 64-bit integers below which a lookup table is used
@@ -332,6 +332,7 @@ def normalise(
     Raises:
         VolumeError: The foreground of a channel has fewer than two distinct values.
         ConfigError: The numbers of schemes and channels differ.
+        ResourceError: No thread can be started.
     """
     if len(schemes) != len(channels):
         raise ConfigError(f"normalisation is for {len(schemes)} channels, got {len(channels)}")
@@ -341,6 +342,5 @@ def normalise(
         with naming_channel(index):
             normalise_channel(channels[index], schemes[index], out[index])
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, range(len(channels))))
+    in_threads(one, range(len(channels)), threads)
     return out

@@ -272,3 +272,38 @@ def test_a_signal_after_engines_were_freed_is_handled(doubling: Path, name: str)
     command = [sys.executable, "-c", SIGNAL_AFTER_ENGINES, name, str(doubling)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", CPU_ENGINES)
+def test_a_library_that_cannot_be_loaded_is_not_called_missing(
+    name: str, doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ImportError("x.so: failed to map segment")
+
+    monkeypatch.setattr(f"attnseg.runtime.engines.{name}.import_{name}", fail)
+    with pytest.raises(EngineError) as caught:
+        open_engine(name, doubling, "fp32", 1)
+    cause, mend = str(caught.value).split("; ", 1)
+    assert cause == f"engine {name} cannot be loaded (x.so: failed to map segment)"
+    assert mend.startswith("close other programs, raise the limit on memory (ulimit -v)")
+
+
+def test_a_plugin_of_openvino_that_cannot_be_loaded_is_one_line(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(openvino_engine, "_core", fail)
+    with pytest.raises(EngineError, match=r"openvino cannot be loaded \(Resource .*ulimit -u"):
+        open_engine("openvino", doubling, "fp32", 1)
+
+
+def test_a_failure_for_lack_of_memory_says_what_helps(doubling: Path) -> None:
+    engine = open_engine("openvino", doubling, "fp32", 1)
+    engine._request = SimpleNamespace(infer=MagicMock(side_effect=RuntimeError("std::bad_alloc")))
+    batch = np.zeros((1, 1, 2, 2, 2), np.float32)
+    engine._shape = batch.shape
+    with pytest.raises(EngineError, match=r"\(std::bad_alloc\); close other programs, raise"):
+        engine.infer(batch)
