@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+if __name__ == "__main__" and "-m" in sys.orig_argv and not sys.flags.safe_path:
+    del sys.path[0]  # the current folder, which may hold a click.py of somebody else
+
 from attnseg.interrupt import leaving_on_interrupt
 from attnseg.runtime.errors import ResourceError
 from attnseg.runtime.limits import check_address_space, limit_reached

@@ -154,3 +154,18 @@ def test_a_limit_of_openblas_that_the_user_has_set_is_kept() -> None:
             command, env=environment | given, capture_output=True, text=True, check=True
         )
         assert result.stdout.splitlines()[-1] == wanted
+
+
+def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("print('taken')")
+    (tmp_path / "signal.py").write_text("print('taken')")
+    root = str(Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-m", "attnseg", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith("attnseg, version")
