@@ -19,12 +19,14 @@ _Decorator = Callable[[_Function], _Function]
 
 
 class _Path(click.Path):
-    """A path; an empty one, which `pathlib` takes for the current folder, is refused."""
+    """A path. Refused are a null character, and no text, which `pathlib` takes for `.`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.ParamType.convert`."""
         if value == "":  # such as an unset variable of the shell
             self.fail("the path is empty; give . for the current folder.", param, ctx)
+        if "\0" in str(value):
+            self.fail(f"{value!r} holds a null character, which no path can.", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from attnseg.runtime.errors import ConfigError, TrainingError
+from attnseg.runtime.files import read_file
 from attnseg.runtime.user_json import parse_json
 
 Split = dict[str, list[str]]
@@ -89,7 +90,7 @@ def read_split(path: Path) -> Split:
             a subject is in both.
     """
     try:
-        stored = parse_json(path.read_bytes())
+        stored = parse_json(read_file(path))
         split = {part: [str(n) for n in stored[part]] for part in ("train", "validation")}
     except OSError as error:
         raise TrainingError(

@@ -51,6 +51,7 @@ from attnseg.runtime.model.golden import Golden, encode_golden
 from attnseg.runtime.model.manifest import Budget, Precision, Role
 from attnseg.runtime.model.signature import Signer
 from attnseg.runtime.options import available_threads
+from attnseg.runtime.results.output import check_folder
 
 FP16_FILE, INT8_FILE, WEIGHTS_FILE = "model-fp16.onnx", "model-int8.onnx", "weights.safetensors"
 GOLDEN_FILE, PARITY_FILE, CARD_FILE = "golden.npz", "parity.json", "README.md"
@@ -222,10 +223,12 @@ def export_bundle(
         ExportError: The ONNX file cannot be exported or converted, the fp32 graph is over the
             budget, or an engine cannot be built in the precision of its graph; nothing is written.
         EngineError: No engine is installed, or one rejects the graph; nothing is written.
+        OutputError: The folder is a file or a dangling link.
         BundleError: The folder holds other files, or a bundle that is not to be replaced.
     """
     check_file(model)
     options, progress = options or ExportOptions(), progress or ExportProgress()
+    check_folder(folder)
     check_free(folder, options.overwrite)
     progress.step("graph")
     source = open_source(model, options.spec, options.words, options.budget)

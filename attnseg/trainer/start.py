@@ -9,6 +9,7 @@ from pathlib import Path
 from attnseg.data.labelled import refuse_data_folder
 from attnseg.data.split import read_split
 from attnseg.runtime.errors import ConfigError, Setting, TrainingSetting
+from attnseg.runtime.results.output import check_folder
 from attnseg.trainer.checkpoint import checkpoint_config, load_run
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data_set import DataSet, open_data_set
@@ -122,10 +123,12 @@ def start_run(
 
     Raises:
         ConfigError: Choices contradict each other, or were made for a resumed run.
+        OutputError: `output` is a file or a dangling link.
         ScanError, TrainingError: See `attnseg.trainer.loop.train` and `open_data_set`.
     """
     choices = choices or RunChoices()
     refuse_data_folder(data, output)
+    check_folder(output)
     if not resume:
         data_set, config = open_choices(data, choices)
         return train(data_set, config, output, initial=choices.initial)

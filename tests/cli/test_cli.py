@@ -535,14 +535,34 @@ def test_the_version_is_told() -> None:
     assert __version__ in call("--version").output
 
 
-def test_an_error_of_the_system_is_one_line_too(tmp_path: Path, small_scan: Path) -> None:
+def test_a_run_folder_that_is_a_file_is_refused_before_any_work(
+    tmp_path: Path, small_scan: Path
+) -> None:
     (tmp_path / "run").touch()
-    shutil.copytree(small_scan / "small", small_scan / "other")
-    for file in (small_scan / "other").iterdir():
-        file.rename(file.with_name(file.name.replace("small", "other")))
     result = call("train", "--data", small_scan, "-o", tmp_path / "run")
     assert result.exit_code == 1
-    assert result.stderr.endswith(f"error: {tmp_path / 'run'}: File exists\n")
+    assert f"error: {tmp_path / 'run'}: is a file, not a folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "SCAN"), ("demo",), ("export",), ("train", "--data", "SCAN")]
+)
+def test_an_output_at_a_dangling_link_is_refused_before_any_work(
+    command: tuple[str, ...], small_scan: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    given = [small_scan if a == "SCAN" else a for a in command]
+    result = call(*given, "-o", link)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {link}: is a link to {tmp_path}")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_path_with_a_null_character_is_refused(small_scan: Path) -> None:
+    result = call("run", small_scan, "-o", "a\0b")
+    assert result.exit_code == 2
+    assert "'a\\x00b' holds a null character, which no path can. See" in result.stderr
 
 
 def test_doctor_shows_every_engine_of_a_bundle_and_why_it_is_not_used(

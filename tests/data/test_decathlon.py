@@ -217,6 +217,14 @@ def test_a_file_that_is_missing_is_named_unless_a_split_leaves_it_out(tmp_path: 
     assert open_data_set(tmp_path, split, TrainConfig()).split == split
 
 
+def test_a_file_whose_name_holds_a_null_character_is_missing(tmp_path: Path) -> None:
+    entry = {"image": "./imagesTr/a\0b.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    write_json(tmp_path, training=[entry])
+    scans = find_labelled_cases(tmp_path)
+    with pytest.raises(TrainingError, match="a\0b"):
+        scans.refuse_faults(None)
+
+
 def test_phantoms_of_brains_are_not_mixed_into_another_task(data: DataSet, tmp_path: Path) -> None:
     config = TrainConfig(synthetic_cases=1)
     with pytest.raises(TrainingError, match="synthetic_cases are brain scans, which this task"):

@@ -123,6 +123,8 @@ def test_split_files_that_are_none_are_refused(tmp_path: Path, stored: str, mess
 def test_an_absent_split_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"gone\.json: cannot be read .*; give JSON"):
         read_split(tmp_path / "gone.json")
+    with pytest.raises(TrainingError, match=r"cannot be read \(embedded null byte\)"):
+        read_split(tmp_path / "a\0b")
 
 
 def test_any_split_that_is_made_can_be_read_back(tmp_path: Path) -> None:

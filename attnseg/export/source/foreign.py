@@ -11,6 +11,7 @@ from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.ending import LOGITS, refuse_training_mode, use_logits
 from attnseg.export.source.onnx_file import load_onnx
 from attnseg.runtime.errors import ConfigError, ExportError
+from attnseg.runtime.files import read_file
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.runtime.model.manifest_format import decode_spec
 
@@ -22,7 +23,7 @@ def read_spec(path: Path) -> ModelRecord:
         ConfigError: The file is missing, not JSON, or invalid; the message names the field.
     """
     try:
-        return decode_spec(path.read_bytes())
+        return decode_spec(read_file(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except ConfigError as error:

@@ -140,6 +140,8 @@ def read_start(path: Path) -> bytes:
         raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
     except (EOFError, isal_zlib.error) as error:  # type: ignore[misc]
         raise _damaged(path, error) from error
+    except ValueError as error:  # a null character in the name
+        raise VolumeError(f"{path}: cannot be read ({error})") from error
     if not is_header(start):
         raise _another_format(path, start, zipped)
     return start

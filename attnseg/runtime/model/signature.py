@@ -16,6 +16,7 @@ from typing import Any
 
 from attnseg.runtime.errors import BundleError, ConfigError, DependencyError, Setting
 from attnseg.runtime.extras import install
+from attnseg.runtime.files import read_file
 from attnseg.runtime.model.bundle import Bundle, read_bounded
 from attnseg.runtime.model.manifest import SIGNATURE
 
@@ -32,7 +33,7 @@ def _cryptography() -> Any:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file)
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror})", "give a key file"

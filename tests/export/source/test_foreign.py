@@ -108,6 +108,8 @@ def test_a_spec_that_is_none_is_refused(tmp_path: Path, text: str, message: str)
         read_spec(tmp_path / "model.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_spec(tmp_path / "gone.json")
+    with pytest.raises(ConfigError, match=r"cannot be read \(embedded null byte\)"):
+        read_spec(tmp_path / "a\0b")
 
 
 def save(folder: Path, shape: list[Any], kind: int = TensorProto.FLOAT, **node: Any) -> Path:

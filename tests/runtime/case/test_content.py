@@ -142,3 +142,8 @@ def test_a_medium_that_fails_while_a_file_is_read_is_named(
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(VolumeError, match=r"a\.nii: cannot be read \(Input/output error\)"):
         read_volume([tmp_path / "a.nii"])
+
+
+def test_a_name_with_a_null_character_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match=r"cannot be read \(embedded null byte\)"):
+        read_volume([tmp_path / "a\0b.nii.gz"])

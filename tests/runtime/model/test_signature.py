@@ -119,6 +119,8 @@ def test_files_that_are_no_keys_are_refused(tmp_path: Path) -> None:
             check_signature(bundle, file)
     with pytest.raises(ConfigError, match=r"gone: cannot be read .*; give a key file"):
         check_signature(bundle, tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"cannot be read \(embedded null byte\)"):
+        check_signature(bundle, tmp_path / "a\0b")
 
 
 def test_without_cryptography_the_extra_is_named(
