@@ -11,7 +11,8 @@ import _thread
 import atexit
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -24,6 +25,9 @@ _START_S = 30.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+Each = Callable[..., Iterable[Any]]
+"""`map`, or the same in threads: results in the order of the items, or the first exception."""
 
 
 class Call(Generic[Result]):
@@ -170,3 +174,22 @@ def in_threads(
     with Threads(min(threads, len(items))) as pool:
         calls = [pool.submit(function, item) for item in items]
         return [call.result() for call in calls]
+
+
+@contextmanager
+def mapping(threads: int) -> Iterator[Each]:
+    """Provide `map` in a number of threads within a `with` block; with one, no thread is started.
+
+    Raises:
+        ResourceError: A thread cannot be started.
+    """
+    if threads <= 1:
+        yield map
+        return
+    with Threads(threads) as pool:
+
+        def each(function: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
+            calls = [pool.submit(function, *taken) for taken in zip(*items, strict=False)]
+            return [call.result() for call in calls]
+
+        yield each

@@ -16,7 +16,7 @@ from attnseg.runtime.cuda.device import Device, DeviceArray, DeviceBuffer, Mark,
 from attnseg.runtime.cuda.memory import explain_upload
 from attnseg.runtime.errors import OutOfMemoryError, VolumeError
 from attnseg.runtime.geometry import AxisTransform, Layout, Shape, shape_of
-from attnseg.runtime.steps.parallel import mapping
+from attnseg.runtime.threads import mapping
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def upload(
             return _take(index, channel.viewed(transform.layout(channel.layout))), None
         return _send(device, transform.apply(channel))
 
-    with mapping(threads) as each:
+    with mapping(min(threads, len(channels))) as each:
         placed = list(each(place, count(), channels))
     marks = tuple(mark for _, mark in placed if mark is not None)
     shape = transform.shape(channels[0].shape)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import VolumeError
-from attnseg.runtime.steps.parallel import Each
+from attnseg.runtime.threads import Each
 
 _DUST = 0.01  # largest dust, as a share of the channel's 99th percentile
 _DUST_OF_FEW = 1e-3  # the same for models of one or two channels, where tissue may be that dark

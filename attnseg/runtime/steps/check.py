@@ -17,10 +17,10 @@ from attnseg.runtime.geometry import AxisTransform, format_size
 from attnseg.runtime.steps.background import clean_background
 from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
-from attnseg.runtime.steps.parallel import Each, mapping
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Task
+from attnseg.runtime.threads import Each, mapping
 
 Resample = Literal["auto", "never"]
 """Treatment of scans whose voxel size is not the model's: resample or refuse them."""
@@ -98,7 +98,7 @@ def check_input(volume: Volume, rules: InputRules, threads: int = 1) -> Checked:
     check_volume(volume)
     preprocessing, resampled = choose_grid(volume, rules)
     try:
-        with mapping(threads) as each:
+        with mapping(min(threads, len(volume.channels))) as each:
             cleaned, doubts = clean_channels(volume, rules, each)
     except VolumeError as error:  # a wrong voxel size may be the cause
         cause = "; ".join((error.cause, *resampled))

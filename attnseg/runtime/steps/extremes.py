@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.steps.parallel import Each
+from attnseg.runtime.threads import Each
 
 _FARTHEST = 10.0  # distance from the percentiles, as a multiple of their distance
 
