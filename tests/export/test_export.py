@@ -123,7 +123,7 @@ def exported(export_result: Exported) -> Bundle:
 
 def test_the_shipped_weights_export_to_the_shipped_bundle(exported: Bundle) -> None:
     shipped = Bundle.default()
-    stored, released = (load_file(b.file("weights")) for b in (exported, shipped))
+    stored, released = (load_file(b.file("weights").path) for b in (exported, shipped))
     assert {name: value.shape for name, value in stored.items()} == {
         name: value.shape for name, value in released.items()
     }
