@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from attnseg.runtime import threads as module
 from attnseg.runtime.errors import ResourceError
-from attnseg.runtime.threads import Threads, in_threads
+from attnseg.runtime.threads import Threads, in_threads, mapping
 
 
 def test_calls_of_one_thread_are_made_in_order_and_waited_for_at_the_end() -> None:
@@ -55,6 +56,14 @@ def test_results_of_items_come_in_their_order_and_one_thread_is_the_callers_own(
     assert in_threads(lambda _: _thread.get_ident(), [1, 2], 1) == [own, own]
     assert in_threads(lambda _: _thread.get_ident(), [1], 4) == [own]
     assert in_threads(abs, [], 4) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_a_mapping_gives_what_map_gives_or_the_first_exception(threads: int) -> None:
+    with mapping(threads) as each:
+        assert list(each(pow, itertools.count(2), [1, 2, 3])) == [2, 9, 64]
+        with pytest.raises(ZeroDivisionError):
+            list(each(lambda x: 1 // x, [1, 0]))
 
 
 def test_calls_are_traced_as_in_threads_of_the_standard_library(
