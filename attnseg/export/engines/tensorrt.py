@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,7 +324,12 @@ def build_engine(
         if report is not None:
             check_inspected(report, in_fp32)
     text = "".join(f"{severity}: {message}\n" for severity, message in lines)
-    if options.target != "sm75":  # has no fp32 3-D convolutions, and pads its weights
+    batch = options.batch or usual_batch(window)
+    if options.builder == "tensorrt-rtx" and batch > 1:
+        # For several windows the compiler may add a constant as large as a channel of all of them,
+        # so that weights are compared in an engine for one window, which takes half a second.
+        build_engine(graph, window, replace(options, batch=1), in_fp32)
+    elif batch == 1 and options.target != "sm75":  # has no fp32 3-D convolutions, and pads its weights
         check_engine_weights(text, weight_bytes(graph))
     return BuiltEngine(
         bytes(serialized),
@@ -335,7 +340,7 @@ def build_engine(
             compatibility=options.compatibility,
             version_compatible=options.version_compatible,
             window=window,
-            batch=options.batch or usual_batch(window),
+            batch=batch,
         ),
         text,
     )
