@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from attnseg.runtime.errors import VolumeError
 
 LARGEST_BEHIND = 1 << 20
 """Number of bytes behind the image that are ignored; more are refused."""
-_LARGE_BYTES = 256 << 20  # size of an image from which its compression is looked at
-_LARGEST_RATIO = 100  # of the sizes of a large image and its file
+_LARGE_BYTES = 256 << 20  # memory of an image from which its compression is looked at
+_LARGEST_RATIO = 100  # of the memory of a large image and the size of its file
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_AGAIN = "copy or download it again"
 _OTHERS = (
@@ -61,8 +60,8 @@ def read_content(path: Path) -> Content:
             more than its header promises, or promises more than a file of its size can hold.
     """
     header = parse_header(path, read_start(path))
-    size = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    stored = _read(path, size)
+    size = header.stored_bytes
+    stored = _read(path, header)
     data = _inflate(path, stored, size) if stored[:2] == _GZIP_MAGIC else stored
     if len(data) < size:
         raise VolumeError(f"{path}: has {len(data)} bytes, its header promises {size}", _COPY_AGAIN)
@@ -71,14 +70,15 @@ def read_content(path: Path) -> Content:
     return Content(header, data, hashlib.sha256(stored).hexdigest())
 
 
-def _read(path: Path, size: int) -> bytes:
-    """The file as stored, if an image of `size` bytes is plausible in it."""
+def _read(path: Path, header: Header) -> bytes:
+    """The file as stored, if the image of `header` is plausible in it."""
+    size, memory = header.stored_bytes, header.memory_bytes
     with _naming_unreadable(path):
         stored_size = path.stat().st_size
-    if size > _LARGE_BYTES and stored_size < size / _LARGEST_RATIO:
+    if memory > _LARGE_BYTES and stored_size < memory / _LARGEST_RATIO:
         raise VolumeError(
-            f"{path}: has {stored_size} bytes, its header promises {size}, more than "
-            f"{_LARGEST_RATIO} times as many",
+            f"{path}: has {stored_size} bytes, its header promises an image that takes {memory}, "
+            f"more than {_LARGEST_RATIO} times as many",
             _COPY_AGAIN,
         )
     if stored_size > size + 2 * LARGEST_BEHIND + size // 1000:  # gzip may add a few bytes

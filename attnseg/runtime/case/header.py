@@ -57,6 +57,30 @@ class Header:
     affine: Affine
     warnings: tuple[str, ...]
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the real values differ from the stored ones."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
+    @property
+    def read_dtype(self) -> np.dtype[Any]:
+        """Type of the voxels as read: in native byte order, and float if they are scaled."""
+        native = self.dtype.newbyteorder("=")
+        scaled = self.scaled and native.kind in "iuf"
+        return np.result_type(native, np.float32) if scaled else native
+
+    @property
+    def stored_bytes(self) -> int:
+        """Number of bytes from the start of the header to the last voxel."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def memory_bytes(self) -> int:
+        """Number of bytes that reading takes: stored voxels and, if converted, those as read."""
+        converted = self.scaled or not self.dtype.isnative
+        read_bytes = math.prod(self.shape) * self.read_dtype.itemsize if converted else 0
+        return self.stored_bytes + read_bytes
+
 
 def parse_header(path: Path, data: bytes) -> Header:
     """Parse the header at the start of `data`, for which `is_header` is true.
@@ -67,7 +91,9 @@ def parse_header(path: Path, data: bytes) -> Header:
     kind, _ = _kind(data)
     assert kind is not None, "is_header was true"
     try:
-        header = _parse(kind(data[: kind.sizeof_hdr], check=False))
+        # Sizes and positions near the bounds of their types overflow; `check_affine` refuses them.
+        with np.errstate(all="ignore"):
+            header = _parse(kind(data[: kind.sizeof_hdr], check=False))
     except (
         nib.spatialimages.HeaderDataError,
         nib.wrapstruct.WrapStructError,

@@ -65,11 +65,12 @@ def _voxels(path: Path, data: bytes, header: Header, volumes: int) -> NDArray[An
     if dtype.kind not in "iuf":
         raise VolumeError(f"{path}: voxels of type {dtype} are not real numbers", "convert them")
     array = np.frombuffer(data, dtype, math.prod(shape), header.offset).reshape(shape, order="F")
-    if not dtype.isnative:
-        array = array.astype(dtype.newbyteorder("="), order="K")
-    if (header.slope, header.intercept) != (1.0, 0.0):
+    if header.scaled:
         with np.errstate(over="ignore", invalid="ignore"):  # check_finite reports them
-            array = array * np.float32(header.slope) + np.float32(header.intercept)
+            array = np.multiply(array, np.float32(header.slope), dtype=header.read_dtype)
+            array += np.float32(header.intercept)
+    elif not dtype.isnative:
+        array = array.astype(header.read_dtype, order="K")
     return array
 
 

@@ -148,11 +148,12 @@ def check_finite(name: object, array: NDArray[Any]) -> None:
     """Raise `VolumeError` if a voxel is NaN or infinite."""
     if array.dtype.kind != "f":
         return
-    bad = ~np.isfinite(array)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
+    finite = np.isfinite(array)
+    if not finite.all():
+        count = finite.size - np.count_nonzero(finite)
+        where = tuple(int(i) for i in np.unravel_index(int(finite.argmin()), finite.shape))
         raise VolumeError(
-            f"{name}: {np.count_nonzero(bad)} voxels are NaN or infinite, the first at {where}",
+            f"{name}: {count} voxels are NaN or infinite, the first at {where}",
             "replace them",
         )
 

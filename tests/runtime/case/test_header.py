@@ -12,6 +12,7 @@ import pytest
 import SimpleITK
 
 from attnseg.runtime.case.nifti import encode_labels, read_volume
+from attnseg.runtime.errors import VolumeError
 
 SHAPE = (4, 5, 6)
 AFFINE = np.array([[-1, 0, 0, 90.0], [0, -1, 0, 60.0], [0, 0, 1, -20.0], [0, 0, 0, 1]])
@@ -150,3 +151,25 @@ def test_an_undefined_qfac_is_warned_of_where_it_counts(tmp_path: Path) -> None:
     (warning,) = read(tmp_path, patched(stored(scode=0), PIXDIM - 4, "<f", -3)).warnings
     assert "states -3 as its qfac (pixdim[0]); 1 is used" in warning
     assert read(tmp_path, patched(stored(), PIXDIM - 4, "<f", -3)).warnings == ()
+
+
+def nifti_2(sform: float) -> bytearray:
+    image = nib.Nifti2Image(np.ones(SHAPE, np.int16), AFFINE)
+    image.header["srow_x"] = sform
+    return bytearray(bytes(image.header.binaryblock) + bytes(4 + 240))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        patched(stored(), SROW, "<12f", *[3e38] * 12),  # the largest float32 is 3.4e38
+        patched(patched(stored(), SROW, "<f", np.inf), UNITS, "B", 3),
+        nifti_2(1e200),  # its square exceeds the largest float64, 1.8e308
+    ],
+    ids=["sform", "infinite", "NIfTI-2"],
+)
+def test_an_absurd_position_is_one_error_without_warnings_of_numpy(
+    tmp_path: Path, content: bytearray
+) -> None:
+    with pytest.raises(VolumeError, match=r"its affine is not finite or absurdly large"):
+        read(tmp_path, content)

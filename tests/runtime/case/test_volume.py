@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnseg.runtime.case.nifti import encode_labels, read_labels, read_volume
-from attnseg.runtime.case.volume import Volume, check_volume
+from attnseg.runtime.case.volume import Volume, check_finite, check_volume
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import reorient
 from tests.conftest import SaveImage
@@ -187,6 +188,16 @@ def test_voxels_that_are_not_finite_are_counted_and_placed(
     array[1, 2, 3] = array[3, 4, 5] = value
     with pytest.raises(VolumeError, match=r"2 voxels are NaN or infinite, the first at \(1, 2, 3"):
         read_volume([save_image(array)])
+
+
+def test_an_image_of_nan_takes_no_memory_to_report() -> None:
+    voxels = np.full((100, 100, 100), np.nan, np.float32)
+    tracemalloc.start()
+    with pytest.raises(VolumeError, match=r"1000000 voxels are NaN .* the first at \(0, 0, 0\)"):
+        check_finite("channel 1", voxels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6  # one byte per voxel, in place of 24 for its index
 
 
 def test_complex_and_rgb_voxels_are_refused(save_image: SaveImage) -> None:
