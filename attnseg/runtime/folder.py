@@ -134,8 +134,9 @@ def _failed(case: Case, error: Exception) -> CaseResult:
 def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
     """Result of an earlier run: `skipped`, `failed` if it conflicts, None if unfinished."""
     try:
+        _check_output(case, output)
         report = earlier_report(output, case, segmenter.provenance)
-    except AttnsegError as error:
+    except Exception as error:  # whatever it is, the other cases go on
         return _failed(case, error)
     if report and segmenter.plan.rules.strict and report.get("warnings"):
         first = str(report["warnings"][0])

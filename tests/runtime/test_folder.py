@@ -355,15 +355,21 @@ def test_a_gpu_that_is_lost_fails_its_case_and_the_rest_go_on_where_it_was_said(
     assert written == [name for name, status in states if status == "done"]
 
 
+@pytest.mark.parametrize("length", [222, 250])  # and 11 for the ending, and 23 for temporary names
 def test_a_name_too_long_for_a_result_is_found_before_any_work(
-    small_scan: Path, tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+    small_scan: Path,
+    tmp_path: Path,
+    segmenter: Segmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
 ) -> None:
     (case,) = find_cases(small_scan).cases
-    long = replace(case, name="x" * 222)  # and 11 for the ending, and 23 for a temporary name
+    long = replace(case, name="x" * length)
     monkeypatch.setattr(segmenter, "submit", None)
     (tmp_path / "out").mkdir()
     (result,) = segment_folder([long], segmenter, tmp_path / "out", Listener())
-    assert result.note.startswith("the name of the case is 222 bytes long, too long for a result;")
+    cause = f"the name of the case is {length} bytes long, too long for a result;"
+    assert result.note.startswith(cause)
     assert "by 1 bytes" in result.note
     monkeypatch.undo()
     (result,) = segment_folder(
