@@ -25,6 +25,9 @@ def test_a_byte_order_mark_is_skipped(mark: bytes) -> None:
         ("[" * 100_000, "is not JSON: nested too deeply"),
         ("\udcff", "is not JSON: .*can't decode"),
         ("[" + "9" * 5000 + "]", "is not JSON: .*digits"),
+        ("[NaN]", "is not JSON: a number is not finite or too large, NaN"),
+        ("[-Infinity]", "is not JSON: a number is not finite or too large, -Infinity"),
+        ("[1e999]", "is not JSON: a number is not finite or too large, 1e999"),
     ],
 )
 def test_what_is_no_json_is_refused_with_its_line(text: str, message: str) -> None:
