@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+_LONGEST_CAUSE = 4000  # characters; a path has 4,096 bytes at most, a value of others any number
 SLOT = "{}"
 """Placeholder for a setting in the text of a mend."""
 
@@ -59,12 +60,16 @@ class AttnsegError(Exception):
     """Base class of all errors that a user can fix.
 
     Attributes:
-        cause: Cause of the error: the argument, the rule and the value received.
+        cause: Cause of the error: the argument, the rule and the value received; a long value is
+            shortened.
         mend: Suggested fix, empty if unknown; each `{}` is replaced by one of `settings`.
         settings: Settings named in the mend, in order.
     """
 
     def __init__(self, cause: str, mend: str = "", *settings: Setting) -> None:
+        if len(cause) > _LONGEST_CAUSE:
+            half = _LONGEST_CAUSE // 2
+            cause = f"{cause[:half]} [...] {cause[-half:]}"
         super().__init__(cause, mend, *settings)
         self.cause, self.mend, self.settings = cause, mend, settings
 

@@ -16,6 +16,14 @@ def test_the_text_of_an_error_is_its_cause_and_its_mend() -> None:
     assert str(EngineError("the GPU failed", "restart")) == "the GPU failed; restart"
 
 
+def test_a_long_value_is_shortened_in_the_middle() -> None:
+    error = AttnsegError(f"a.json: name {'x' * 100_000} is too long", "shorten it")
+    assert str(error).startswith("a.json: name xxx") and "xxx [...] xxx" in str(error)
+    assert str(error).endswith("xxx is too long; shorten it")
+    assert len(str(error)) < 4100
+    assert str(error.detached()) == str(error)
+
+
 def test_a_mend_names_settings_as_python_writes_them() -> None:
     error = ConfigError(
         "x", "give {} or {}, not {}", Setting("device", "cpu"), Setting("fp16", True), Setting("y")
