@@ -20,6 +20,8 @@ from attnseg.runtime.steps.tta import PASSES, Fuse
 from attnseg.runtime.steps.windows import LARGEST_WINDOW, WindowOptions
 from attnseg.runtime.task import Task
 
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class SegmentOptions:
@@ -130,20 +132,31 @@ def _check(name: str, value: object, holds: bool, rule: str) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
 
+def _is(kind: type, value: object) -> bool:
+    """Whether a value is a number of a kind; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    _check(name, value, _is(Integral, value), "a whole number")
+    _check(name, value, value >= least, f"at least {least}")
+    _check(name, value, most is None or value <= most, f"at most {most}")
+
+
 def _choose(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name} {value} does not exist", f"choose {', '.join(known)}")
 
 
-def _window(edge: object, default: Shape, multiple: int) -> Shape | None:
+def _window(edge: Any, default: Shape, multiple: int) -> Shape | None:
     """Window shape in voxels along X, Y and Z; None for one window over the whole image."""
     if edge is None:
         return default
     if edge == "full":
         return None
-    fits = isinstance(edge, Integral) and int(edge) > 0 and int(edge) % multiple == 0
+    fits = _is(Integral, edge) and int(edge) > 0 and int(edge) % multiple == 0
     _check("window", edge, fits, f"full or a multiple of {multiple} voxels")
-    size = int(edge)  # type: ignore[call-overload]
+    size = int(edge)
     most = round(LARGEST_WINDOW ** (1 / 3))
     _check("window", edge, size <= most, f"at most {most} voxels, or full")
     return size, size, size
@@ -160,12 +173,14 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     min_voxels = defaults.min_voxels if options.min_voxels is None else options.min_voxels
     threads = available_threads() if options.threads is None else options.threads
     memory = options.max_memory_bytes
-    for name, value in (("overlap", overlap), ("min_voxels", min_voxels), ("threads", threads)):
-        _check(name, value, isinstance(value, Real), "a number")
+    _check("overlap", overlap, _is(Real, overlap), "a number")
     _check("overlap", overlap, 0 <= overlap < 1, "at least 0 and below 1")
-    _check("min_voxels", min_voxels, min_voxels >= 0, "at least 0")
-    _check("threads", threads, threads >= 1, "at least 1")
-    _check("max_memory_bytes", memory, memory is None or memory > 0, "positive")
+    _check_whole("min_voxels", min_voxels, 0)
+    _check_whole("threads", threads, 1, _MOST_THREADS)
+    if memory is not None:
+        _check_whole("max_memory_bytes", memory, 1)
+    if options.stream is not None:
+        _check_whole("stream", options.stream, 0)
     _check("fallback", options.fallback, options.fallback in (None, "cpu"), "cpu, or left out")
     _choose("tta", options.tta, tuple(PASSES))
     _choose("fuse", options.fuse, get_args(Fuse))
