@@ -24,6 +24,7 @@ from attnseg.runtime.case.nifti import read_labels
 from attnseg.runtime.case.scans import LABEL_SUFFIXES, Case, find_cases, find_siblings
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import AttnsegError, ConfigError, ScanError, Setting, TrainingError
+from attnseg.runtime.files import is_file
 
 _LEAVE_OUT = ("add it, or leave the case out (in training, with {})", Setting("split"))
 
@@ -111,7 +112,7 @@ def _find_listed(file: Path) -> LabelledScans:
     labelled: dict[str, LabelledCase] = {}
     faults: dict[str, AttnsegError] = {}
     for case, label in pairs:
-        missing = [f for f in (*dict.fromkeys(case.files), label) if not f.is_file()]
+        missing = [f for f in (*dict.fromkeys(case.files), label) if not is_file(f)]
         if missing:
             cause = f"{missing[0]}: does not exist, but {DATASET_JSON} names it"
             faults[case.name] = TrainingError(cause, *_LEAVE_OUT)

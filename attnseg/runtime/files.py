@@ -160,6 +160,17 @@ def _remove(file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; false for one that cannot exist, such as a name that is too long.
+
+    Use this for paths that a file of others names: `Path.is_file` raises `OSError` for some.
+    """
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def write_file(target: Path, content: Content) -> None:
     """Write a file atomically; on failure an existing file is left unchanged.
 

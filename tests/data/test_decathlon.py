@@ -225,6 +225,16 @@ def test_a_file_whose_name_holds_a_null_character_is_missing(tmp_path: Path) -> 
         scans.refuse_faults(None)
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "\ud800"], ids=["long", "surrogate"])
+def test_a_name_that_no_file_can_have_is_that_of_a_missing_file(tmp_path: Path, name: str) -> None:
+    write_thorax(tmp_path, range(3))
+    stored = json.loads((tmp_path / "dataset.json").read_text())
+    stored["training"][0]["label"] = name
+    (tmp_path / "dataset.json").write_text(json.dumps(stored))
+    with pytest.raises(TrainingError, match=r"does not exist, but dataset\.json names it"):
+        open_data_set(tmp_path, None, TrainConfig())
+
+
 def test_phantoms_of_brains_are_not_mixed_into_another_task(data: DataSet, tmp_path: Path) -> None:
     config = TrainConfig(synthetic_cases=1)
     with pytest.raises(TrainingError, match="synthetic_cases are brain scans, which this task"):

@@ -12,6 +12,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from attnseg.runtime.engines.base import reason_of
 from attnseg.runtime.errors import ExportError
+from attnseg.runtime.files import is_file
 
 LARGEST_BYTES = 2**31 - 1
 """Largest ONNX file: the limit of protobuf, which a bundle's `model.onnx` is bound by too."""
@@ -90,7 +91,7 @@ def _check_external(path: Path, model: onnx.ModelProto) -> None:
     stored = [ExternalDataInfo(t) for t in _tensors(model) if uses_external_data(t)]
     for name in dict.fromkeys(info.location for info in stored):
         file = path.parent / name
-        if not file.is_file():
+        if not is_file(file):
             raise ExportError(
                 f"{path}: stores its weights in {name}, which is not beside it",
                 f"copy {name} to {path.parent}",

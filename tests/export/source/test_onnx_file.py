@@ -34,6 +34,17 @@ def test_a_file_of_weights_that_is_missing_is_named(tmp_path: Path) -> None:
         load_onnx(path)
 
 
+def test_a_file_of_weights_whose_name_is_too_long_is_missing(tmp_path: Path) -> None:
+    path = stored_apart(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = "m" * 300
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"m\.onnx: stores its weights in mmm"):
+        load_onnx(path)
+
+
 def test_a_file_of_weights_that_was_cut_is_named(tmp_path: Path) -> None:
     path = stored_apart(tmp_path)
     (tmp_path / "m.data").write_bytes(bytes(8))
