@@ -29,11 +29,19 @@ LABEL_SUFFIXES = ("_seg", "-seg")
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: its name, its folder and one file per channel, in channel order."""
+    """One scan: its name, its folder and one file per channel, in channel order.
+
+    Raises:
+        ScanError: The name is not UTF-8, as that of a file may be.
+    """
 
     name: str
     folder: Path
     files: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        if error := _name_error(self.name, self.folder):
+            raise error
 
 
 @dataclass(frozen=True)
@@ -144,10 +152,25 @@ def _match(file: Path, channels: Sequence[Channel]) -> tuple[tuple[str, ...], st
     return (), None
 
 
+def _as_text(name: str) -> str:
+    """The name of a file as text: bytes that are not UTF-8 are written as Python escapes them."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _name_error(name: str, folder: Path) -> ScanError | None:
+    """Error for a name that tables and reports, which are UTF-8, cannot hold."""
+    text = _as_text(name)
+    if text == name:
+        return None
+    return ScanError(f"{folder}: the name of case {text} is not UTF-8", "rename its files")
+
+
 def _case_error(
     name: str, listed: _Folder, files: list[list[Path]], channels: Sequence[Channel]
 ) -> ScanError | None:
     folder = listed.path
+    if error := _name_error(name, folder):
+        return error
     missing = [c for c, f in zip(channels, files, strict=True) if not f]
     if missing:
         names = ", ".join(f"{c.name} (*{' or *'.join(c.suffixes[:2])})" for c in missing)
@@ -248,8 +271,9 @@ def _add_cases(
 ) -> None:
     """Add the cases of a folder to `cases`, and those that cannot be used to `problems`."""
     folder = listed.path
-    for name, files in sorted(listed.cases.items()):
-        error = _case_error(name, listed, files, channels)
+    for stored_name, files in sorted(listed.cases.items()):
+        error = _case_error(stored_name, listed, files, channels)
+        name = _as_text(stored_name)
         if name in cases or name in problems:
             other = cases[name].folder if name in cases else "an unusable case"
             cause = f"{folder}: case {name} has the same name as that of {other}"
@@ -346,6 +370,7 @@ def explicit_case(files: Mapping[str, Path], channels: Sequence[Channel]) -> Cas
 
     Raises:
         ConfigError: A channel has no file or that of another, or a name is no channel of the model.
+        ScanError: The name of the case is not UTF-8.
     """
     names = [c.name for c in channels]
     unknown = [n for n in files if n not in names]

@@ -93,6 +93,19 @@ def test_the_second_case_of_a_name_is_a_problem(tmp_path: Path) -> None:
     assert "same name" in str(problem)
 
 
+def test_a_name_that_is_not_utf_8_is_a_problem_and_hides_no_other_case(tmp_path: Path) -> None:
+    suffixes = LAYOUTS["2018"][1]
+    touch(tmp_path, "M\udcfcller", suffixes)  # Latin-1 for Mueller with an umlaut
+    touch(tmp_path, "a", suffixes)
+    scans = find_cases(tmp_path)
+    assert [case.name for case in scans.cases] == ["a"]
+    cause = f"{tmp_path}: the name of case M\\udcfcller is not UTF-8; rename its files"
+    assert {name: str(error) for name, error in scans.problems.items()} == {"M\\udcfcller": cause}
+    files = {c.name: tmp_path / f"M\udcfcller_{c.name}.nii.gz" for c in BRATS_CHANNELS}
+    with pytest.raises(ScanError, match=r"the name of case M\\udcfcller is not UTF-8"):
+        find_scans(None, files, BRATS_CHANNELS)
+
+
 def test_a_link_in_a_circle_ends(tmp_path: Path) -> None:
     touch(tmp_path / "a", "a", LAYOUTS["2018"][1])
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
