@@ -62,7 +62,8 @@ class AttnsegError(Exception):
     Attributes:
         cause: Cause of the error: the argument, the rule and the value received; a long value is
             shortened.
-        mend: Suggested fix, empty if unknown; each `{}` is replaced by one of `settings`.
+        mend: Suggested fix, empty if unknown; the last `{}` are replaced by
+            `settings`.
         settings: Settings named in the mend, in order.
     """
 
@@ -79,7 +80,9 @@ class AttnsegError(Exception):
         Args:
             show: Function that formats a setting; Python notation by default.
         """
-        first, *rest = self.mend.split(SLOT) if self.settings else [self.mend]
+        # The last slots are those of the settings: a name before them may hold braces too.
+        count = len(self.settings)
+        first, *rest = self.mend.rsplit(SLOT, count) if count else [self.mend]
         shown = (show(s) + text for s, text in zip(self.settings, rest, strict=True))
         mend = first + "".join(shown)
         return f"{self.cause}; {mend}" if mend else self.cause

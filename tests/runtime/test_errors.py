@@ -32,6 +32,11 @@ def test_a_mend_names_settings_as_python_writes_them() -> None:
     assert (error.cause, error.mend) == ("x", "give {} or {}, not {}")
 
 
+def test_braces_of_a_name_before_a_setting_are_left_as_they_are() -> None:
+    error = AttnsegError("a", "rename {}_t1.nii, or give {} {}", Setting("x"), Setting("y", 1))
+    assert str(error) == "a; rename {}_t1.nii, or give x y=1"
+
+
 def test_braces_of_a_name_are_no_place_for_a_setting() -> None:
     assert str(AttnsegError("scan{}.nii: is empty", "delete scan{}.nii")) == (
         "scan{}.nii: is empty; delete scan{}.nii"
