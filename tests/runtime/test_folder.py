@@ -164,6 +164,24 @@ def test_a_case_that_lacks_a_file_is_still_of_its_options(
     assert "from other options" in result.note
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "nested"])
+def test_a_report_that_is_none_is_neither_waited_for_nor_replaced(
+    small_scan: Path, tmp_path: Path, segmenter: Segmenter, kind: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    report = out / "small.json"
+    if kind == "pipe":
+        os.mkfifo(report)
+    elif kind == "device":
+        report.symlink_to("/dev/zero")
+    else:
+        report.write_text("[" * 100_000)
+    (result,) = segment_folder(find_cases(small_scan).cases, segmenter, out, Listener())
+    assert "small.json: exists without a report of attnseg" in result.note
+    assert [file.name for file in out.iterdir()] == ["small.json"]
+
+
 def test_labels_that_were_corrected_by_hand_are_kept(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter
 ) -> None:

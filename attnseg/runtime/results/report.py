@@ -101,6 +101,8 @@ def _difference(report: Mapping[str, Any], case: Case, provenance: Provenance) -
 
 
 def _sha256(file: Path) -> str:
+    if not file.is_file():  # a pipe would be waited for
+        return ""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -109,9 +111,11 @@ def _sha256(file: Path) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) else None
 
