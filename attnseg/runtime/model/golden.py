@@ -62,7 +62,11 @@ def _load(stored: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         image, logits = arrays["image"], arrays["logits"]
     if image.dtype.kind != "f" or logits.dtype.kind != "f":
         raise TypeError(f"arrays of {image.dtype} and {logits.dtype}")
-    return image.astype(np.float32), logits.astype(np.float32)
+    with np.errstate(over="ignore"):
+        image, logits = image.astype(np.float32), logits.astype(np.float32)
+    if not (np.isfinite(image).all() and np.isfinite(logits).all() and logits.any()):
+        raise ValueError("values that are not finite, or logits that are all 0")
+    return image, logits
 
 
 def read_golden(bundle: Bundle) -> Golden:

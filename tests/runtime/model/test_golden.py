@@ -77,7 +77,7 @@ def test_a_file_that_is_no_golden_window_is_refused(tmp_path: Path, content: byt
 
 
 def test_a_window_of_another_model_is_refused(tmp_path: Path) -> None:
-    small = np.zeros((1, 2, 16, 16, 16), np.float32)
+    small = np.ones((1, 2, 16, 16, 16), np.float32)
     with pytest.raises(BundleError, match="not those of a window of 4 channels and 4 classes"):
         read_golden(bundle_with(tmp_path, encode_golden(Golden(small, small))))
 
@@ -106,6 +106,16 @@ def _with_damaged_deflate() -> bytes:
 )
 def test_arrays_that_are_no_window_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BundleError, match="holds no golden window"):
+        read_golden(bundle_with(tmp_path, content))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300, 0.0])
+def test_logits_that_no_engine_can_be_compared_with_are_refused(
+    tmp_path: Path, value: float
+) -> None:
+    window = np.ones((1, 4, 2, 2, 2), np.float16)
+    content = _npz(image=window, logits=np.full((1, 4, 2, 2, 2), value))
+    with pytest.raises(BundleError, match=r"holds no golden window \(values that are not finite"):
         read_golden(bundle_with(tmp_path, content))
 
 
