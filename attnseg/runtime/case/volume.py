@@ -145,7 +145,7 @@ def check_affine(name: object, affine: Affine) -> None:
 
 
 def check_finite(name: object, array: NDArray[Any]) -> None:
-    """Raise `VolumeError` if a voxel is NaN or infinite."""
+    """Raise `VolumeError` if a voxel is NaN, infinite or beyond the range of float32."""
     if array.dtype.kind != "f":
         return
     finite = np.isfinite(array)
@@ -155,6 +155,14 @@ def check_finite(name: object, array: NDArray[Any]) -> None:
         raise VolumeError(
             f"{name}: {count} voxels are NaN or infinite, the first at {where}",
             "replace them",
+        )
+    if array.dtype.itemsize <= 4:
+        return
+    largest = max(float(array.max()), -float(array.min()))  # without a copy of the image
+    if largest > float(np.finfo(np.float32).max):
+        raise VolumeError(
+            f"{name}: holds values up to {largest:.3g}, beyond the range of float32",
+            "scale the image",
         )
 
 

@@ -30,6 +30,7 @@ _LARGEST_FACTOR = 20.0  # between the voxel sizes of scan and model
 _THICK = 2.0  # times the model's largest voxel edge, beyond which detail is missing
 _FEWEST_VOXELS = 5  # along an axis
 _FULL = 0.9  # fraction of non-zero voxels above which a background of 0 is unlikely
+_LEAST_RANGE = float(np.finfo(np.float32).tiny)  # of intensities; a smaller one overflows
 _WHICH_FILE = "check that the right file was given"
 
 
@@ -180,6 +181,8 @@ def clean_channels(
     channels: list[NDArray[Any]] = list(volume.channels)
     deque(each(_check_varies, names, channels), maxlen=0)
     channels, extremes = replace_extremes(channels, names, each)
+    if extremes:
+        deque(each(_check_varies, names, channels), maxlen=0)
     channels, doubts = _check_background(channels, names, volume, rules, each)
     _check_distinct(channels, names)
     warnings = (*extremes, *doubts)
@@ -218,10 +221,10 @@ def _check_background(
 
 
 def _check_varies(name: str, channel: NDArray[Any]) -> None:
-    """Raise `VolumeError` if a channel holds a single value, apart from 0."""
+    """Raise `VolumeError` if a channel holds a single value, within rounding, apart from 0."""
     for values in (channel[::4, ::4, ::4], channel):  # a few voxels settle it most times
         found = values[values != 0]
-        if found.size and found.min() != found.max():
+        if found.size and float(found.max()) - float(found.min()) > _LEAST_RANGE:
             return
     if not found.size:
         raise VolumeError(f"{name}: holds only zeros", _WHICH_FILE)

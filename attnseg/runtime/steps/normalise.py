@@ -111,6 +111,10 @@ class ZScore:
         return Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
 
 
+_LARGEST_LANDMARK = 1e4  # larger than any z-score among 1e8 voxels
+_EQUAL = 1e-12  # distance of percentiles that are equal, as a share of that of the outermost
+
+
 @dataclass(frozen=True)
 class LandmarkMatching:
     """Histogram matching: maps percentiles of the foreground to stored z-scores.
@@ -133,6 +137,10 @@ class LandmarkMatching:
             raise ConfigError("landmarks need one value per percentile in every channel")
         if any(not 0 <= p <= 100 for p in self.percentiles):
             raise ConfigError(f"percentiles must be within 0 and 100, got {self.percentiles}")
+        if any(abs(v) > _LARGEST_LANDMARK for v in self.values):
+            raise ConfigError(
+                f"landmarks are z-scores, at most {_LARGEST_LANDMARK:g}, got {self.values}"
+            )
         for row in (self.percentiles, self.values):
             if len(row) < 2 or not (np.isfinite(row).all() and (np.diff(row) > 0).all()):
                 raise ConfigError(f"landmarks must be at least two, and ascending, got {row}")
@@ -146,7 +154,8 @@ class LandmarkMatching:
         """See `Scheme.curve`."""
         source = distribution.percentiles(self.percentiles)
         # Coarsely quantised images have equal percentiles; such a run maps to its mean target.
-        knots, run = np.unique(source, return_inverse=True)
+        first = np.diff(source, prepend=-np.inf) > _EQUAL * (source[-1] - source[0])
+        knots, run = source[first], np.cumsum(first) - 1
         if len(knots) < 2:
             return ZScore().curve(distribution)
         return Curve(knots, np.bincount(run, self.values) / np.bincount(run))

@@ -200,6 +200,14 @@ def test_an_image_of_nan_takes_no_memory_to_report() -> None:
     assert peak < 4e6  # one byte per voxel, in place of 24 for its index
 
 
+def test_voxels_beyond_the_range_of_float32_are_refused() -> None:
+    with pytest.raises(
+        VolumeError, match=r"channel 1: holds values up to 1e\+200, beyond the range"
+    ):
+        check_finite("channel 1", np.array([1, -1e200]))
+    check_finite("channel 1", np.array([1, -3e38]))  # the largest float32 is 3.4e38
+
+
 def test_complex_and_rgb_voxels_are_refused(save_image: SaveImage) -> None:
     with pytest.raises(VolumeError, match="not real numbers"):
         read_volume([save_image(ramp().astype(np.complex64))])

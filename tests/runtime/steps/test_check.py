@@ -54,6 +54,16 @@ def test_a_channel_and_its_file_are_named(volume: Volume) -> None:
         check_input(Volume(channels, volume.affine), UNKNOWN)
 
 
+def test_a_range_below_the_smallest_float32_is_constant(volume: Volume) -> None:
+    channels = [np.array(c, np.float64) for c in volume.channels]
+    channels[2] *= 1e-310  # its standard deviation has no inverse
+    with pytest.raises(VolumeError, match=r"^t2: is constant \("):
+        check_input(Volume(channels, volume.affine), RULES)
+    channels[2][40, 40, 40] = 1.0  # far beyond all others, and replaced
+    with pytest.raises(VolumeError, match=r"^t2: is constant \("):
+        check_input(Volume(channels, volume.affine), RULES)
+
+
 def test_strict_rules_make_warnings_errors(volume: Volume) -> None:
     thick = spaced(volume, 1, 1, 2)
     assert "the scan is resampled" in check_input(thick, RULES).warnings[0]

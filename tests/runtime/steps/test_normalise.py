@@ -159,3 +159,17 @@ def test_the_brain_box_is_the_extent_of_the_voxels(channels: np.ndarray) -> None
 
 def test_the_box_of_all_is_the_volume() -> None:
     assert foreground_box([np.zeros((2, 3, 4))], "all") == Box((0, 0, 0), (2, 3, 4))
+
+
+def test_landmarks_that_are_no_z_scores_are_refused() -> None:
+    with pytest.raises(ConfigError, match="landmarks are z-scores, at most 10000, got"):
+        LandmarkMatching((0, 100), (-1e38, 1.0))
+
+
+def test_percentiles_that_differ_by_rounding_count_as_equal() -> None:
+    intensities = np.array([1.0, 1.0 + 1e-15, 2.0, 3.0])
+    curve = LandmarkMatching((0, 100 / 3, 200 / 3, 100), (-2.0, 0.0, 1.0, 3.0)).curve(
+        Histogram(intensities, np.ones(4, np.int64))
+    )
+    np.testing.assert_array_equal(curve.source, [1, 2, 3])
+    np.testing.assert_array_equal(curve.target, [-1, 1, 3])  # the mean of -2 and 0
