@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -128,6 +129,18 @@ def test_a_wheel_holds_the_model_and_the_types(tmp_path: Path) -> None:
         assert f"{models}/{name}" in names
     assert "attnseg/py.typed" in names
     assert not [n for n in names if n.startswith(("tests", "benchmarks"))]
+
+
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+
+@pytest.mark.parametrize("document", ["docs/reliability.md", "README.md", "SECURITY.md"])
+def test_the_tests_that_a_document_names_exist(document: str) -> None:
+    named = NAMED_TEST.findall((ROOT.parent / document).read_text(encoding="utf-8"))
+    assert named
+    for file, test in named:
+        text = (ROOT.parent / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in text, f"{file} has no {test}"
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
