@@ -329,7 +329,7 @@ def build_engine(
         # For several windows the compiler may add a constant as large as a channel of all of them,
         # so that weights are compared in an engine for one window, which takes half a second.
         build_engine(graph, window, replace(options, batch=1), in_fp32)
-    elif batch == 1 and options.target != "sm75":  # has no fp32 3-D convolutions, and pads its weights
+    elif batch == 1 and options.target != "sm75":  # which has no fp32, and pads its weights
         check_engine_weights(text, weight_bytes(graph))
     return BuiltEngine(
         bytes(serialized),
