@@ -108,7 +108,7 @@ def test_the_contents_name_every_file_and_count_the_layers(bundle: Bundle) -> No
     found = inspect_bundle(bundle)
     assert [row[0] for row in found.files] == list(bundle.manifest.files)
     (engine,) = [row for row in found.files if row[1] == "engine"]
-    assert engine[2:4] == ("fp16", f"sm86, tensorrt-rtx {_version(bundle)}, 1x64x64x64")
+    assert engine[2:4] == ("fp16", f"sm86, tensorrt-rtx {_version(bundle)}, 12x64x64x64")
     full, half = found.layers
     assert full.startswith("model.onnx: ") and "4 ConvTranspose float," in full
     assert half.startswith("model-fp16.onnx: ") and "4 ConvTranspose float16" in half
