@@ -177,12 +177,18 @@ def _make(reader: Reader, seed: int, index: int, folder: Path) -> dict[str, Any]
     return {"made": index}
 
 
+def _peak_bytes() -> int:
+    """Largest resident memory of this process; `ru_maxrss` counts that before exec as well."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
 def _read(reader: Reader, index: int, folder: Path) -> dict[str, Any]:
     """Read one input; return the line with what happened."""
     began = time.monotonic()
     outcome, fault = judge(reader, folder)
     seconds = time.monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = _peak_bytes()
     if peak > MOST_BYTES and not fault:
         outcome, fault = "memory", f"took {peak / 2**30:.2f} GiB"
     if not fault:

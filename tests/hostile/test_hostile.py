@@ -58,6 +58,11 @@ def test_the_generator_finds_every_kind_of_fault(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "4", "5", "6", "7"]
 
 
+def test_the_memory_of_the_parent_does_not_count(tmp_path: Path) -> None:
+    held = bytearray(b"\1") * (400 << 20)
+    assert drive("planted", 1, 0, 1, tmp_path).peak_bytes < 300 << 20 < len(held)
+
+
 def test_an_input_depends_on_its_seed_and_its_index_alone(tmp_path: Path) -> None:
     for name, first, seed in (("a", 0, 1), ("b", 2, 1), ("c", 2, 2)):
         drive("planted", seed, first, 3 - first, tmp_path / name)
