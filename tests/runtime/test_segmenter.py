@@ -171,7 +171,7 @@ def test_a_manifest_with_other_labels_than_the_network_is_refused(
     manifest["labels"] = manifest["labels"][:3]
     manifest["regions"] = {"WT": [1, 2]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="returns 4 classes, its manifest names 3 labels"):
+    with pytest.raises(BundleError, match="its output has 4 labels, its manifest names 3"):
         Segmenter(Bundle.load(folder), FP32).segment(volume)
 
 
@@ -301,7 +301,9 @@ def test_something_else_than_options_is_refused(given: object) -> None:
         Segmenter(options=given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["overlap", "min_voxels", "threads"])
-def test_text_in_place_of_a_number_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be a number, got '0.5'"):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("overlap", ""), ("min_voxels", "whole "), ("threads", "whole ")]
+)
+def test_text_in_place_of_a_number_is_refused(name: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a {kind}number, got '0.5'"):
         Segmenter(options=SegmentOptions(**{name: "0.5"}))
