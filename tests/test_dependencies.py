@@ -148,6 +148,9 @@ def test_the_command_line_is_loaded_where_ctrl_c_is_handled() -> None:
         "attnseg.__main__",
         "attnseg._version",
         "attnseg.interrupt",
+        "attnseg.runtime",
+        "attnseg.runtime.errors",
+        "attnseg.runtime.limits",
     }
     assert not {"numpy", "click"} & loaded
     assert PROJECT["scripts"]["attnseg"] == "attnseg.__main__:main"

@@ -247,7 +247,7 @@ def test_data_of_another_task_is_refused(cases: list[LabelledCase]) -> None:
     scans = find_labelled_cases(cases[0].case.folder.parent)
     organs = (Label("background", 0), Label("liver", 1))
     task = Task(BRATS.task.channels, organs, {}, BRATS.task.display)
-    other = replace(scans, task=replace(BRATS, task=task))
+    other = replace(scans, task=replace(BRATS, task=task, aliases={}))
     with pytest.raises(TrainingError, match=r"labels \[0, 1\] and 4 channels, the model labels"):
         cases_to_evaluate(other, Bundle.default().manifest, "all")
 
