@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.engines.base import reason_of
+from attnseg.runtime.engines.base import failed
 from attnseg.runtime.engines.libraries import import_onnxruntime
-from attnseg.runtime.errors import BundleError, ConfigError, EngineError
+from attnseg.runtime.errors import BundleError, ConfigError
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.manifest import Manifest
@@ -141,8 +141,7 @@ class AttentionGraph:
         try:
             return ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # its exceptions share no base but Exception
-            reason = reason_of(error)
-            raise EngineError(f"{self._file}: ONNX Runtime refuses it ({reason})") from error
+            raise failed(f"{self._file}: ONNX Runtime refuses it", error) from error
 
     def weights(self, window: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Compute the weights of one window.
@@ -160,8 +159,7 @@ class AttentionGraph:
         try:
             values = self._session.run(list(self._sigmoids), {self._input: window[None]})
         except Exception as error:  # its exceptions share no base but Exception
-            reason = reason_of(error)
-            raise EngineError(f"{self._file}: ONNX Runtime failed ({reason})") from error
+            raise failed(f"{self._file}: ONNX Runtime failed", error) from error
         found = [
             (stage, value[0, :, 0, 0, 0])
             for stage, value in zip(self._sigmoids.values(), values, strict=True)
