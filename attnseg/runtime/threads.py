@@ -155,27 +155,6 @@ def _close_all() -> None:
         threads.close(drop=True)
 
 
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
-) -> list[Result]:
-    """Call `function` with each item, and return the results in order.
-
-    Args:
-        function: Function of an item; its first exception is raised.
-        items: The items.
-        threads: Largest number of threads; with one, no thread is started.
-
-    Raises:
-        ResourceError: A thread cannot be started.
-    """
-    items = list(items)
-    if min(threads, len(items)) <= 1:
-        return [function(item) for item in items]
-    with Threads(min(threads, len(items))) as pool:
-        calls = [pool.submit(function, item) for item in items]
-        return [call.result() for call in calls]
-
-
 @contextmanager
 def mapping(threads: int) -> Iterator[Each]:
     """Provide `map` in a number of threads within a `with` block; with one, no thread is started.
@@ -193,3 +172,21 @@ def mapping(threads: int) -> Iterator[Each]:
             return [call.result() for call in calls]
 
         yield each
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> list[Result]:
+    """Call `function` with each item, and return the results in order.
+
+    Args:
+        function: Function of an item; its first exception is raised.
+        items: The items.
+        threads: Largest number of threads; with one, no thread is started.
+
+    Raises:
+        ResourceError: A thread cannot be started.
+    """
+    items = list(items)
+    with mapping(min(threads, len(items))) as each:
+        return list(each(function, items))

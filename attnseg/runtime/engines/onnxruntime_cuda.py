@@ -25,7 +25,6 @@ from attnseg.runtime.extras import install
 from attnseg.runtime.geometry import Shape
 
 _PROVIDER = "CUDAExecutionProvider"
-_FATAL = 4  # log level
 _SHORTAGES = ("FAILED TO ALLOCATE MEMORY", "OUT OF MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
@@ -197,7 +196,7 @@ def open_onnxruntime_cuda(
     complaints = _load_cuda_libraries(ort)
     # It prints an error for each fused convolution that cuDNN has no kernel for, and then runs the
     # convolution in another way; errors that stop it are raised as well.
-    ort.set_default_logger_severity(_FATAL)
+    ort.set_default_logger_severity(4)
     settings = {
         "device_id": str(device.ordinal),
         "user_compute_stream": str(device.stream),
@@ -209,8 +208,7 @@ def open_onnxruntime_cuda(
     if max_memory_bytes is not None:
         settings["gpu_mem_limit"] = str(max_memory_bytes)
     with device.active():
-        options = {"use_deterministic_compute": True, "log_severity_level": _FATAL}
-        session = OnnxSession(model, options, [(_PROVIDER, settings)])
+        session = OnnxSession(model, {"use_deterministic_compute": True}, [(_PROVIDER, settings)])
     if session.provider != _PROVIDER:  # ONNX Runtime silently continues on the CPU
         raise UnavailableError(
             f"ONNX Runtime could not load its CUDA provider ({complaints or 'no reason given'})",
