@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.foreground import Crop
 from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
 
 
@@ -33,7 +33,7 @@ class LabelledTask:
     orientation: str
     spacing_mm: tuple[float, float, float]
     min_voxels: int
-    foreground: Foreground = "nonzero"
+    foreground: Crop = "nonzero"
     description: str = ""
     decision: str = field(default="", compare=False, repr=False)
 

@@ -28,7 +28,7 @@ from attnseg.runtime.options import SegmentOptions, resolve
 from attnseg.runtime.results.output import write_results
 from attnseg.runtime.steps.check import check_input
 from attnseg.runtime.steps.preprocess import preprocess
-from attnseg.runtime.steps.windows import WindowOptions, pad_image
+from attnseg.runtime.steps.windows import pad_image
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,10 @@ def attention_weights(
     Raises:
         VolumeError: The case cannot be normalised.
     """
-    inference = manifest.inference
-    windows = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
-    rules = resolve(SegmentOptions(), manifest).rules
-    checked = check_input(volume, rules)
+    settings = resolve(SegmentOptions(), manifest)
+    checked = check_input(volume, settings.rules)
     image = preprocess(checked.volume, checked.preprocessing).image
-    plan = windows.plan(image.shape[1:])
+    plan = settings.windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
     contents = (padded[(slice(None), *window.slices())] for window in plan.windows)
     rows = [graph.weights(np.ascontiguousarray(c)) for c in contents if c.any()]

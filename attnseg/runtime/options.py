@@ -11,13 +11,14 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.engines.select import EngineRequest
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import ConfigError, Setting
 from attnseg.runtime.geometry import AxisTransform, Shape
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.runtime.steps.check import InputRules, Resample
+from attnseg.runtime.steps.decide import Decide, Decision
 from attnseg.runtime.steps.preprocess import Preprocessing
-from attnseg.runtime.steps.tta import PASSES, Fuse
-from attnseg.runtime.steps.windows import LARGEST_WINDOW, WindowOptions
+from attnseg.runtime.steps.tta import PASSES, Fuse, passes_of
+from attnseg.runtime.steps.windows import LARGEST_WINDOW, Blending, WindowOptions
 from attnseg.runtime.task import Task
 
 _MOST_THREADS = 1024
@@ -31,8 +32,13 @@ class SegmentOptions:
         engine: `auto` for the fastest engine available, or `tensorrt`, `tensorrt-rtx`,
             `onnxruntime-cuda`, `openvino`, `onnxruntime`.
         precision: `auto` for the engine's fastest precision, or `fp16`, `bf16`, `fp32`, `int8`.
-        tta: Test-time augmentation: `none`, `paper` (identity, mirror, quarter turn) or `mirror8`.
-        fuse: Fusion of the passes: majority `vote`, or `mean` of the probabilities.
+        tta: Test-time augmentation: `none`, `paper` (identity, mirror, quarter turn), `mirror8`, or
+            `model` for the mirror axes of the model, whose logits are averaged in each window.
+        fuse: Fusion of the passes: majority `vote`, or `mean` of the probabilities; None for the
+            vote where each voxel has one label, and the mean where regions may overlap.
+        decide: Decision of a voxel: the `argmax` of the labels, or a `threshold` of 0.5 on the
+            probability of each region.
+        probabilities: Whether the result has the probability of each region.
         window: Edge length of the cubic window in voxels, or `full` for one window over the box.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
         min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
@@ -49,8 +55,10 @@ class SegmentOptions:
 
     engine: str = "auto"
     precision: str = "auto"
-    tta: str = "none"
-    fuse: Fuse = "vote"
+    tta: str | None = None
+    fuse: Fuse | None = None
+    decide: Decide | None = None
+    probabilities: bool = False
     window: int | Literal["full"] | None = None
     overlap: float | None = None
     min_voxels: int | None = None
@@ -72,6 +80,8 @@ class Plan:
         windows: Window, overlap and window multiple.
         tta: Name of the test-time augmentation scheme.
         fuse: Fusion of the passes.
+        decision: Decision of a voxel.
+        probabilities: Whether the result has the probability of each region.
         min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
         engine: Requested engine, precision and device, and resource limits.
         fallback: `cpu` to continue on the CPU when the GPU fails; None to report an error.
@@ -82,6 +92,8 @@ class Plan:
     windows: WindowOptions
     tta: str
     fuse: Fuse
+    decision: Decision
+    probabilities: bool
     min_voxels: int
     engine: EngineRequest
     fallback: Literal["cpu"] | None
@@ -100,7 +112,7 @@ class Plan:
     @property
     def transforms(self) -> tuple[AxisTransform, ...]:
         """Image transform of each test-time pass."""
-        return PASSES[self.tta]
+        return passes_of(self.tta, self.preprocessing.axes)
 
     @property
     def threads(self) -> int:
@@ -113,6 +125,7 @@ class Plan:
         return {
             "tta": self.tta,
             "fuse": self.fuse,
+            "decide": "threshold" if self.decision.outputs else "argmax",
             "window": list(window) if window else "full",
             "overlap": self.windows.overlap,
             "min_voxels": self.min_voxels,
@@ -143,9 +156,28 @@ def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> 
     _check(name, value, most is None or value <= most, f"at most {most}")
 
 
-def _choose(name: str, value: object, known: tuple[str, ...]) -> None:
+def _choose(name: str, value: object, known: tuple[str | None, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{name} {value} does not exist", f"choose {', '.join(known)}")
+        names = (choice for choice in known if choice is not None)
+        raise ConfigError(f"{name} {value} does not exist", f"choose {', '.join(names)}")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _check_fusion(fuse: str, tta: str, decision: Decision, probabilities: bool) -> None:
+    """Refuse a vote where the result is not one label per voxel and pass."""
+    _choose("fuse", fuse, get_args(Fuse))
+    if fuse == "mean" or len(PASSES.get(tta, ())) < 2:
+        return
+    reason = "the result has probabilities" if probabilities else "regions have thresholds"
+    if probabilities or decision.outputs:
+        raise ConfigError(
+            f"a vote counts one label per voxel and pass, and {reason}",
+            "leave {} out",
+            Setting("fuse"),
+        )
 
 
 def _window(edge: Any, default: Shape, multiple: int) -> Shape | None:
@@ -182,8 +214,13 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     if options.stream is not None:
         _check_whole("stream", options.stream, 0)
     _check("fallback", options.fallback, options.fallback in (None, "cpu"), "cpu, or left out")
-    _choose("tta", options.tta, tuple(PASSES))
-    _choose("fuse", options.fuse, get_args(Fuse))
+    tta = options.tta or ("model" if defaults.mirror_axes else "none")
+    _choose("tta", tta, (*PASSES, "model"))
+    _choose("decide", options.decide, (None, *get_args(Decide)))
+    _check("probabilities", options.probabilities, _is_bool(options.probabilities), "true or false")
+    decision = Decision.of(model.task, options.decide)
+    fuse = options.fuse or ("mean" if decision.outputs or options.probabilities else "vote")
+    _check_fusion(fuse, tta, decision, options.probabilities)
     _choose("resample", options.resample, get_args(Resample))
     multiple = defaults.window_multiple
     window = _window(options.window, defaults.window, multiple)
@@ -205,9 +242,22 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
             resample=options.resample,
             strict=options.strict,
         ),
-        windows=WindowOptions(window, overlap, multiple),
-        tta=options.tta,
-        fuse=options.fuse,
+        windows=WindowOptions(
+            window=window,
+            overlap=overlap,
+            window_multiple=multiple,
+            placement=defaults.placement,
+            blending=Blending(
+                weights=defaults.weights,
+                mirror_axes=defaults.mirror_axes if tta == "model" else (),
+                accumulate=defaults.accumulate,
+                empty_windows=defaults.empty_windows,
+            ),
+        ),
+        tta=tta,
+        fuse=fuse,
+        decision=decision,
+        probabilities=options.probabilities,
         min_voxels=min_voxels,
         engine=engine,
         fallback=options.fallback,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from attnseg.runtime.errors import ConfigError
 
@@ -37,15 +38,40 @@ class Label:
     value: int
 
 
+Activation = Literal["softmax", "sigmoid"]
+"""Function from logits to probabilities: of one label per voxel, or of regions that may overlap."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A region that is written where its probability exceeds a threshold.
+
+    Attributes:
+        region: Name of the region.
+        label: Label value that is written.
+        channels: Output channels of the network whose probabilities are added.
+        threshold: Probability above which the label is written.
+    """
+
+    region: str
+    label: int
+    channels: tuple[int, ...]
+    threshold: float = 0.5
+
+
 @dataclass(frozen=True)
 class Task:
     """Channels, labels and regions of a segmentation task.
 
     Attributes:
         channels: Input channels of the network, in order.
-        labels: Output classes, background first.
+        labels: Output classes, background first. With the activation `softmax`, the position of a
+            label is the network's output channel.
         regions: Label values of each region, by name.
         display: Names of the channels shown in pictures.
+        activation: Function from logits to probabilities.
+        outputs: With the activation `sigmoid`, the region of each output channel, in the order in
+            which their labels are written; otherwise empty.
 
     Raises:
         ConfigError: A field is invalid or contradicts another; the message names the field.
@@ -55,10 +81,13 @@ class Task:
     labels: tuple[Label, ...]
     regions: Mapping[str, tuple[int, ...]]
     display: tuple[str, ...]
+    activation: Activation = "softmax"
+    outputs: tuple[Output, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_labels()
         self._check_channels()
+        self._check_outputs()
         names = (*self.channel_names, *(label.name for label in self.labels), *self.regions)
         for name in names:
             if not name.isprintable():
@@ -88,6 +117,26 @@ class Task:
             )
         if not self.display or not set(self.display) <= set(names):
             raise ConfigError(f"display names a channel that does not exist: {self.display}")
+
+    def _check_outputs(self) -> None:
+        if (self.activation == "sigmoid") != bool(self.outputs):
+            raise ConfigError("outputs belong to the activation sigmoid, and to no other")
+        used = sorted(channel for output in self.outputs for channel in output.channels)
+        if used != list(range(len(self.outputs))):
+            raise ConfigError(f"outputs must name each channel once, got channels {used}")
+        for output in self.outputs:
+            if output.region not in self.regions or output.label not in self.label_values[1:]:
+                raise ConfigError(f"output {output.region} names an unknown region or label")
+            if not 0 < output.threshold < 1:
+                raise ConfigError(
+                    f"output {output.region} needs a threshold within 0 and 1, "
+                    f"got {output.threshold}"
+                )
+
+    @property
+    def output_channels(self) -> int:
+        """Number of channels of the network's output."""
+        return len(self.outputs) or len(self.labels)
 
     @property
     def channel_names(self) -> tuple[str, ...]:

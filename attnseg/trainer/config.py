@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.foreground import Crop
 from attnseg.runtime.steps.resample import LARGEST_GRID
 from attnseg.runtime.steps.windows import LARGEST_WINDOW
 from attnseg.trainer.decode import STORED, decode_config
@@ -98,7 +98,7 @@ class TrainConfig:
     mirror: bool = False
     resize: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
-    foreground: Literal["task"] | Foreground = "task"
+    foreground: Literal["task"] | Crop = "task"
     histogram_matching: bool = True
     ema_decay: float = 0.0
     clip_norm: float = 0.0

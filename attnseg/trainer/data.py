@@ -45,7 +45,8 @@ class TrainingCase:
 def _prepare(labelled: LabelledCase, preparation: Preparation) -> TrainingCase:
     preprocessing = preparation.preprocessing
     with naming_case(labelled):
-        classes = read_classes(labelled, preparation.task).oriented(preprocessing.orientation)
+        read = read_classes(labelled, preparation.task)
+        classes = read.oriented(preprocessing.orientation_of_image(read))
         volume = read_scan(labelled, preparation.task, preprocessing)
         scan = preprocess(volume, preprocessing)
     for warning in volume.warnings:

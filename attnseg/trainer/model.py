@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from attnseg.runtime.errors import ConfigError
 from attnseg.trainer.decode import STORED, decode_config
 
-Architecture = Literal["attnresunet", "unet3d", "deepmedic"]
+Architecture = Literal[
+    "attnresunet", "unet3d", "deepmedic", "residualunet", "deeplabv3", "unetplusplus"
+]
 Attention = Literal["none", "gap", "se", "cbam"]
 _MOST_CHANNELS = 1 << 14  # of a layer
 _MOST_STAGES = 8
@@ -34,13 +36,14 @@ class NetworkConfig:
         widths: Channels of the encoder stages, first to last; for `deepmedic`, channels of the
             eight layers of each pathway.
         bottleneck: Channels below the last stage; for `deepmedic`, channels of its two 1x1x1
-            layers.
+            layers, for `deeplabv3`, channels of each branch of its pyramid.
         attention: Attention on the skip connections: `gap` is the paper's formula, without
             parameters; `se` is squeeze-and-excitation (Hu 2018) and `cbam` the convolutional
             block attention module (Woo 2018), both with reduction 4; `none` is the identity.
         multi_scale: Whether the decoder has dilated convolutions instead of residual blocks.
-        architecture: `attnresunet` for the network of this module; `unet3d` or `deepmedic` for
-            the baselines of `attnseg.trainer.baselines`.
+        architecture: `attnresunet` for the network of this module; `unet3d` and `deepmedic` are
+            the baselines of `attnseg.trainer.baselines`, the others those of
+            `attnseg.trainer.related`.
     """
 
     __pydantic_config__ = STORED
@@ -85,6 +88,8 @@ class NetworkConfig:
             )
         if self.architecture == "deepmedic" and len(self.widths) != 8:
             raise ConfigError(f"deepmedic needs 8 widths, got {self.widths}")
+        if self.architecture == "unetplusplus" and len(self.widths) != 4:
+            raise ConfigError(f"unetplusplus needs 4 widths, got {self.widths}")
 
     @property
     def stride(self) -> int:
@@ -111,23 +116,25 @@ PRESETS: dict[str, NetworkConfig] = {
     "wide16": NetworkConfig(widths=(16, 32, 64, 128), bottleneck=192),
 }
 
-# Rows of the paper's table. It states no sizes for the first two: their widths are scaled so
-# that a window costs about as much as in the paper's network (12.6 GMAC).
+
+def _other(architecture: Architecture, widths: tuple[int, ...], bottleneck: int) -> NetworkConfig:
+    return NetworkConfig(
+        widths=widths,
+        bottleneck=bottleneck,
+        attention="none",
+        multi_scale=False,
+        architecture=architecture,
+    )
+
+
+# Rows of the paper's table and systems of its related work. It states no sizes for others than its
+# own: their widths are scaled so that a window costs about as much as in its network (12.6 GMAC).
 MODELS: dict[str, NetworkConfig] = {
-    "unet3d": NetworkConfig(
-        widths=(16, 32, 64),
-        bottleneck=128,
-        attention="none",
-        multi_scale=False,
-        architecture="unet3d",
-    ),
-    "deepmedic": NetworkConfig(
-        widths=(12, 12, 14, 14, 14, 14, 18, 18),
-        bottleneck=54,
-        attention="none",
-        multi_scale=False,
-        architecture="deepmedic",
-    ),
+    "unet3d": _other("unet3d", (16, 32, 64), 128),
+    "deepmedic": _other("deepmedic", (12, 12, 14, 14, 14, 14, 18, 18), 54),
+    "residualunet": _other("residualunet", (14, 28, 56), 112),
+    "deeplabv3": _other("deeplabv3", (16, 32, 64), 160),
+    "unetplusplus": _other("unetplusplus", (8, 16, 32, 64), 96),
     "resunet": NetworkConfig(attention="none", multi_scale=False),
     "attnresunet": NetworkConfig(),
 }

@@ -12,19 +12,26 @@ from torch import Tensor, nn
 from attnseg.runtime.errors import ConfigError, TrainingSetting
 from attnseg.trainer.baselines import DeepMedic, UNet3d
 from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig, ResidualBlock
+from attnseg.trainer.related import DeepLabV3, ResidualUNet, UNetPlusPlus
 from attnseg.trainer.variants import Cost
 
-Network = AttentionResNetUNet | UNet3d | DeepMedic
+Network = AttentionResNetUNet | UNet3d | DeepMedic | ResidualUNet | DeepLabV3 | UNetPlusPlus
 
+_KINDS: dict[str, type[Network]] = {
+    "attnresunet": AttentionResNetUNet,
+    "unet3d": UNet3d,
+    "deepmedic": DeepMedic,
+    "residualunet": ResidualUNet,
+    "deeplabv3": DeepLabV3,
+    "unetplusplus": UNetPlusPlus,
+}
 
 LARGEST_NETWORK = 1 << 28
 """Largest number of parameters of a network, 1 GiB in fp32; the paper's has 3.6 million."""
 
 
 def _new_network(config: NetworkConfig) -> Network:
-    kinds = {"attnresunet": AttentionResNetUNet, "unet3d": UNet3d, "deepmedic": DeepMedic}
-    network: Network = kinds[config.architecture](config)
-    return network
+    return _KINDS[config.architecture](config)
 
 
 def empty_network(config: NetworkConfig) -> Network:

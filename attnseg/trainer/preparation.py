@@ -18,7 +18,7 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
 from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
 from attnseg.runtime.steps.check import InputRules, clean_channels
-from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.foreground import Crop
 from attnseg.runtime.steps.normalise import (
     DECILES,
     LandmarkMatching,
@@ -46,7 +46,7 @@ class _TaskJson(BaseModel):
     spacing_mm: tuple[float, float, float]
     display: tuple[str, ...]
     min_voxels: int
-    foreground: Foreground = "nonzero"
+    foreground: Crop = "nonzero"
     description: str = ""
 
     def task(self) -> LabelledTask:
@@ -176,7 +176,9 @@ def learn_preparation(
         sizes_ml.append(_foreground_ml(volume))
         if config.histogram_matching:
             with naming_case(labelled):
-                placed = resample_volume(volume.oriented(plain.orientation), plain.grid)
+                placed = resample_volume(
+                    volume.oriented(plain.orientation_of_image(volume)), plain.grid
+                )
                 rows.append(z_score_percentiles(placed.channels, foreground))
         if progress:
             progress(labelled.name)
@@ -213,7 +215,7 @@ def _foreground_ml(volume: Volume) -> float:
 
 
 def _landmarks(
-    rows: Sequence[NDArray[np.float64]], foreground: Foreground
+    rows: Sequence[NDArray[np.float64]], foreground: Crop
 ) -> tuple[LandmarkMatching, ...]:
     """Mean percentiles of the z-scores over cases, per channel.
 

@@ -91,7 +91,8 @@ def _logits(
 
     try:
         plan = windows.plan(case.image.shape[1:])
-        return sliding_window(case.image.astype(np.float32), engine, plan, look)
+        classes = config.network.classes
+        return sliding_window(case.image.astype(np.float32), engine, plan, classes, look)
     except EngineError as error:
         raise TrainingError(
             f"case {case.name}: the logits of the validation are not finite in {config.precision}",

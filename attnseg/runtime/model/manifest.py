@@ -16,7 +16,13 @@ from typing import Any, Literal
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.geometry import Shape
 from attnseg.runtime.steps.preprocess import Preprocessing
-from attnseg.runtime.steps.windows import LARGEST_WINDOW
+from attnseg.runtime.steps.windows import (
+    LARGEST_WINDOW,
+    Accumulate,
+    EmptyWindows,
+    Placement,
+    Weights,
+)
 from attnseg.runtime.task import Task
 
 MANIFEST = "manifest.json"
@@ -46,14 +52,28 @@ class Inference:
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
         window_multiple: Number of voxels that the network's input sizes must be a multiple of.
         min_voxels: Minimum component size in voxels; the clean-up removes smaller ones.
+        placement: Positions of the windows.
+        weights: Weights of a window's voxels.
+        mirror_axes: Axes of the image along which windows are mirrored, all combinations, unless
+            another test-time augmentation is requested.
+        accumulate: Type of the weighted sums of logits.
+        empty_windows: Treatment of windows without a non-zero voxel.
     """
 
     window: Shape
     overlap: float
     window_multiple: int
     min_voxels: int
+    placement: Placement = "stride"
+    weights: Weights = "gaussian"
+    mirror_axes: tuple[int, ...] = ()
+    accumulate: Accumulate = "single"
+    empty_windows: EmptyWindows = "skip"
 
     def __post_init__(self) -> None:
+        axes = self.mirror_axes
+        distinct = len(set(axes)) == len(axes) and set(axes) <= {0, 1, 2}
+        _require(distinct, "inference.mirror_axes must be distinct axes from 0 to 2", axes)
         multiple = self.window_multiple
         _require(multiple > 0, "inference.window_multiple must be positive", multiple)
         fits = len(self.window) == 3 and all(s > 0 and s % multiple == 0 for s in self.window)

@@ -1,4 +1,4 @@
-"""JSON format of `manifest.json` (versions 1 and 2) and spec files, validated with pydantic.
+"""JSON format of `manifest.json` (versions 1 to 3) and spec files, validated with pydantic.
 
 The fields are specified in `docs/bundle.md`. All versions are decoded to the records of `manifest`.
 Imported only where a file is read, because importing pydantic takes longer than the rest of the
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.model.manifest import (
@@ -24,14 +24,23 @@ from attnseg.runtime.model.manifest import (
     Training,
     Validation,
 )
-from attnseg.runtime.steps.foreground import Foreground
-from attnseg.runtime.steps.normalise import LandmarkMatching, Scheme, ZScore
-from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.foreground import Crop, Foreground
+from attnseg.runtime.steps.normalise import (
+    ClipZScore,
+    LandmarkMatching,
+    Range,
+    Scheme,
+    SingleZScore,
+    Statistics,
+    Unchanged,
+    ZScore,
+)
+from attnseg.runtime.steps.preprocess import Preprocessing, PreprocessingStep
 from attnseg.runtime.steps.resample import Grid
-from attnseg.runtime.task import Channel, Label, Task
+from attnseg.runtime.task import Activation, Channel, Label, Output, Task
 from attnseg.runtime.user_json import parse_json
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 
 
 class _Record(BaseModel):
@@ -48,9 +57,9 @@ class LandmarksJson(_Record):
 
 
 class NormalisationJson(_Record):
-    """Normalisation of all channels; all fields are required."""
+    """Normalisation of all channels in versions 1 and 2; all fields are required."""
 
-    foreground: Foreground
+    foreground: Crop
     landmarks: LandmarksJson | None
 
     def schemes(self, channels: int) -> tuple[Scheme, ...]:
@@ -64,7 +73,7 @@ class NormalisationJson(_Record):
 
 
 def encode_normalisation(schemes: tuple[Scheme, ...]) -> dict[str, Any]:
-    """Convert schemes to JSON values of format version 2.
+    """Convert schemes of one kind to JSON values of version 2, which checkpoints store.
 
     Raises:
         ConfigError: Version 2 cannot represent the schemes.
@@ -75,18 +84,102 @@ def encode_normalisation(schemes: tuple[Scheme, ...]) -> dict[str, Any]:
         rows = [s.values for s in schemes if isinstance(s, LandmarkMatching)]
         landmarks = {"percentiles": first.percentiles, "values": rows}
     record = {"foreground": first.foreground, "landmarks": landmarks}
-    if decode_normalisation(record, len(schemes)) != schemes:
-        raise ConfigError("normalisation: version 2 of the format has one scheme for all channels")
+    if NormalisationJson.model_validate(record).schemes(len(schemes)) != schemes:
+        raise ConfigError("normalisation: a checkpoint has one scheme for all channels")
     return record
 
 
-def decode_normalisation(values: Any, channels: int) -> tuple[Scheme, ...]:
-    """Convert JSON values to schemes; inverse of `encode_normalisation`."""
-    return NormalisationJson.model_validate(values).schemes(channels)
+class ZScoreJson(_Record):
+    """Zero mean and unit variance of a region."""
+
+    scheme: Literal["zscore"]
+    region: Foreground = "nonzero"
+    statistics: Statistics = "double"
+
+    def decode(self) -> Scheme:
+        """The scheme."""
+        return (SingleZScore if self.statistics == "single" else ZScore)(self.region)
 
 
-class ModelJson(_Record):
-    """Fields common to manifests and specs."""
+class LandmarkJson(_Record):
+    """Histogram matching: the z-score of the training set at each percentile."""
+
+    scheme: Literal["landmarks"]
+    region: Crop = "nonzero"
+    percentiles: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def decode(self) -> Scheme:
+        """The scheme."""
+        return LandmarkMatching(self.percentiles, self.values, self.region)
+
+
+class ClipZScoreJson(_Record):
+    """Clipping, and a fixed mean and standard deviation, for CT."""
+
+    scheme: Literal["clip-zscore"]
+    low: float
+    high: float
+    mean: float
+    std: float
+
+    def decode(self) -> Scheme:
+        """The scheme."""
+        return ClipZScore(self.low, self.high, self.mean, self.std)
+
+
+class RangeJson(_Record):
+    """Linear map of a range of intensities, or of percentiles."""
+
+    scheme: Literal["range"]
+    source: tuple[float, float] | None = None
+    percentiles: tuple[float, float] | None = None
+    target: tuple[float, float] = (0.0, 1.0)
+    clip: bool = False
+
+    def decode(self) -> Scheme:
+        """The scheme."""
+        return Range(self.source, self.percentiles, self.target, self.clip)
+
+
+class NoneJson(_Record):
+    """No normalisation."""
+
+    scheme: Literal["none"]
+
+    def decode(self) -> Scheme:
+        """The scheme."""
+        return Unchanged()
+
+
+SchemeJson = Annotated[
+    ZScoreJson | LandmarkJson | ClipZScoreJson | RangeJson | NoneJson,
+    Field(discriminator="scheme"),
+]
+
+
+def _encode_scheme(scheme: Scheme) -> SchemeJson:
+    if isinstance(scheme, LandmarkMatching):
+        return LandmarkJson(
+            scheme="landmarks",
+            region=scheme.foreground,
+            percentiles=scheme.percentiles,
+            values=scheme.values,
+        )
+    if isinstance(scheme, ClipZScore):
+        numbers = {name: getattr(scheme, name) for name in ("low", "high", "mean", "std")}
+        return ClipZScoreJson(scheme="clip-zscore", **numbers)
+    if isinstance(scheme, Range):
+        values = {n: getattr(scheme, n) for n in ("source", "percentiles", "target", "clip")}
+        return RangeJson(scheme="range", **values)
+    if isinstance(scheme, Unchanged):
+        return NoneJson(scheme="none")
+    statistics: Statistics = "single" if isinstance(scheme, SingleZScore) else "double"
+    return ZScoreJson(scheme="zscore", region=scheme.foreground, statistics=statistics)
+
+
+class _CommonJson(_Record):
+    """Fields that all versions share."""
 
     name: str
     description: str
@@ -95,6 +188,11 @@ class ModelJson(_Record):
     labels: tuple[Label, ...]
     regions: dict[str, tuple[int, ...]]
     display: tuple[str, ...]
+
+
+class _OldModelJson(_CommonJson):
+    """Model of versions 1 and 2."""
+
     orientation: str
     spacing_mm: tuple[float, float, float]
     grid: Grid | None
@@ -118,7 +216,63 @@ class ModelJson(_Record):
         }
 
 
-class ManifestJson(ModelJson):
+_AXES = "xyz"
+
+
+class ModelJson(_CommonJson):
+    """Model of version 3, and of specs."""
+
+    activation: Activation
+    outputs: tuple[Output, ...]
+    orientation: str | None
+    axes: str
+    spacing_mm: tuple[float, float, float]
+    order: tuple[PreprocessingStep, ...]
+    crop: Crop
+    grid: Grid | None
+    normalisation: tuple[SchemeJson, ...]
+    inference: Inference
+    foreground_ml: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Constructor arguments of a `ModelRecord`.
+
+        Raises:
+            ConfigError: The axes are not x, y and z.
+        """
+        if sorted(self.axes) != sorted(_AXES):
+            raise ConfigError(f"axes must name x, y and z once, got {self.axes}")
+        x, y, z = (_AXES.index(axis) for axis in self.axes)
+        return {
+            "name": self.name,
+            "description": self.description,
+            "intended_use": self.intended_use,
+            "task": Task(
+                channels=self.channels,
+                labels=self.labels,
+                regions=self.regions,
+                display=self.display,
+                activation=self.activation,
+                outputs=self.outputs,
+            ),
+            "spacing_mm": self.spacing_mm,
+            "preprocessing": Preprocessing(
+                orientation=self.orientation,
+                grid=self.grid,
+                crop=self.crop,
+                normalisation=tuple(scheme.decode() for scheme in self.normalisation),
+                order=self.order,
+                axes=(x, y, z),
+            ),
+            "inference": self.inference,
+            "foreground_ml": self.foreground_ml,
+        }
+
+
+_OWN = ("created_with", "network", "training", "validation", "budget", "files")
+
+
+class _OldManifestJson(_OldModelJson):
     """`manifest.json`, version 2."""
 
     format: Literal["attnseg-bundle"]
@@ -132,8 +286,24 @@ class ManifestJson(ModelJson):
 
     def manifest(self) -> Manifest:
         """Convert to a `Manifest`."""
-        own = ("created_with", "network", "training", "validation", "budget", "files")
-        return Manifest(**self.record(), **{name: getattr(self, name) for name in own})
+        return Manifest(**self.record(), **{name: getattr(self, name) for name in _OWN})
+
+
+class ManifestJson(ModelJson):
+    """`manifest.json`, version 3."""
+
+    format: Literal["attnseg-bundle"]
+    format_version: Literal[3]
+    created_with: str
+    network: dict[str, Any]
+    training: Training | None
+    validation: Validation | None
+    budget: Budget | None
+    files: dict[str, FileEntry]
+
+    def manifest(self) -> Manifest:
+        """Convert to a `Manifest`."""
+        return Manifest(**self.record(), **{name: getattr(self, name) for name in _OWN})
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -147,9 +317,14 @@ class ManifestJson(ModelJson):
             labels=task.labels,
             regions=dict(task.regions),
             display=task.display,
+            activation=task.activation,
+            outputs=task.outputs,
             orientation=preprocessing.orientation,
+            axes="".join(_AXES[axis] for axis in preprocessing.axes),
+            order=preprocessing.order,
+            crop=preprocessing.crop,
             grid=preprocessing.grid,
-            normalisation=encode_normalisation(preprocessing.normalisation),
+            normalisation=tuple(_encode_scheme(s) for s in preprocessing.normalisation),
             **given,
         )
 
@@ -165,17 +340,21 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(stored: bytes) -> Manifest:
-    """Decode the bytes of a `manifest.json` of version 1 or 2.
+    """Decode the bytes of a `manifest.json` of version 1, 2 or 3.
 
     Raises:
         ConfigError: The bytes violate the format; the message names the field and the rule.
     """
     record = parse_json(stored)
     version = record.get("format_version") if isinstance(record, dict) else None
-    if isinstance(version, bool | float):  # equal to 1 or 2, but not the number that is specified
+    if isinstance(
+        version, bool | float
+    ):  # equal to a version, but not the number that is specified
         raise ConfigError(f"format_version: must be a whole number, got {version!r}")
     try:
-        return ManifestJson.model_validate_json(_as_version_2(stored, record)).manifest()
+        if version in (1, 2):
+            return _OldManifestJson.model_validate_json(_as_version_2(stored, record)).manifest()
+        return ManifestJson.model_validate_json(stored).manifest()
     except ValidationError as error:
         raise _explain(error, "manifest") from error
 
@@ -205,10 +384,16 @@ def _complete_spec(record: Any) -> Any:
     defaults: dict[str, Any] = {
         "description": "",
         "intended_use": "research use only, not for clinical use",
+        "activation": "softmax",
+        "outputs": (),
         "orientation": "RAS",
+        "axes": _AXES,
         "spacing_mm": (1.0, 1.0, 1.0),
+        "order": ("resample", "crop", "normalise"),
+        "crop": "nonzero",
         "grid": None,
-        "normalisation": {},
+        "normalisation": {"scheme": "zscore"},
+        "foreground_ml": None,
     }
     try:
         defaults["regions"] = {label["name"]: [label["value"]] for label in record["labels"][1:]}
@@ -216,14 +401,25 @@ def _complete_spec(record: Any) -> Any:
     except (KeyError, IndexError, TypeError):
         defaults |= {"regions": {}, "display": ()}  # reported by the validation of the fields
     completed: dict[str, Any] = {**defaults, **record}
-    nested: dict[str, dict[str, Any]] = {
-        "normalisation": {"foreground": "nonzero", "landmarks": None},
-        "inference": {"overlap": 0.25, "window_multiple": 1, "min_voxels": 0},
-    }
-    for name, missing in nested.items():
-        if isinstance(completed.get(name), Mapping):
-            completed[name] = {**missing, **completed[name]}
-    return completed
+    inference: dict[str, Any] = {"overlap": 0.25, "window_multiple": 1, "min_voxels": 0}
+    if isinstance(completed.get("inference"), Mapping):
+        completed["inference"] = {**inference, **completed["inference"]}
+    return _for_every_channel(completed)
+
+
+def _for_every_channel(record: dict[str, Any]) -> dict[str, Any]:
+    """A spec whose normalisation is a list; one scheme stands for every channel.
+
+    A normalisation with `foreground` and `landmarks` has the fields of version 2.
+    """
+    given, channels = record["normalisation"], record.get("channels")
+    if not isinstance(given, Mapping) or not isinstance(channels, list):
+        return record
+    if "scheme" in given:
+        return {**record, "normalisation": [given] * len(channels)}
+    old = NormalisationJson.model_validate({"foreground": "nonzero", "landmarks": None, **given})
+    schemes = [_encode_scheme(scheme) for scheme in old.schemes(len(channels))]
+    return {**record, "normalisation": schemes, "crop": old.foreground}
 
 
 def _as_version_2(stored: bytes, record: Any) -> bytes:
@@ -245,7 +441,7 @@ def _explain(error: ValidationError, whole: str) -> ConfigError:
     if where == "format_version":
         return ConfigError(
             f"format_version {first['input']!r} is not known to this version of attnseg, which "
-            f"reads 1 and {FORMAT_VERSION}",
+            f"reads 1 to {FORMAT_VERSION}",
             "install the version of attnseg that wrote the bundle",
         )
     rule = first.get("ctx", {}).get("error", first["msg"])

@@ -42,6 +42,8 @@ class Segmentation:
         memory: Planned device memory: bytes, batch, type of the logits; empty on the CPU.
         resampled_to_mm: Voxel size that the volume was resampled to because it was not the model's;
             None if it was not.
+        probabilities: `(R, X, Y, Z)` float32 probability of each region of the task in order, in
+            the volume's own grid; None unless they were requested.
     """
 
     labels: Any
@@ -53,6 +55,7 @@ class Segmentation:
     engine: EngineInfo
     memory: dict[str, int | str] = field(default_factory=dict)
     resampled_to_mm: tuple[float, float, float] | None = None
+    probabilities: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,11 @@ def resampled_to_mm(
     return grid.spacing_mm if grid is not None and preprocessing.grid is None else None
 
 
-def check_classes(classes: int, task: Task) -> None:
-    """Raise `BundleError` unless a network has as many classes as its task has labels."""
-    if classes != len(task.labels):
+def check_channels(found: int, expected: int) -> None:
+    """Raise `BundleError` unless a network returns the number of channels of its manifest."""
+    if found != expected:
         raise BundleError(
-            f"the network returns {classes} classes, its manifest names {len(task.labels)} labels",
+            f"the network returns {found} channels, its manifest names {expected} outputs",
             "export the model again",
         )
 

@@ -45,11 +45,25 @@ from attnseg.runtime.steps.check import (
     choose_grid,
 )
 from attnseg.runtime.steps.clock import StageClock, Step
+from attnseg.runtime.steps.normalise import LandmarkMatching, ZScore
+from attnseg.runtime.steps.windows import Blending
 
 
 def can_run(plan: Plan) -> bool:
     """Whether every step of a plan has kernels; other plans use the host pipeline."""
-    return plan.preprocessing.grid is None and len(plan.task.labels) <= MOST_CLASSES
+    preprocessing, blending = plan.preprocessing, plan.windows.blending
+    return (
+        preprocessing.grid is None
+        and len(plan.task.labels) <= MOST_CLASSES
+        and all(
+            isinstance(s, LandmarkMatching) or type(s) is ZScore
+            for s in preprocessing.normalisation
+        )
+        and plan.windows.placement == "stride"
+        and blending == replace(Blending(), weights=blending.weights)
+        and not plan.decision.outputs
+        and not plan.probabilities
+    )
 
 
 class LostBeforeError(DeviceLostError):
@@ -214,7 +228,7 @@ class CudaPipeline:
 
     def _transform(self, volume: Volume) -> AxisTransform:
         """Transform from a volume's orientation to the model's."""
-        target = self._plan.preprocessing.orientation
+        target = self._plan.preprocessing.orientation_of_image(volume)
         return AxisTransform.between(volume.orientation, target)
 
     def _label_array(self, volume: Volume, results: Results) -> DeviceArray:

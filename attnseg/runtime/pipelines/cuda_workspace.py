@@ -107,5 +107,6 @@ class Workspace:
     def load_importance(self, window: Sequence[int]) -> None:
         """Upload the importance map of a window, unless it is on the device already."""
         if self._importance != tuple(window):
-            self._device.upload(importance_map(window), self.region("importance"))
+            weights = self._options.windows.blending.weights
+            self._device.upload(importance_map(window, weights), self.region("importance"))
             self._importance = tuple(window)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import Engine, EngineInfo
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import reorient
+from attnseg.runtime.geometry import AxisTransform
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.base import (
     Done,
@@ -16,17 +19,18 @@ from attnseg.runtime.pipelines.base import (
     Progress,
     Segmentation,
     Staged,
-    check_classes,
     label_values,
     resampled_to_mm,
     volumes_ml,
 )
-from attnseg.runtime.pipelines.sliding_window import sliding_window
+from attnseg.runtime.pipelines.sliding_window import collected, sweep
 from attnseg.runtime.steps.check import check_input
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.clock import StageClock, Step
+from attnseg.runtime.steps.decide import region_probabilities
 from attnseg.runtime.steps.preprocess import Preprocessed, preprocess
-from attnseg.runtime.steps.tta import Fusion, argmax_classes
+from attnseg.runtime.steps.restore import Planes, restored
+from attnseg.runtime.steps.tta import Fusion
 
 
 class HostPipeline:
@@ -63,56 +67,122 @@ class HostPipeline:
         plan, clock = self._plan, staged.clock
         with clock.stage(Step.PREPROCESS):
             scan = preprocess(staged.volume, staged.preprocessing, plan.threads)
-        classes, windows = self._classes(scan, clock, progress)
+        found = self._decided(scan, clock, progress)
         with clock.stage(Step.CLEAN_UP):
-            classes, removed = remove_small_components(classes, plan.min_voxels)
+            classes, removed = remove_small_components(found.classes, plan.min_voxels)
         with clock.stage(Step.RESTORE):
-            labels, voxels = self._restore(classes, scan, staged.volume)
+            target = staged.preprocessing.orientation_of_image(staged.volume)
+            turn = AxisTransform.between(staged.volume.orientation, target)
+            labels, voxels = self._labels(classes, scan, turn)
+            probabilities = None
+            if found.probabilities is not None:
+                probabilities = _placed(found.probabilities, scan, turn)
         return Segmentation(
             labels=labels,
             volumes_ml=volumes_ml(staged.volume, plan.task, voxels),
             elapsed_ms=clock.elapsed_ms,
-            windows=windows,
+            windows=found.windows,
             components_removed=removed,
             warnings=staged.warnings,
             engine=self.engine,
             resampled_to_mm=resampled_to_mm(staged, plan.preprocessing),
+            probabilities=probabilities,
         )
 
-    def _classes(
+    def _decided(
         self, scan: Preprocessed, clock: StageClock, progress: Progress | None
-    ) -> tuple[NDArray[np.uint8], int]:
-        """Classes of the scan's result box over all passes, and the number of windows per pass."""
-        transforms = self._plan.transforms
-        plans = [self._plan.windows.plan(t.shape(scan.image.shape[1:])) for t in transforms]
-        fusion = Fusion(self._plan.fuse)
-        for index, (transform, windows) in enumerate(zip(transforms, plans, strict=True)):
+    ) -> _Decided:
+        """Classes of the scan's result box over all passes."""
+        plan = self._plan
+        passes, channels = plan.transforms, plan.decision.channels
+        windows = [plan.windows.plan(t.shape(scan.image.shape[1:])) for t in passes]
 
-            def advance(share: float, before: int = index) -> None:
+        def outputs(index: int) -> Iterator[NDArray[np.float32]]:
+            """Parts of the logits of a pass."""
+
+            def advance(share: float) -> None:
                 if progress:
-                    progress((before + share) / len(transforms))
+                    progress((index + share) / len(passes))
 
-            turned = transform.apply(scan.image)
-            logits = sliding_window(turned, self._engine, windows, advance, clock)
-            check_classes(len(logits), self._plan.task)
-            logits = transform.invert(logits)
-            if scan.resampled:
-                with clock.stage(Step.RESAMPLE):
-                    logits = scan.restore(logits)
+            turned = passes[index].apply(scan.image)
+            return sweep(turned, self._engine, windows[index], channels, advance, clock)
+
+        count = len(windows[0].windows)
+        if len(passes) == 1:
+            return self._decided_in_parts(outputs(0), scan, clock, count)
+        fusion = Fusion(plan.fuse, plan.decision)
+        for index, transform in enumerate(passes):
+            logits = collected(outputs(index), channels, windows[index].shape)
             with clock.stage(Step.FUSE):
-                if len(transforms) == 1:
-                    return argmax_classes(logits), len(windows.windows)
-                fusion.add(logits)
+                whole = self._on_scan([transform.invert(logits)], scan)
+                fusion.add(collected(iter(whole), channels, scan.result_box.shape), scan.back)
         with clock.stage(Step.FUSE):
-            return fusion.classes(), len(plans[0].windows)
+            found = _Decided(fusion.classes(), count)
+            if plan.probabilities:
+                found.probabilities = region_probabilities(fusion.probabilities, plan.task)
+        return found
 
-    def _restore(
-        self, classes: NDArray[np.uint8], scan: Preprocessed, volume: Volume
+    def _on_scan(self, parts: Iterable[NDArray[np.float32]], scan: Preprocessed) -> Planes:
+        """Logits, or probabilities if the model resamples these, of the scan's result box."""
+        if scan.back == "probabilities":
+            parts = (self._plan.decision.activate(part) for part in parts)
+        half = self._plan.windows.blending.accumulate == "half"
+        return restored(parts, scan, half)
+
+    def _decided_in_parts(
+        self,
+        parts: Iterator[NDArray[np.float32]],
+        scan: Preprocessed,
+        clock: StageClock,
+        windows: int,
+    ) -> _Decided:
+        """Classes of a single pass, decided plane by plane, so that no whole logits are held."""
+        plan, shape = self._plan, scan.result_box.shape
+        found = _Decided(np.empty(shape, np.uint8), windows)
+        if plan.probabilities:
+            found.probabilities = np.empty((len(plan.task.regions), *shape), np.float32)
+        start = 0
+        step = Step.RESAMPLE if scan.resampled else Step.BLEND
+        for part in clock.iterate(step, self._on_scan(parts, scan)):
+            with clock.stage(Step.FUSE):
+                where = slice(start, start + part.shape[1])
+                found.classes[where] = plan.decision.classes(part, scan.back)
+                if found.probabilities is not None:
+                    given = part if scan.back == "probabilities" else plan.decision.activate(part)
+                    found.probabilities[:, where] = region_probabilities(given, plan.task)
+            start += part.shape[1]
+        return found
+
+    def _labels(
+        self, classes: NDArray[np.uint8], scan: Preprocessed, turn: AxisTransform
     ) -> tuple[NDArray[np.uint8], list[int]]:
         """Labels in the volume's own grid, and the number of voxels of each class."""
         task, box = self._plan.task, scan.result_box.slices()
         labels = np.zeros(scan.shape, np.uint8, order="F")
         labels[box] = label_values(task)[classes]
         counts = np.bincount(classes.ravel(order="K"), minlength=len(task.labels))
-        orientation = self._plan.preprocessing.orientation
-        return reorient(labels, orientation, volume.orientation), counts.tolist()
+        return turn.invert(labels), counts.tolist()
+
+
+@dataclass
+class _Decided:
+    """Classes of the result box of a scan.
+
+    Attributes:
+        classes: `(X, Y, Z)` class indices.
+        windows: Number of windows per pass.
+        probabilities: `(R, X, Y, Z)` probability of each region; None unless requested.
+    """
+
+    classes: NDArray[np.uint8]
+    windows: int
+    probabilities: NDArray[np.float32] | None = None
+
+
+def _placed(
+    probabilities: NDArray[np.float32], scan: Preprocessed, turn: AxisTransform
+) -> NDArray[np.float32]:
+    """Probabilities in the volume's own grid, 0 outside the result box."""
+    whole = np.zeros((len(probabilities), *scan.shape), np.float32)
+    whole[(slice(None), *scan.result_box.slices())] = probabilities
+    return turn.invert(whole)

@@ -21,7 +21,7 @@ from attnseg.runtime.errors import ConfigError, EngineError, Setting
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.model.verdict import over_budget
 from attnseg.runtime.options import Plan
-from attnseg.runtime.pipelines.base import Pipeline, check_classes
+from attnseg.runtime.pipelines.base import Pipeline, check_channels
 from attnseg.runtime.pipelines.host import HostPipeline
 
 
@@ -75,7 +75,7 @@ def _pipeline(engine: Engine, plan: Plan, open_second: Callable[[], Pipeline]) -
 
     on_device: Any = engine
     if on_device.classes is not None:
-        check_classes(on_device.classes, plan.task)
+        check_channels(on_device.classes, plan.task.output_channels)
     if not can_run(plan):
         return HostPipeline(engine, plan)
     pipeline = CudaPipeline(on_device, plan)

@@ -2,71 +2,157 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import Engine, not_finite
-from attnseg.runtime.pipelines.base import Progress
+from attnseg.runtime.geometry import Box
+from attnseg.runtime.pipelines.base import Progress, check_channels
 from attnseg.runtime.steps.clock import StageClock, Step
 from attnseg.runtime.steps.windows import WindowPlan, importance_map, pad_image
+
+_SUM_TYPE = {"single": np.float32, "half": np.float16}
+
+
+class _Sums:
+    """Weighted sums of the logits, and of the weights, of the planes that windows still reach.
+
+    Only the planes from `first` on along X that a window may cover are held.
+    """
+
+    def __init__(self, channels: int, plan: WindowPlan) -> None:
+        kind, (_, y, z) = _SUM_TYPE[plan.blending.accumulate], plan.padded_shape
+        self._plan, self._weights = plan, importance_map(plan.window, plan.blending.weights)
+        self._logits = np.zeros((channels, plan.window[0], y, z), kind)
+        self._total = np.zeros((plan.window[0], y, z), kind)
+        self._weighted = np.empty((channels, *plan.window), np.float32)
+        self.first = 0
+
+    def add(self, logits: NDArray[np.float32], window: Box) -> None:
+        """Add the logits `(K, X, Y, Z)` of a window that begins at plane `first`."""
+        _, y, z = window.slices()
+        weighted, sums = self._weighted, self._logits[:, :, y, z]
+        np.multiply(logits, self._weights, out=weighted)
+        if sums.dtype == np.float32:
+            sums += weighted
+            self._total[:, y, z] += self._weights
+            return
+        weighted += sums  # in float32, and rounded once, as PyTorch adds float32 to float16
+        sums[:] = weighted
+        self._total[:, y, z] = self._total[:, y, z].astype(np.float32) + self._weights
+
+    def take(self, until: int) -> NDArray[np.float32]:
+        """Mean logits of the image's part of the planes `first` to `until`, which are dropped."""
+        count = until - self.first
+        before, (_, y, z) = self._plan.pad_before[0], self._plan.inner
+        skipped = max(0, before - self.first)
+        size = min(until, before + self._plan.shape[0]) - self.first
+        logits: NDArray[np.float32] = self._logits[:, skipped:size, y, z].astype(np.float32)
+        total = self._total[skipped:size, y, z].astype(np.float32)
+        logits /= np.maximum(total, np.finfo(np.float32).tiny, out=total)
+        if self._logits.dtype == np.float16:
+            logits = logits.astype(np.float16).astype(np.float32)
+        for sums in (self._logits, self._total[None]):
+            for planes in sums:
+                planes[: len(planes) - count] = planes[count:]
+                planes[len(planes) - count :] = 0
+        self.first = until
+        return logits
+
+
+def _infer(engine: Engine, batch: NDArray[np.float32], plan: WindowPlan) -> NDArray[np.float32]:
+    """Logits `(K, X, Y, Z)` of a window `(1, C, X, Y, Z)`, averaged over its mirror images."""
+    mirrors = plan.blending.mirrors
+    if len(mirrors) == 1:
+        return engine.infer(batch)[0]
+    total: NDArray[np.float32] | None = None
+    for axes in mirrors:
+        own = tuple(2 + axis for axis in axes)
+        logits = np.flip(engine.infer(np.ascontiguousarray(np.flip(batch, own))), own)[0]
+        total = logits.copy() if total is None else np.add(total, logits, out=total)
+    assert total is not None
+    total /= np.float32(len(mirrors))
+    return total
+
+
+def sweep(
+    image: NDArray[np.float32],
+    engine: Engine,
+    plan: WindowPlan,
+    channels: int,
+    progress: Progress | None = None,
+    clock: StageClock | None = None,
+) -> Iterator[NDArray[np.float32]]:
+    """Logits of an image, blended from overlapping windows, plane by plane along X.
+
+    Each voxel is the mean of the windows that cover it, weighted by the importance map and divided
+    by the true sum of the weights. Planes are returned as soon as no further window covers them.
+
+    Args:
+        image: `(C, X, Y, Z)` float32, normalised.
+        engine: Engine that runs the network.
+        plan: Windows for an image of this shape.
+        channels: Number of channels K that the network returns.
+        progress: Callback for the completed fraction of the windows.
+        clock: Clock that times the steps `network` and `blend`.
+
+    Yields:
+        Consecutive parts `(K, x, Y, Z)` of the logits `(K, X, Y, Z)`, float32. Voxels that no
+        window covers are 0 in all channels, which argmax reads as background.
+
+    Raises:
+        BundleError: The network returns another number of channels.
+        EngineError: The engine failed, or returned logits that are not finite.
+    """
+    clock = clock or StageClock()
+    with clock.stage(Step.BLEND):
+        padded, sums = pad_image(image, plan), _Sums(channels, plan)
+        batch = np.empty((1, image.shape[0], *plan.window), np.float32)
+    for done, window in enumerate(plan.windows, start=1):
+        if window.start[0] > sums.first:
+            with clock.stage(Step.BLEND):
+                finished = sums.take(window.start[0])
+            if finished.shape[1]:
+                yield finished
+        content = padded[(slice(None), *window.slices())]
+        if plan.blending.empty_windows == "run" or content.any():
+            with clock.stage(Step.BLEND):
+                batch[0] = content
+            with clock.stage(Step.NETWORK):
+                logits = _infer(engine, batch, plan)
+            with clock.stage(Step.BLEND):
+                check_channels(len(logits), channels)
+                if not np.isfinite(logits).all():
+                    raise not_finite(engine.info)
+                sums.add(logits, window)
+        if progress:
+            progress(done / len(plan.windows))
+    with clock.stage(Step.BLEND):
+        finished = sums.take(plan.padded_shape[0])
+    yield finished
 
 
 def sliding_window(
     image: NDArray[np.float32],
     engine: Engine,
     plan: WindowPlan,
+    channels: int,
     progress: Progress | None = None,
     clock: StageClock | None = None,
 ) -> NDArray[np.float32]:
-    """Logits of a whole image, blended from overlapping windows.
+    """Logits `(K, X, Y, Z)` of an image; see `sweep`."""
+    parts = sweep(image, engine, plan, channels, progress, clock)
+    return collected(parts, channels, image.shape[1:])
 
-    Each voxel is the mean of the windows that cover it, weighted by the Gaussian importance
-    map and divided by the true sum of the weights, in float32. A window whose input is all
-    zero holds no brain and is skipped.
 
-    Args:
-        image: `(C, X, Y, Z)` float32, normalised.
-        engine: Engine that runs the network.
-        plan: Windows for an image of this shape.
-        progress: Callback for the completed fraction of the windows.
-        clock: Clock that times the steps `network` and `blend`.
-
-    Returns:
-        `(K, X, Y, Z)` float32. Voxels that no window covers are 0 in all classes, which
-        argmax reads as background. For an all-zero image the result is `(1, X, Y, Z)` zeros.
-
-    Raises:
-        EngineError: The engine failed, or returned logits that are not finite.
-    """
-    clock = clock or StageClock()
-    with clock.stage(Step.BLEND):
-        padded = pad_image(image, plan)
-        weights = importance_map(plan.window)
-        weight_sum = np.zeros(plan.padded_shape, np.float32)
-        batch = np.empty((1, image.shape[0], *plan.window), np.float32)
-        blended: NDArray[np.float32] | None = None
-    for done, window in enumerate(plan.windows, start=1):
-        where = window.slices()
-        content = padded[(slice(None), *where)]
-        if content.any():
-            with clock.stage(Step.BLEND):
-                batch[0] = content
-            with clock.stage(Step.NETWORK):
-                logits = engine.infer(batch)[0]
-            with clock.stage(Step.BLEND):
-                if not np.isfinite(logits).all():
-                    raise not_finite(engine.info)
-                if blended is None:
-                    blended = np.zeros((logits.shape[0], *plan.padded_shape), np.float32)
-                    weighted = np.empty_like(logits)
-                np.multiply(logits, weights, out=weighted)
-                blended[(slice(None), *where)] += weighted
-                weight_sum[where] += weights
-        if progress:
-            progress(done / len(plan.windows))
-    if blended is None:
-        return np.zeros((1, *image.shape[1:]), np.float32)
-    with clock.stage(Step.BLEND):
-        np.maximum(weight_sum, np.finfo(np.float32).tiny, out=weight_sum)
-        blended /= weight_sum
-    return blended[(slice(None), *plan.inner)]
+def collected(
+    parts: Iterator[NDArray[np.float32]], channels: int, shape: Sequence[int]
+) -> NDArray[np.float32]:
+    """Array `(K, *shape)` of its consecutive parts `(K, x, Y, Z)`."""
+    whole, start = np.empty((channels, *shape), np.float32), 0
+    for part in parts:
+        whole[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    return whole

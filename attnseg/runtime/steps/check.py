@@ -131,7 +131,8 @@ def choose_grid(volume: Volume, rules: InputRules) -> tuple[Preprocessing, tuple
             "needed along each axis",
             "give the whole scan",
         )
-    turn = AxisTransform.between(volume.orientation, preprocessing.orientation)
+    target = preprocessing.orientation_of_image(volume)
+    turn = AxisTransform.between(volume.orientation, target)
     spacing = np.array([volume.spacing_mm[axis] for axis in turn.axes])
     wanted = np.array(rules.spacing_mm)
     said = (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 class Step(StrEnum):
@@ -29,17 +32,34 @@ class Step(StrEnum):
 
 
 class StageClock:
-    """Accumulated wall-clock time per stage in milliseconds, in order of first use."""
+    """Accumulated wall-clock time per stage in milliseconds, in order of first use.
+
+    The time of a stage within another counts for the inner one only.
+    """
 
     def __init__(self) -> None:
         self.elapsed_ms: dict[str, float] = {}
+        self._within_ms = [0.0]  # time of the stages within each open stage
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the duration of the `with` block to the stage `name`."""
         began = time.perf_counter()
+        self.elapsed_ms.setdefault(str(name), 0.0)
+        self._within_ms.append(0.0)
         try:
             yield
         finally:
             elapsed_ms = (time.perf_counter() - began) * 1000
-            self.elapsed_ms[str(name)] = self.elapsed_ms.get(str(name), 0.0) + elapsed_ms
+            self.elapsed_ms[str(name)] += elapsed_ms - self._within_ms.pop()
+            self._within_ms[-1] += elapsed_ms
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Items of an iterable; the time to compute each counts for the stage `name`."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                found = next(iterator, self)
+            if isinstance(found, StageClock):
+                return
+            yield found

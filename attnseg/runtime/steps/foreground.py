@@ -11,8 +11,12 @@ from attnseg.runtime.case.volume import Channels
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import Box, shape_of
 
-Foreground = Literal["nonzero", "all"]
-"""Definition of the foreground: non-zero voxels, as in skull-stripped MRI, or all voxels."""
+Crop = Literal["nonzero", "all"]
+"""Box that volumes are cropped to: that of the voxels that are not 0 in every channel, or none."""
+Foreground = Literal["nonzero", "filled", "all"]
+"""Voxels that a normalisation takes its statistics from: those of the channel that are not 0, as in
+skull-stripped MRI; those that are not 0 in any channel, with the holes between them filled, as in
+nnU-Net; or all."""
 
 
 def no_foreground() -> VolumeError:
@@ -39,17 +43,31 @@ def _extents(channel: NDArray[Any]) -> list[tuple[int, int]]:
     return [(int(w[0]), int(w[-1]) + 1) if len(w) else (np.iinfo(int).max, 0) for w in where]
 
 
-def foreground_box(channels: Channels, foreground: Foreground = "nonzero") -> Box:
+def filled_foreground(channels: Channels) -> NDArray[np.bool_]:
+    """Voxels that are not 0 in any channel, with holes filled; nnU-Net's `create_nonzero_mask`.
+
+    Args:
+        channels: C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`.
+    """
+    from scipy import ndimage  # slow import that most models do not need
+
+    union = np.asarray(channels[0] != 0)
+    for channel in channels[1:]:
+        union |= channel != 0
+    return np.asarray(ndimage.binary_fill_holes(union))
+
+
+def foreground_box(channels: Channels, crop: Crop = "nonzero") -> Box:
     """Smallest box that contains the foreground of all channels.
 
     Args:
         channels: C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`.
-        foreground: Definition of the foreground; with `all`, the box is the whole volume.
+        crop: Definition of the box; with `all` it is the whole volume.
 
     Raises:
         VolumeError: Every voxel of every channel is zero.
     """
-    if foreground == "all":
+    if crop == "all":
         return Box.whole(channels[0].shape)
     extents = [_extents(channel) for channel in channels]
     starts = [min(start for start, _ in along) for along in zip(*extents, strict=True)]

@@ -7,22 +7,24 @@ scheme requires one class in this module and its fields in the manifest.
 Sources: the paper's section 3.3 (zero mean and unit variance per volume and modality over brain
 voxels, then histogram matching to the training set). Matching is the piecewise linear landmark
 method of Nyul, Udupa and Zhang, "New variants of a method of MRI scale standardization" (2000),
-on z-scores, with the landmarks stored in the bundle.
+on z-scores, with the landmarks stored in the bundle. The schemes of other trainers are nnU-Net's
+`ZScoreNormalization` and `CTNormalization`, and MONAI's `NormalizeIntensity` and
+`ScaleIntensityRange`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Channels
 from attnseg.runtime.errors import ConfigError, VolumeError
-from attnseg.runtime.steps.foreground import Foreground
+from attnseg.runtime.steps.foreground import Foreground, filled_foreground
 from attnseg.runtime.threads import in_threads
 
 DECILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
@@ -84,7 +86,7 @@ class Scheme(Protocol):
 
     @property
     def foreground(self) -> Foreground:
-        """Voxels used for the statistics; with `nonzero`, voxels of 0 remain 0."""
+        """Voxels used for the statistics; those outside keep their values."""
 
     @property
     def percentile_count(self) -> int:
@@ -94,12 +96,25 @@ class Scheme(Protocol):
         """Intensity map for a channel with this distribution."""
 
 
+Single = NDArray[np.float32]
+Statistics = Literal["double", "single"]
+"""Arithmetic of mean and standard deviation: float64 sums, or float32 sums as in nnU-Net."""
+
+
+@runtime_checkable
+class SingleScheme(Protocol):
+    """A scheme computed voxel by voxel in float32, in the order of operations of its source."""
+
+    def function(self, foreground: Single) -> Callable[[Single], Single]:
+        """Intensity map for a channel with these foreground voxels `(N,)`."""
+
+
 @dataclass(frozen=True)
 class ZScore:
     """Zero mean and unit variance of the foreground.
 
     Attributes:
-        foreground: Voxels used for the statistics; with `nonzero`, voxels of 0 remain 0.
+        foreground: Voxels used for the statistics; those outside keep their values.
     """
 
     foreground: Foreground = "nonzero"
@@ -109,6 +124,148 @@ class ZScore:
         """See `Scheme.curve`."""
         mean, std = distribution.mean, distribution.std
         return Curve(np.array([mean, mean + std]), np.array([0.0, 1.0]))
+
+
+_LEAST_STD = 1e-8  # nnU-Net's eps
+
+
+@dataclass(frozen=True)
+class SingleZScore(ZScore):
+    """`ZScore` with mean and standard deviation in float32: nnU-Net's `ZScoreNormalization`."""
+
+    def function(self, foreground: Single) -> Callable[[Single], Single]:
+        """See `SingleScheme.function`."""
+        mean, std = foreground.mean(), max(foreground.std(), np.float32(_LEAST_STD))
+        return lambda values: (values - mean) / std
+
+
+@dataclass(frozen=True)
+class ClipZScore:
+    """Clipping, and a fixed mean and standard deviation: nnU-Net's `CTNormalization`.
+
+    Attributes:
+        low: Least intensity; smaller ones are raised to it.
+        high: Largest intensity; larger ones are lowered to it.
+        mean: Intensity that is mapped to 0.
+        std: Difference of intensities that is mapped to 1.
+
+    Raises:
+        ConfigError: The numbers are not finite, not ascending, or `std` is not positive.
+    """
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    foreground: Foreground = field(default="all", init=False)
+    percentile_count = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.low, self.high, self.mean, self.std)
+        if not (np.isfinite(numbers).all() and self.low < self.high and self.std > 0):
+            raise ConfigError(
+                "clip-zscore needs finite low < high, mean and a positive std, "
+                f"got {', '.join(f'{n:g}' for n in numbers)}"
+            )
+
+    def function(self, foreground: Single) -> Callable[[Single], Single]:
+        """See `SingleScheme.function`."""
+        low, high, mean = (np.float32(n) for n in (self.low, self.high, self.mean))
+        std = np.float32(max(self.std, _LEAST_STD))
+        return lambda values: (np.clip(values, low, high) - mean) / std
+
+    def curve(self, distribution: Distribution) -> Curve:
+        """See `Scheme.curve`."""
+        ends = np.array([self.low, self.high])
+        return _clipped(ends, (ends - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Linear map of a range of intensities: MONAI's `ScaleIntensityRange` and its like.
+
+    Attributes:
+        source: Intensities that are mapped to the ends of `target`; None if percentiles are given.
+        percentiles: Percentiles (0 to 100) of all voxels that are mapped to the ends of `target`;
+            None if `source` is given.
+        target: Normalised values of the two intensities.
+        clip: Whether values beyond the ends are clipped to `target`.
+
+    Raises:
+        ConfigError: Both or neither of `source` and `percentiles` are given, or a pair is not
+            finite or not ascending.
+    """
+
+    source: tuple[float, float] | None = None
+    percentiles: tuple[float, float] | None = None
+    target: tuple[float, float] = (0.0, 1.0)
+    clip: bool = False
+    foreground: Foreground = field(default="all", init=False)
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.percentiles is None):
+            raise ConfigError("range needs either a source or percentiles")
+        for name, pair in (("source", self.source), ("target", self.target)):
+            if pair is not None and not (np.isfinite(pair).all() and pair[0] < pair[1]):
+                raise ConfigError(f"range.{name} must be two ascending numbers, got {pair}")
+        percent = self.percentiles
+        if percent is not None and not 0 <= percent[0] < percent[1] <= 100:
+            raise ConfigError(f"range.percentiles must ascend from 0 to 100, got {percent}")
+
+    @property
+    def percentile_count(self) -> int:
+        """See `Scheme.percentile_count`."""
+        return 0 if self.percentiles is None else 2
+
+    def function(self, foreground: Single) -> Callable[[Single], Single]:
+        """See `SingleScheme.function`."""
+        if self.source is None:
+            low, high = np.percentile(foreground, self.percentiles or ())
+        else:
+            low, high = self.source
+        first, last = (np.float32(t) for t in self.target)
+        low, span = np.float32(low), max(np.float32(high - low), np.float32(_LEAST_STD))
+
+        def scale(values: Single) -> Single:
+            scaled = (values - low) / span * (last - first) + first
+            return np.clip(scaled, first, last) if self.clip else scaled
+
+        return scale
+
+    def curve(self, distribution: Distribution) -> Curve:
+        """See `Scheme.curve`."""
+        ends = (
+            distribution.percentiles(self.percentiles or ())
+            if self.source is None
+            else np.array(self.source)
+        )
+        target = np.array(self.target)
+        return _clipped(ends, target) if self.clip else Curve(ends, target)
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """No normalisation."""
+
+    foreground: Foreground = field(default="all", init=False)
+    percentile_count = 0
+
+    def function(self, foreground: Single) -> Callable[[Single], Single]:
+        """See `SingleScheme.function`."""
+        return lambda values: values
+
+    def curve(self, distribution: Distribution) -> Curve:
+        """See `Scheme.curve`."""
+        return Curve(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+
+
+def _clipped(ends: NDArray[np.float64], target: NDArray[np.float64]) -> Curve:
+    """Curve through two knots that is constant beyond them."""
+    beyond = ends[1] - ends[0]
+    return Curve(
+        np.array([ends[0] - beyond, *ends, ends[1] + beyond]),
+        np.array([target[0], *target, target[1]]),
+    )
 
 
 _LARGEST_LANDMARK = 1e4  # larger than any z-score among 1e8 voxels
@@ -198,7 +355,7 @@ class Histogram:
     ) -> Self:
         """Histogram of ascending values and their counts; see `of`."""
         keep = counts > 0
-        if foreground == "nonzero":
+        if foreground != "all":
             keep &= values != 0
         if not keep.any():
             raise only_zeros()
@@ -274,7 +431,31 @@ def _count(channel: NDArray[Any]) -> Counts | None:
     return Counts(low, counts)
 
 
-def normalise_channel(channel: NDArray[Any], scheme: Scheme, out: NDArray[np.float32]) -> None:
+def _normalise_single(
+    channel: NDArray[Any],
+    scheme: SingleScheme,
+    out: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+) -> None:
+    """Normalise one channel voxel by voxel in float32; see `normalise_channel`."""
+    values = channel.astype(np.float32)
+    foreground = values if mask is None else values[mask]
+    if not foreground.size:
+        raise only_zeros()
+    function = scheme.function(foreground)
+    if mask is None:
+        out[:] = function(values)
+    else:
+        out[:] = values
+        out[mask] = function(foreground)
+
+
+def normalise_channel(
+    channel: NDArray[Any],
+    scheme: Scheme,
+    out: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None = None,
+) -> None:
     """Normalise one channel.
 
     Integers are mapped through a lookup table, other types voxel by voxel. The results agree to
@@ -284,10 +465,14 @@ def normalise_channel(channel: NDArray[Any], scheme: Scheme, out: NDArray[np.flo
         channel: `(X, Y, Z)`, any real dtype, finite.
         scheme: Normalisation scheme.
         out: `(X, Y, Z)` float32 output array.
+        mask: `(X, Y, Z)` foreground of the scheme, if it is `filled`.
 
     Raises:
         VolumeError: The foreground has fewer than two distinct values.
     """
+    if isinstance(scheme, SingleScheme):
+        _normalise_single(channel, scheme, out, mask)
+        return
     counted = _count(channel)
     if counted is not None:
         table = counted.table(scheme)
@@ -346,10 +531,13 @@ def normalise(
     if len(schemes) != len(channels):
         raise ConfigError(f"normalisation is for {len(schemes)} channels, got {len(channels)}")
     out = np.empty((len(channels), *channels[0].shape), np.float32)
+    filled = any(scheme.foreground == "filled" for scheme in schemes)
+    mask = filled_foreground(channels) if filled else None
 
     def one(index: int) -> None:
+        own = mask if schemes[index].foreground == "filled" else None
         with naming_channel(index):
-            normalise_channel(channels[index], schemes[index], out[index])
+            normalise_channel(channels[index], schemes[index], out[index], own)
 
     in_threads(one, range(len(channels)), threads)
     return out

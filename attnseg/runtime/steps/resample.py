@@ -1,9 +1,12 @@
 """Resampling between the scan's grid and the voxel grid of the model.
 
-The paper trains on volumes resized to 192x192x128 (section 3.3). The bundle stores such a grid;
-the runtime resamples scans to it and logits back, so that labels are always on the scan's own
-grid. The outer faces of both grids coincide (`grid_mode=True` of `scipy.ndimage.zoom`).
-Interpolation is trilinear for images and logits, and nearest-neighbour for labels.
+Two conventions are supported. `faces`: the outer faces of both grids coincide, as in
+`scipy.ndimage.zoom` with `grid_mode=True`, `skimage.transform.resize` and nnU-Net. `centres`: the
+centres of the first voxels coincide, as in MONAI's `Spacing`. Interpolation is separable, so that
+logits are resampled plane by plane, see `Restoration` in `attnseg.runtime.steps.restore`.
+
+Source: the paper trains on volumes resized to 192x192x128 (section 3.3); nnU-Net 2.8.1,
+`resample_data_or_seg_to_shape`, whose splines of order 3 and separate axis are followed bit by bit.
 """
 
 from __future__ import annotations
@@ -11,32 +14,53 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import Box, Shape
+from attnseg.runtime.geometry import Shape, shape_of
 
 LARGEST_GRID = 1 << 28  # voxels, 1 GiB per channel; more indicates a wrong unit
+
+Order = Literal[0, 1, 3]
+"""Order of the interpolating spline: nearest neighbour, linear or cubic."""
+Alignment = Literal["faces", "centres"]
+"""Whether the outer faces of the grids coincide, or the centres of their first voxels."""
+Quantity = Literal["logits", "probabilities"]
+"""What is resampled to the scan's grid."""
+
+Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Target grid of resampling: either a fixed shape or a fixed spacing.
+    """Target grid of resampling, and the interpolation to it and back.
 
     Attributes:
         shape: Number of voxels along X, Y and Z; None if `spacing_mm` is given.
         spacing_mm: Voxel size along X, Y and Z; None if `shape` is given.
+        order: Order of the interpolation of images. Values of order 3 are clipped to the range of
+            the image.
+        alignment: Which points of both grids coincide.
+        separate_above: Ratio of the largest and the least voxel edge of either grid above which
+            the axis of the largest is resampled by the nearest neighbour, as in nnU-Net (3); None
+            for no such axis.
+        back: What is resampled, linearly, to the scan's grid.
 
     Raises:
-        ConfigError: Both or neither are given, or the values are not three positive numbers.
+        ConfigError: Both or neither of `shape` and `spacing_mm` are given, or a value is out of
+            range.
     """
 
     shape: Shape | None = None
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: Spacing | None = None
+    order: Order = 1
+    alignment: Alignment = "faces"
+    separate_above: float | None = None
+    back: Quantity = "logits"
 
     def __post_init__(self) -> None:
         if (self.shape is None) == (self.spacing_mm is None):
@@ -46,67 +70,193 @@ class Grid:
             raise ConfigError(f"a grid needs three positive numbers, got {values}")
         if self.shape is not None and math.prod(self.shape) > LARGEST_GRID:
             raise ConfigError(f"a grid has at most {LARGEST_GRID} voxels, got {self.shape}")
+        if self.shape is not None and self.alignment == "centres":
+            raise ConfigError("alignment centres needs a spacing_mm, not a shape")
+        ratio = self.separate_above
+        if ratio is not None and not 1 <= ratio < math.inf:
+            raise ConfigError(f"separate_above must be at least 1, got {ratio}")
 
-    def shape_for(self, volume: Volume) -> Shape:
-        """Shape of `volume` after resampling to this grid.
+    def sampling(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> Sampling:
+        """Sampling of an image of a shape and voxel size to this grid.
 
         Raises:
-            ConfigError: The shape has more than `LARGEST_GRID` voxels.
+            ConfigError: The result has more than `LARGEST_GRID` voxels.
         """
-        if self.shape is not None:
-            return self.shape
-        assert self.spacing_mm is not None
-        sizes = zip(volume.shape, volume.spacing_mm, self.spacing_mm, strict=True)
-        x, y, z = (max(2, round(n * own / wanted)) for n, own, wanted in sizes)
-        if x * y * z > LARGEST_GRID:
+        wanted = self.spacing_mm or tuple(
+            s * n / m for s, n, m in zip(spacing_mm, shape, self.shape or (), strict=True)
+        )
+        target = self.shape or self._shape_for(shape, spacing_mm)
+        if math.prod(target) > LARGEST_GRID:
+            x, y, z = target
             raise ConfigError(
                 f"spacing_mm {self.spacing_mm} resamples a scan to {x} x {y} x {z} voxels, more "
                 f"than {LARGEST_GRID}",
                 "give a larger spacing",
             )
-        return x, y, z
+        faces = self.alignment == "faces"
+        i, j, k = (
+            n / m if faces else w / s
+            for n, m, w, s in zip(shape, target, wanted, spacing_mm, strict=True)
+        )
+        separate = None
+        if self.separate_above is not None:
+            separate = separate_axis(spacing_mm, wanted, self.separate_above)
+        return Sampling(
+            source=shape_of(shape),
+            target=target,
+            scale=(i, j, k),
+            offset=((i - 1) / 2, (j - 1) / 2, (k - 1) / 2) if faces else (0.0, 0.0, 0.0),
+            separate=separate,
+            aligned_faces=faces,
+        )
+
+    def _shape_for(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> Shape:
+        assert self.spacing_mm is not None
+        sizes = list(zip(shape, spacing_mm, self.spacing_mm, strict=True))
+        if self.alignment == "centres":  # MONAI's `compute_shape_offset`
+            return shape_of([max(1, round((n - 1) * own / wanted + 1)) for n, own, wanted in sizes])
+        least = 1 if self.separate_above is not None else 2
+        return shape_of([max(least, round(own / wanted * n)) for n, own, wanted in sizes])
+
+
+def separate_axis(
+    current_mm: Sequence[float], wanted_mm: Sequence[float], above: float
+) -> int | None:
+    """Axis that is resampled apart from the others; None for none.
+
+    It is the axis of the largest voxel edge of the first of both grids whose edges differ by more
+    than the factor `above`, unless two axes have that edge: nnU-Net's
+    `determine_do_sep_z_and_axis`.
+    """
+    for spacing in (np.array(current_mm), np.array(wanted_mm)):
+        if spacing.max() / spacing.min() > above:
+            largest = np.flatnonzero(spacing.max() / spacing == 1)
+            return int(largest[0]) if len(largest) == 1 else None
+    return None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Positions of the voxels of one grid in another: `scale * index + offset` along each axis.
+
+    Attributes:
+        source: Number of voxels of the source along X, Y and Z.
+        target: Number of voxels of the target along X, Y and Z.
+        scale: Distance of neighbouring voxels of the target, in voxels of the source.
+        offset: Position of the target's first voxel, in voxels of the source.
+        separate: Axis resampled by the nearest neighbour; None for none.
+        aligned_faces: Whether the outer faces of both grids coincide.
+    """
+
+    source: Shape
+    target: Shape
+    scale: Spacing
+    offset: Spacing
+    separate: int | None = None
+    aligned_faces: bool = True
+
+    @property
+    def changes(self) -> bool:
+        """Whether any voxel of the target is not one of the source."""
+        return self.source != self.target or any(s != 1 for s in self.scale)
+
+    def inverse(self) -> Sampling:
+        """Sampling from the target back to the source."""
+        scale = tuple(1 / s for s in self.scale)
+        offset = tuple(-o / s for o, s in zip(self.offset, self.scale, strict=True))
+        x, y, z = zip(scale, offset, strict=True)
+        return Sampling(
+            source=self.target,
+            target=self.source,
+            scale=(x[0], y[0], z[0]),
+            offset=(x[1], y[1], z[1]),
+            separate=self.separate,
+            aligned_faces=self.aligned_faces,
+        )
+
+    def positions(self, axis: int) -> NDArray[np.float64]:
+        """Position in the source of each voxel of the target, clipped to the source's voxels."""
+        size = self.source[axis]
+        index = np.arange(self.target[axis])
+        if self.aligned_faces:  # in the order of operations of scipy and skimage
+            return np.clip(size / self.target[axis] * (index + 0.5) - 0.5, 0, size - 1)
+        return np.clip(self.scale[axis] * index + self.offset[axis], 0, size - 1)
+
+    def taps(self, axis: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+        """Linear interpolation along an axis: both source indices, and the second's weight."""
+        at = self.positions(axis)
+        if axis == self.separate:
+            nearest = np.floor(at + 0.5).astype(np.intp)
+            return nearest, nearest, np.zeros(len(at))
+        first = np.floor(at).astype(np.intp)
+        second = np.minimum(first + 1, self.source[axis] - 1)
+        return first, second, at - first
 
 
 def resample(array: NDArray[Any], shape: Sequence[int], nearest: bool = False) -> NDArray[Any]:
     """Resample an array `(X, Y, Z)` to `shape` over the same extent; the dtype is preserved."""
     if array.shape == tuple(shape):
         return array
+    return _zoom(array, shape, 0 if nearest else 1)
+
+
+def _zoom(array: NDArray[Any], shape: Sequence[int], order: int) -> NDArray[Any]:
     from scipy import ndimage  # slow import that most models do not need
 
     factors = [wanted / own for wanted, own in zip(shape, array.shape, strict=True)]
-    order = 0 if nearest else 1
     return np.asarray(ndimage.zoom(array, factors, order=order, mode="nearest", grid_mode=True))
+
+
+def _resize(array: NDArray[np.float64], shape: Sequence[int], order: int) -> NDArray[np.float64]:
+    """`skimage.transform.resize` with mode `edge` and without smoothing."""
+    if array.shape == tuple(shape):
+        return array
+    resized = _zoom(array, shape, order)
+    return np.clip(resized, array.min(), array.max(), out=resized) if order > 1 else resized
+
+
+def resample_image(channel: NDArray[Any], sampling: Sampling, grid: Grid) -> NDArray[Any]:
+    """Resample a channel `(X, Y, Z)` to a grid.
+
+    Returns:
+        Float32, except that linear interpolation over the same extent preserves the dtype.
+    """
+    if not sampling.changes:
+        return channel
+    if grid.alignment == "centres":
+        return _at_centres(channel, sampling, grid.order)
+    if grid.order == 1 and sampling.separate is None:
+        return resample(channel, sampling.target)
+    values, axis = channel.astype(np.float64), sampling.separate
+    if axis is None:
+        return _resize(values, sampling.target, grid.order).astype(np.float32)
+    plane = [size for own, size in enumerate(sampling.target) if own != axis]
+    planes = np.stack([_resize(p, plane, grid.order) for p in np.moveaxis(values, axis, 0)])
+    if len(planes) != sampling.target[axis]:
+        planes = planes[sampling.taps(axis)[0]]
+    return np.moveaxis(planes, 0, axis).astype(np.float32)
+
+
+def _at_centres(channel: NDArray[Any], sampling: Sampling, order: int) -> NDArray[Any]:
+    """Resample a channel with the centres of the first voxels aligned, and edges repeated."""
+    from scipy import ndimage
+
+    values = ndimage.affine_transform(
+        channel.astype(np.float64),
+        sampling.scale,
+        output_shape=sampling.target,
+        order=order,
+        mode="nearest",
+    )
+    return np.asarray(values).astype(np.float32)
 
 
 def resample_volume(volume: Volume, grid: Grid | None) -> Volume:
     """Resample `volume` to `grid`; returned unchanged if `grid` is None."""
     if grid is None:
         return volume
-    shape = grid.shape_for(volume)
-    factors = np.array(volume.shape) / shape
-    step = np.diag([*factors, 1.0])
-    step[:3, 3] = (factors - 1) / 2  # centre of the first voxel; its outer face is fixed
-    channels = [resample(channel, shape) for channel in volume.channels]
+    sampling = grid.sampling(volume.shape, volume.spacing_mm)
+    step = np.diag([*sampling.scale, 1.0])
+    step[:3, 3] = sampling.offset  # centre of the first voxel
+    channels = [resample_image(channel, sampling, grid) for channel in volume.channels]
     return replace(volume, channels=channels, affine=volume.affine @ step)
-
-
-def restore_logits(
-    logits: NDArray[np.float32], box: Box, grid_shape: Sequence[int], shape: Sequence[int]
-) -> NDArray[np.float32]:
-    """Resample logits of a box of the grid to the whole scan.
-
-    Args:
-        logits: `(K, X, Y, Z)` float32 logits of the box.
-        box: Position of the block on the grid.
-        grid_shape: Number of voxels of the grid along X, Y and Z.
-        shape: Number of voxels of the scan along X, Y and Z.
-
-    Returns:
-        `(K, *shape)` float32. Outside the box all classes are 0, so that argmax returns background.
-    """
-    restored = np.empty((len(logits), *shape), np.float32)
-    for index, values in enumerate(logits):
-        whole = np.zeros(grid_shape, np.float32)
-        whole[box.slices()] = values
-        restored[index] = resample(whole, shape)
-    return restored

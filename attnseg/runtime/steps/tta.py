@@ -5,7 +5,6 @@ Source: the paper's section 3.4, majority vote over identity, mirror and 90-degr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Literal
 
@@ -13,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import AxisTransform
+from attnseg.runtime.geometry import AxisTransform, Shape, shape_of
+from attnseg.runtime.steps.decide import Decision, argmax_classes
+from attnseg.runtime.steps.resample import Quantity
 
 Fuse = Literal["vote", "mean"]
 """Fusion mode of the passes; see `Fusion`."""
@@ -36,58 +37,52 @@ PASSES: dict[str, tuple[AxisTransform, ...]] = {
 """Test-time augmentation schemes: image transforms of the passes, by name."""
 
 
-def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices along X that fit in the CPU cache."""
-    return (slice(x, x + 1) for x in range(shape[1]))
+def passes_of(name: str, axes: Shape) -> tuple[AxisTransform, ...]:
+    """Image transform of each pass of a scheme, for a model whose images have these axes.
 
+    Args:
+        name: Key of `PASSES`, or `model` for a single pass.
+        axes: Axis of the volume, 0 for X, of each axis of the image.
+    """
+    place = [axes.index(axis) for axis in range(3)]
 
-def _argmax(scores: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    """Write `scores.argmax(axis=0)` to `out`; several times faster than NumPy."""
-    best = scores[0].copy()
-    out[:] = 0
-    for index in range(1, len(scores)):
-        better = (scores[index] > best).view(np.uint8)
-        np.maximum(out, better * np.uint8(index), out=out)
-        np.maximum(best, scores[index], out=best)
+    def moved(transform: AxisTransform) -> AxisTransform:
+        source = shape_of([place[transform.axes[axis]] for axis in axes])
+        return AxisTransform(source, tuple(place[axis] for axis in transform.flips))
 
-
-def argmax_classes(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Most likely class per voxel, `(X, Y, Z)` uint8; the lowest index on ties."""
-    classes = np.empty(logits.shape[1:], np.uint8)
-    for slab in _slabs(logits.shape):
-        _argmax(logits[:, slab], classes[slab])
-    return classes
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    exponential = np.exp(logits - logits.max(axis=0))
-    return np.asarray(exponential / exponential.sum(axis=0))
+    return tuple(moved(transform) for transform in PASSES.get(name, (IDENTITY,)))
 
 
 class Fusion:
-    """Fuses the logits of several passes into one class per voxel.
+    """Fuses the outputs of several passes into one class per voxel.
 
     `vote`: the class with most votes; ties are broken by the highest mean probability, then by the
-    lowest index. `mean`: the class with the highest mean probability.
+    lowest index. `mean`: the decision on the mean probabilities.
     """
 
-    def __init__(self, mode: Fuse) -> None:
-        self._mode = mode
+    def __init__(self, mode: Fuse, decision: Decision) -> None:
+        self._mode, self._decision, self._passes = mode, decision, 0
         self._scores: NDArray[np.float32] | None = None
 
-    def add(self, logits: NDArray[np.float32]) -> None:
-        """Add the logits `(K, X, Y, Z)` of one pass, after the inverse transform."""
+    def add(self, outputs: NDArray[np.float32], quantity: Quantity = "logits") -> None:
+        """Add the logits or probabilities `(K, X, Y, Z)` of one pass, turned back."""
         if self._scores is None:
-            self._scores = np.zeros(logits.shape, np.float32)
-        for slab in _slabs(logits.shape):
-            part = logits[:, slab]
-            scores = _softmax(part)
+            self._scores = np.zeros(outputs.shape, np.float32)
+        self._passes += 1
+        for x in range(outputs.shape[1]):  # a slab fits in the CPU cache
+            part = outputs[:, x : x + 1]
+            scores = part.copy() if quantity == "probabilities" else self._decision.activate(part)
             if self._mode == "vote":
                 scores *= _TIE_BREAK
                 chosen = argmax_classes(part)
                 for index in range(len(part)):
                     scores[index] += chosen == index
-            self._scores[:, slab] += scores
+            self._scores[:, x : x + 1] += scores
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """Mean probabilities `(K, X, Y, Z)`, if the mode is `mean`."""
+        return self._sums / np.float32(self._passes)
 
     def classes(self) -> NDArray[np.uint8]:
         """Class per voxel, `(X, Y, Z)` uint8.
@@ -95,6 +90,12 @@ class Fusion:
         Raises:
             ConfigError: No pass was added.
         """
+        if not self._decision.outputs:
+            return argmax_classes(self._sums)
+        return self._decision.classes(self.probabilities, "probabilities")
+
+    @property
+    def _sums(self) -> NDArray[np.float32]:
         if self._scores is None:
             raise ConfigError("no pass was added to the vote")
-        return argmax_classes(self._scores)
+        return self._scores

@@ -1,7 +1,8 @@
 """Window plan and importance map of sliding-window inference.
 
-Positions and weights match MONAI `sliding_window_inference` (Gaussian mode, sigma 0.125 of the
-window), so that both return the same logits for the same network.
+Positions and weights are those of MONAI's `sliding_window_inference` (modes `gaussian`, with sigma
+0.125 of the window, and `constant`) or of nnU-Net 2's predictor, so that the runtime returns the
+logits of either for the same network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import combinations, product
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +24,40 @@ LARGEST_WINDOW = 1 << 24
 """Largest number of voxels of a window: 256 along each axis."""
 MOST_WINDOWS = 100_000
 _LARGEST_PADDING = 32  # of the number of voxels of a large image
+
+Placement = Literal["stride", "even"]
+"""Positions of windows: a fixed stride, the last window moved back to the end of the image, as in
+MONAI; or the fewest windows with at least the overlap, evenly spread, as in nnU-Net."""
+Weights = Literal["gaussian", "gaussian-nnunet", "constant"]
+"""Weights of a window's voxels; see `importance_map`."""
+Accumulate = Literal["single", "half"]
+"""Type of the weighted sums of logits: float32, or float16 as in nnU-Net."""
+EmptyWindows = Literal["skip", "run"]
+"""Whether windows without a non-zero voxel are background, or are run through the network."""
+
+
+@dataclass(frozen=True)
+class Blending:
+    """Combination of the logits of overlapping windows.
+
+    Attributes:
+        weights: Weights of a window's voxels.
+        mirror_axes: Axes of the image along which windows are mirrored; the logits of all
+            combinations are averaged.
+        accumulate: Type of the weighted sums.
+        empty_windows: Treatment of windows without a non-zero voxel.
+    """
+
+    weights: Weights = "gaussian"
+    mirror_axes: tuple[int, ...] = ()
+    accumulate: Accumulate = "single"
+    empty_windows: EmptyWindows = "skip"
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Axes that are reversed in each run of a window, the window itself first."""
+        axes = self.mirror_axes
+        return tuple(own for count in range(len(axes) + 1) for own in combinations(axes, count))
 
 
 @dataclass(frozen=True)
@@ -34,6 +71,7 @@ class WindowPlan:
             voxel larger.
         window: Number of voxels of a window along X, Y and Z.
         windows: Boxes of the windows in the padded image, X slowest, Z fastest.
+        blending: Combination of their logits.
     """
 
     shape: Shape
@@ -41,6 +79,7 @@ class WindowPlan:
     pad_before: Shape
     window: Shape
     windows: tuple[Box, ...]
+    blending: Blending = Blending()
 
     @property
     def inner(self) -> Slices:
@@ -58,11 +97,15 @@ class WindowOptions:
             image.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
         window_multiple: Number of voxels that the network's input sizes must be a multiple of.
+        placement: Positions of the windows.
+        blending: Combination of their logits.
     """
 
     window: Shape | None
     overlap: float = 0.25
     window_multiple: int = 16
+    placement: Placement = "stride"
+    blending: Blending = Blending()
 
     def plan(self, shape: Sequence[int]) -> WindowPlan:
         """Window plan for an image of `shape` (X, Y, Z).
@@ -80,21 +123,40 @@ class WindowOptions:
                 f"{format_size(window)}, more than {_LARGEST_PADDING} times as many",
                 "give the whole scan",
             )
-        return plan_windows(shape, window, self.overlap)
+        return plan_windows(shape, window, self.overlap, self.placement, self.blending)
 
 
-def _starts(size: int, window: int, stride: int) -> list[int]:
+def _starts(size: int, window: int, overlap: float) -> list[int]:
+    stride = max(1, int(window * (1 - overlap)))
     count = -(-(size - window) // stride) + 1
     return [min(i * stride, size - window) for i in range(count)]
 
 
-def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0.25) -> WindowPlan:
+def _even_starts(size: int, window: int, overlap: float) -> list[int]:
+    """Starts of nnU-Net's `compute_steps_for_sliding_window`."""
+    last = size - window
+    gaps = math.ceil(last / (window * (1 - overlap)))
+    return [round(last / gaps * i) if gaps else 0 for i in range(gaps + 1)]
+
+
+_STARTS = {"stride": _starts, "even": _even_starts}
+
+
+def plan_windows(
+    shape: Sequence[int],
+    window: Sequence[int],
+    overlap: float = 0.25,
+    placement: Placement = "stride",
+    blending: Blending | None = None,
+) -> WindowPlan:
     """Plan the windows that cover a volume.
 
     Args:
         shape: Number of voxels of the volume along X, Y and Z.
         window: Number of voxels of a window along X, Y and Z.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
+        placement: Positions of the windows.
+        blending: Combination of their logits; None for the default.
 
     Returns:
         Window plan. The last window along each axis ends at the volume's last voxel; a volume
@@ -110,9 +172,7 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0
         raise ConfigError(f"window must be at least 1 voxel along each axis, got {tuple(window)}")
     padded = [max(s, w) for s, w in zip(shape, window, strict=True)]
     before = [(p - s) // 2 for p, s in zip(padded, shape, strict=True)]
-    starts = [
-        _starts(p, w, max(1, int(w * (1 - overlap)))) for p, w in zip(padded, window, strict=True)
-    ]
+    starts = [_STARTS[placement](p, w, overlap) for p, w in zip(padded, window, strict=True)]
     count = math.prod(len(along) for along in starts)
     if count > MOST_WINDOWS:
         raise ConfigError(
@@ -125,24 +185,56 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float = 0
         for x, y, z in product(*starts)
     )
     return WindowPlan(
-        shape_of(shape), shape_of(padded), shape_of(before), shape_of(window), windows
+        shape=shape_of(shape),
+        padded_shape=shape_of(padded),
+        pad_before=shape_of(before),
+        window=shape_of(window),
+        windows=windows,
+        blending=blending or Blending(),
     )
 
 
-def importance_map(window: Sequence[int], sigma_scale: float = 0.125) -> NDArray[np.float32]:
-    """Gaussian weight of each voxel of a window, highest (at most 1) at the centre.
+_SIGMA = 0.125  # standard deviation of the Gaussian weights, as a fraction of the window
+
+
+def importance_map(window: Sequence[int], weights: Weights = "gaussian") -> NDArray[np.float32]:
+    """Weight of each voxel of a window.
 
     Args:
         window: Number of voxels of the window along X, Y and Z.
-        sigma_scale: Standard deviation as a fraction of the window.
+        weights: `gaussian` for MONAI's map, at most 1 and highest at the centre; `gaussian-nnunet`
+            for nnU-Net's, which is centred on voxel n // 2, scaled to 10 and rounded to float16;
+            `constant` for 1 everywhere.
 
     Returns:
-        `(X, Y, Z)` float32, at least 1e-3, so that the sum of weights is positive in every voxel.
+        `(X, Y, Z)` float32, positive, so that the sum of weights is positive in every voxel.
     """
+    if weights == "constant":
+        return np.ones(tuple(window), np.float32)
+    return _nnunet_map(shape_of(window)) if weights == "gaussian-nnunet" else _monai_map(window)
+
+
+@cache
+def _nnunet_map(window: Shape) -> NDArray[np.float32]:
+    """nnU-Net's `compute_gaussian`: a filtered point; zeros are raised to the least weight."""
+    from scipy import ndimage
+
+    point = np.zeros(window)
+    point[tuple(size // 2 for size in window)] = 1
+    sigma = [size * _SIGMA for size in window]
+    smooth = ndimage.gaussian_filter(point, sigma, 0, mode="constant", cval=0)
+    rounded = (smooth / (smooth.max() / 10)).astype(np.float16)
+    rounded[rounded == 0] = rounded[rounded > 0].min()
+    found: NDArray[np.float32] = rounded.astype(np.float32)
+    found.flags.writeable = False  # it is kept
+    return found
+
+
+def _monai_map(window: Sequence[int]) -> NDArray[np.float32]:
     weights = np.ones((1, 1, 1), np.float32)
     for axis, size in enumerate(window):
         position = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
-        gauss = np.exp(position**2 / np.float32(-2 * (sigma_scale * size) ** 2))
+        gauss = np.exp(position**2 / np.float32(-2 * (_SIGMA * size) ** 2))
         weights = weights * gauss.reshape([-1 if a == axis else 1 for a in range(3)])
     return np.maximum(weights, np.float32(1e-3))
 
