@@ -227,11 +227,36 @@ def export_bundle(
         BundleError: The folder holds other files, or a bundle that is not to be replaced.
     """
     check_file(model)
+
+    def read(given: ExportOptions) -> Source:
+        return open_source(model, given.spec, given.words, given.budget)
+
+    return export_source(model, read, folder, options, samples, progress)
+
+
+def export_source(
+    model: Path,
+    read: Callable[[ExportOptions], Source],
+    folder: Path,
+    options: ExportOptions | None = None,
+    samples: SampleSource | None = None,
+    progress: ExportProgress | None = None,
+) -> Exported:
+    """Export a model that a function reads, after the folder of the bundle was checked.
+
+    Args:
+        model: Path of the model, for the texts of errors.
+        read: Function that reads the model.
+        folder: See `export_bundle`, as for the other arguments and the errors.
+        options: Content of the bundle.
+        samples: Source of the cases that every precision is compared on.
+        progress: Callbacks that receive the progress.
+    """
     options, progress = options or ExportOptions(), progress or ExportProgress()
     check_folder(folder)
     check_free(folder, options.overwrite)
     progress.step("graph")
-    source = open_source(model, options.spec, options.words, options.budget)
+    source = read(options)
     for note in source.notes:
         progress.step(note)
     with (
@@ -270,7 +295,7 @@ def _fill(
         middle = windows[len(windows) // 2]
         check_first_run(model, source.reference, middle[None], manifest)
     progress.step("golden window")
-    golden = make_golden(source.reference, phantom_windows)
+    golden = make_golden(source.reference, phantom_windows, manifest.task)
     _add(draft, GOLDEN_FILE, "golden", encode_golden(golden))
     half = _Half()
     if options.fp16:

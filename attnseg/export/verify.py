@@ -49,7 +49,9 @@ def _golden(bundle: Bundle, reference: Engine, tolerance: float) -> tuple[Golden
     """
     if not bundle.has("golden"):
         windows = sample_windows(bundle.manifest, synthetic_sample(bundle.manifest))
-        return make_golden(reference, windows), "the bundle has no golden window to check it with"
+        return make_golden(
+            reference, windows, bundle.manifest.task
+        ), "the bundle has no golden window to check it with"
     golden = read_golden(bundle)
     difference = golden.difference(reference.infer(golden.image))
     if not difference <= tolerance:

@@ -29,6 +29,11 @@ def shape_of(values: Sequence[int]) -> Shape:
     return int(x), int(y), int(z)
 
 
+def along_axes(value: int | Sequence[int]) -> Shape:
+    """One number for each axis: the number given for all of them, or the three given."""
+    return (value, value, value) if isinstance(value, int) else shape_of(value)
+
+
 @dataclass(frozen=True)
 class Box:
     """An axis-aligned box of voxels.

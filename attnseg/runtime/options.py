@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from attnseg.runtime.engines.select import EngineRequest
 from attnseg.runtime.errors import ConfigError, Setting
-from attnseg.runtime.geometry import AxisTransform, Shape
+from attnseg.runtime.geometry import AxisTransform, Shape, along_axes
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.runtime.steps.check import InputRules, Resample
 from attnseg.runtime.steps.decide import Decide, Decision
@@ -180,12 +181,13 @@ def _check_fusion(fuse: str, tta: str, decision: Decision, probabilities: bool) 
         )
 
 
-def _window(edge: Any, default: Shape, multiple: int) -> Shape | None:
+def _window(edge: Any, default: Shape, multiples: Shape) -> Shape | None:
     """Window shape in voxels along X, Y and Z; None for one window over the whole image."""
     if edge is None:
         return default
     if edge == "full":
         return None
+    multiple = math.lcm(*multiples)
     fits = _is(Integral, edge) and int(edge) > 0 and int(edge) % multiple == 0
     _check("window", edge, fits, f"full or a multiple of {multiple} voxels")
     size = int(edge)
@@ -222,8 +224,7 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     fuse = options.fuse or ("mean" if decision.outputs or options.probabilities else "vote")
     _check_fusion(fuse, tta, decision, options.probabilities)
     _choose("resample", options.resample, get_args(Resample))
-    multiple = defaults.window_multiple
-    window = _window(options.window, defaults.window, multiple)
+    window = _window(options.window, defaults.window, along_axes(defaults.window_multiple))
     engine = EngineRequest(
         engine=options.engine,
         precision=options.precision,
@@ -245,7 +246,7 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
         windows=WindowOptions(
             window=window,
             overlap=overlap,
-            window_multiple=multiple,
+            window_multiple=defaults.window_multiple,
             placement=defaults.placement,
             blending=Blending(
                 weights=defaults.weights,

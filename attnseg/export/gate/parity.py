@@ -25,6 +25,7 @@ from attnseg.runtime.model.golden import Golden
 from attnseg.runtime.model.manifest import Budget, Manifest
 from attnseg.runtime.options import SegmentOptions
 from attnseg.runtime.segmenter import Segmenter
+from attnseg.runtime.steps.decide import Decision
 
 _FINITE = float(np.finfo(np.float64).max)
 LOGIT_TOLERANCE = 1e-3  # for fp32 logits, as a share of the largest logit
@@ -185,7 +186,8 @@ class Gate:
         if sample.phantom:
             manifest = replace(bundle.manifest, foreground_ml=None)
             bundle = replace(bundle, manifest=manifest)
-        segmenter = Segmenter(bundle, SegmentOptions(), engine)
+        # Mirror images of windows are more runs of the same network.
+        segmenter = Segmenter(bundle, SegmentOptions(tta="none"), engine)
         labels: NDArray[np.uint8] = segmenter.segment(sample.volume).labels
         return labels
 
@@ -221,7 +223,7 @@ class Gate:
             engine=f"{engine.info.name} {engine.info.version}",
             gated=gated,
             logits=self._golden.difference(logits),
-            labels=self._golden.disagreement(logits),
+            labels=self._golden.disagreement(logits, Decision.of(manifest.task)),
             drifts=tuple(drifts),
             file=file,
         )

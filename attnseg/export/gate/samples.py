@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,12 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.model.golden import Golden
 from attnseg.runtime.model.manifest import Manifest
+from attnseg.runtime.options import SegmentOptions, resolve
+from attnseg.runtime.steps.decide import Decision
+from attnseg.runtime.steps.normalise import ClipZScore, Range, Scheme, Unchanged
 from attnseg.runtime.steps.preprocess import preprocess
-from attnseg.runtime.steps.windows import WindowOptions, pad_image
+from attnseg.runtime.steps.windows import pad_image
+from attnseg.runtime.task import Task
 from attnseg.synthetic import MODALITIES, make_case
 
 PHANTOM_SEED = 11  # not a seed of training (1000 and up) or of the demo
@@ -95,30 +100,43 @@ def synthetic_sample(manifest: Manifest) -> Sample:
             "synthetic brain", Volume(phantom.images, phantom.affine), phantom.labels, phantom=True
         )
     rng = np.random.default_rng(0)
-    shape = (len(manifest.task.channels), *manifest.inference.window)
-    noise = rng.standard_normal(shape)
+    place = [manifest.preprocessing.axes.index(axis) for axis in range(3)]
+    window = [manifest.inference.window[axis] for axis in place]
+    spacing_mm = [manifest.spacing_mm[axis] for axis in place]
+    noise = rng.standard_normal((len(manifest.task.channels), *window))
     smooth = ndimage.gaussian_filter(noise, (0, 4, 4, 4))
     mixed = smooth / smooth.std() + 0.2 * noise
-    images = np.round(100 * (mixed - mixed.min()) + 1).astype(np.int16)
-    return Sample("smooth noise", Volume(images, np.diag([*manifest.spacing_mm, 1.0])))
+    schemes = manifest.preprocessing.normalisation
+    images = [_like_scans(own, scheme) for own, scheme in zip(mixed, schemes, strict=True)]
+    return Sample("smooth noise", Volume(images, np.diag([*spacing_mm, 1.0])))
+
+
+def _like_scans(noise: NDArray[np.float64], scheme: Scheme) -> NDArray[Any]:
+    """Noise of unit variance in the range of intensities that a scheme is for."""
+    if isinstance(scheme, ClipZScore):
+        return np.asarray(np.round(scheme.mean + scheme.std * noise), np.int16)
+    if isinstance(scheme, Range) and scheme.source is not None:
+        low, high = scheme.source
+        return np.asarray((low + high) / 2 + (high - low) / 4 * noise, np.float32)
+    if isinstance(scheme, Unchanged):
+        return noise.astype(np.float32)
+    return np.asarray(np.round(100 * (noise - noise.min()) + 1), np.int16)
 
 
 def sample_windows(manifest: Manifest, sample: Sample) -> NDArray[np.float32]:
     """Preprocessed windows of a sample `(N, C, X, Y, Z)`, float32."""
-    inference = manifest.inference
     image = preprocess(sample.volume, manifest.preprocessing).image
-    windows = WindowOptions(inference.window, inference.overlap, inference.window_multiple)
-    plan = windows.plan(image.shape[1:])
+    plan = resolve(SegmentOptions(), manifest).windows.plan(image.shape[1:])
     padded = pad_image(image, plan)
     return np.stack([padded[(slice(None), *window.slices())] for window in plan.windows])
 
 
-def make_golden(reference: Engine, windows: NDArray[np.float32]) -> Golden:
+def make_golden(reference: Engine, windows: NDArray[np.float32], task: Task) -> Golden:
     """The window of `(N, C, X, Y, Z)` with the most foreground voxels, and its logits."""
-    best, most = None, -1
+    best, most, decision = None, -1, Decision.of(task)
     for image in windows.astype(np.float16).astype(np.float32):
         logits = reference.infer(image[None]).copy()
-        found = int(np.count_nonzero(logits.argmax(axis=1)))
+        found = int(np.count_nonzero(decision.classes(logits[0])))
         if found > most:
             best, most = Golden(image[None], logits), found
     assert best is not None, "a plan has at least one window"

@@ -1,8 +1,9 @@
 """The end of a graph of another trainer: logits, or what was computed from them.
 
-The runtime blends logits and takes the softmax itself where it needs probabilities. A softmax or
-log-softmax over the classes at the end of a graph is therefore left out: the most likely class and
-the probabilities of the runtime stay the same. Sigmoid and argmax lose what the runtime needs.
+The runtime blends logits and takes softmax or sigmoid itself where it needs probabilities. A
+softmax or log-softmax over the classes at the end of a graph is therefore left out, and a sigmoid
+if the spec says so: the decision and the probabilities of the runtime stay the same. Argmax loses
+what the runtime needs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from attnseg.runtime.errors import ExportError
+from attnseg.runtime.task import Activation
 
 LOGITS = "the output must be the logits, (batch, classes, x, y, z), before softmax or argmax"
 _CLASS_AXIS = 1
@@ -27,21 +29,20 @@ _DECIDED = ("ArgMax", "ArgMin", "Greater", "GreaterOrEqual", "Less", "LessOrEqua
 def overlapping(path: Path, cause: str) -> ExportError:
     """Error for a network with sigmoid outputs."""
     return ExportError(
-        f"{path}: {cause}; such outputs are regions that may overlap, which this version does not "
-        "run",
-        "give a network with one logit per label, the background included",
+        f"{path}: {cause}; such outputs are regions that may overlap",
+        "set activation to sigmoid in the spec, and outputs to the region of each channel",
     )
 
 
-def use_logits(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
-    """Leave out a softmax over the classes at the end of a graph, in place.
+def use_logits(path: Path, model: onnx.ModelProto, activation: Activation) -> tuple[str, ...]:
+    """Leave out the activation at the end of a graph, in place.
 
     Returns:
         A sentence on the change; empty if the graph was not changed.
 
     Raises:
-        ExportError: The graph ends in a sigmoid, in a decision such as argmax, or in a softmax over
-            another axis.
+        ExportError: The graph ends in another activation, in a decision such as argmax, or in a
+            softmax over another axis.
     """
     nodes = list(_tail(model))
     if not nodes:
@@ -50,8 +51,12 @@ def use_logits(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
     name = f"{last.op_type} ({last.name or last.output[0]})"
     if last.op_type in _DECIDED:
         raise ExportError(f"{path}: ends in {name}, so it outputs decisions", LOGITS)
-    if last.op_type in _SIGMOID:
+    if last.op_type in _SIGMOID and activation == "softmax":
         raise overlapping(path, f"ends in {name}")
+    if last.op_type in (*_SOFTMAX, "HardSigmoid") and activation == "sigmoid":
+        raise ExportError(f"{path}: ends in {name}, its spec names a sigmoid", LOGITS)
+    if last.op_type in _SIGMOID:
+        return (_left_out(last, name),)
     if last.op_type not in _SOFTMAX or any(n.op_type in _RESHAPING for n in nodes):
         return ()
     axis, over = _class_axis(nodes[:-1]), _softmax_axis(last, model)
@@ -59,12 +64,16 @@ def use_logits(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
         raise ExportError(
             f"{path}: ends in {name} over axis {over}, the classes are on axis {axis}", LOGITS
         )
-    source = last.input[0]
-    del last.attribute[:]
-    last.op_type = "Identity"
+    return (_left_out(last, name),)
+
+
+def _left_out(node: onnx.NodeProto, name: str) -> str:
+    """Make an activation the identity, and return a sentence on it."""
+    del node.attribute[:]
+    node.op_type = "Identity"
     return (
         f"The ONNX file ends in {name}. The bundle's graph leaves it out and outputs the logits, "
-        f"{source}.",
+        f"{node.input[0]}."
     )
 
 

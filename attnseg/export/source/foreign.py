@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from attnseg.export.graphs.graph import Graph
+from attnseg.export.graphs.norms import spell_out_norms
 from attnseg.export.source.ending import LOGITS, refuse_training_mode, use_logits
 from attnseg.export.source.onnx_file import load_onnx
 from attnseg.runtime.errors import ConfigError, ExportError
@@ -102,11 +103,12 @@ def read_foreign(path: Path, spec: ModelRecord) -> tuple[Graph, tuple[str, ...]]
         )
     refuse_training_mode(path, model)
     _check_end(path, inputs[0], len(spec.task.channels), "channels")
-    notes = use_logits(path, model)
-    _check_end(path, outputs[0], len(spec.task.labels), "labels")
+    notes = use_logits(path, model, spec.task.activation)
+    _check_end(path, outputs[0], spec.task.output_channels, "labels")
     _check_window(path, inputs[0], spec)
     inputs[0].type.tensor_type.shape.dim[1].dim_value = len(spec.task.channels)
     _name_nodes(model)
+    spell_out_norms(model)
     return Graph(model), notes
 
 

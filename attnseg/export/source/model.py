@@ -100,7 +100,7 @@ def _with_metadata(graph: Graph, record: ModelRecord) -> Graph:
     return Graph(model)
 
 
-def _source(
+def make_source(
     record: ModelRecord, graph: Graph, weights: bytes | None, reference: Engine, **known: Any
 ) -> Source:
     """A source whose manifest lists the graph alone; `known` are further manifest fields."""
@@ -132,7 +132,7 @@ def _from_checkpoint(model: TrainedModel, budget: Budget) -> Source:
         ),
         foreground_ml=model.preparation.foreground_ml,
     )
-    return _source(
+    return make_source(
         record,
         export_onnx(model.network),
         encode_weights(model),
@@ -147,7 +147,7 @@ def _from_checkpoint(model: TrainedModel, budget: Budget) -> Source:
 def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, Any], budget: Budget) -> Source:
     spec = dataclasses.replace(read_spec(spec_file), **words)
     graph, notes = read_foreign(path, spec)
-    source = _source(
+    source = make_source(
         spec,
         graph,
         None,

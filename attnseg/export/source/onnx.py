@@ -49,8 +49,11 @@ def fold_batch_norms(network: Network) -> Network:
     return folded
 
 
-def _tidy(model: onnx.ModelProto) -> None:
-    """Remove the exporter's metadata about the machine and the source code; name the dimensions."""
+def tidy(model: onnx.ModelProto) -> None:
+    """Remove the exporter's metadata about the machine and the source code; name the dimensions.
+
+    Dimensions of a fixed size keep it.
+    """
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -65,7 +68,8 @@ def _tidy(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
         for dim, name in zip((dims[0], *dims[2:]), ("batch", "x", "y", "z"), strict=True):
-            dim.dim_param = name
+            if not dim.HasField("dim_value"):
+                dim.dim_param = name
     model.graph.name = "attnseg"
 
 
@@ -101,6 +105,6 @@ def export_onnx(network: Network) -> Graph:
         )
     assert program is not None
     model = program.model_proto
-    _tidy(model)
+    tidy(model)
     onnx.checker.check_model(model, full_check=True)
     return Graph(model)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.model.bundle import Bundle
+from attnseg.runtime.steps.decide import Decision
 
 _SMALL_BYTES = 64 << 20  # size of the arrays up to which their compression does not matter
 _LARGEST_RATIO = 100  # of the sizes of larger arrays and their file
@@ -40,9 +41,11 @@ class Golden:
         """Maximum absolute error of an engine's logits, relative to the largest absolute logit."""
         return float(np.abs(logits - self.logits).max() / np.abs(self.logits).max())
 
-    def disagreement(self, logits: NDArray[np.float32]) -> float:
-        """Fraction of the voxels whose most likely class differs."""
-        return float(np.mean(logits.argmax(axis=1) != self.logits.argmax(axis=1)))
+    def disagreement(self, logits: NDArray[np.float32], decision: Decision) -> float:
+        """Fraction of the voxels whose class differs."""
+        pairs = zip(logits, self.logits, strict=True)
+        differ = [decision.classes(own) != decision.classes(known) for own, known in pairs]
+        return float(np.mean(differ))
 
 
 def encode_golden(golden: Golden) -> bytes:
@@ -84,7 +87,8 @@ def read_golden(bundle: Bundle) -> Golden:
         raise BundleError(
             f"{file}: holds no golden window ({reason})", "export it again"
         ) from error
-    channels, classes = len(bundle.manifest.task.channels), len(bundle.manifest.task.labels)
+    task = bundle.manifest.task
+    channels, classes = len(task.channels), task.output_channels
     space = image.shape[2:]
     expected = ((1, channels, *space), (1, classes, *space))
     if (image.shape, logits.shape) != expected or len(space) != 3:

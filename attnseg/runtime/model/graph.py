@@ -84,7 +84,7 @@ def check_graph(file: Path, content: bytes, task: Task) -> None:
             f"{file}: is damaged or not an ONNX file ({error})", "export the model again"
         ) from error
     _check_end(file, "input", inputs, len(task.channels), "channels")
-    _check_end(file, "output", outputs, len(task.labels), "labels")
+    _check_end(file, "output", outputs, task.output_channels, "outputs")
 
 
 def _tensors(model: memoryview) -> Iterator[memoryview]:

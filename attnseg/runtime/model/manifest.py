@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import Shape
+from attnseg.runtime.geometry import Shape, along_axes
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.windows import (
     LARGEST_WINDOW,
@@ -50,7 +50,8 @@ class Inference:
     Attributes:
         window: Number of voxels of a window along X, Y and Z, multiples of `window_multiple`.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
-        window_multiple: Number of voxels that the network's input sizes must be a multiple of.
+        window_multiple: Number of voxels that the network's input sizes must be a multiple of;
+            one number, or three along X, Y and Z.
         min_voxels: Minimum component size in voxels; the clean-up removes smaller ones.
         placement: Positions of the windows.
         weights: Weights of a window's voxels.
@@ -62,7 +63,7 @@ class Inference:
 
     window: Shape
     overlap: float
-    window_multiple: int
+    window_multiple: int | Shape
     min_voxels: int
     placement: Placement = "stride"
     weights: Weights = "gaussian"
@@ -75,8 +76,11 @@ class Inference:
         distinct = len(set(axes)) == len(axes) and set(axes) <= {0, 1, 2}
         _require(distinct, "inference.mirror_axes must be distinct axes from 0 to 2", axes)
         multiple = self.window_multiple
-        _require(multiple > 0, "inference.window_multiple must be positive", multiple)
-        fits = len(self.window) == 3 and all(s > 0 and s % multiple == 0 for s in self.window)
+        multiples = along_axes(multiple)
+        _require(min(multiples) > 0, "inference.window_multiple must be positive", multiple)
+        fits = len(self.window) == 3 and all(
+            s > 0 and s % m == 0 for s, m in zip(self.window, multiples, strict=True)
+        )
         _require(fits, f"inference.window is not a multiple of {multiple}", self.window)
         small = math.prod(self.window) <= LARGEST_WINDOW
         _require(small, f"inference.window has more than {LARGEST_WINDOW} voxels", self.window)

@@ -53,7 +53,7 @@ class _Sums:
         total = self._total[skipped:size, y, z].astype(np.float32)
         logits /= np.maximum(total, np.finfo(np.float32).tiny, out=total)
         if self._logits.dtype == np.float16:
-            logits = logits.astype(np.float16).astype(np.float32)
+            logits = np.asarray(logits.astype(np.float16), np.float32)
         for sums in (self._logits, self._total[None]):
             for planes in sums:
                 planes[: len(planes) - count] = planes[count:]

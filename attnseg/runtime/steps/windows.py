@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnseg.runtime.errors import ConfigError, Setting, VolumeError
-from attnseg.runtime.geometry import Box, Shape, Slices, format_size, shape_of
+from attnseg.runtime.geometry import Box, Shape, Slices, along_axes, format_size, shape_of
 
 LARGEST_WINDOW = 1 << 24
 """Largest number of voxels of a window: 256 along each axis."""
@@ -96,14 +96,15 @@ class WindowOptions:
         window: Number of voxels of a window along X, Y and Z; None for one window over the whole
             image.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
-        window_multiple: Number of voxels that the network's input sizes must be a multiple of.
+        window_multiple: Number of voxels that the network's input sizes must be a multiple of;
+            one number, or three along X, Y and Z.
         placement: Positions of the windows.
         blending: Combination of their logits.
     """
 
     window: Shape | None
     overlap: float = 0.25
-    window_multiple: int = 16
+    window_multiple: int | Shape = 16
     placement: Placement = "stride"
     blending: Blending = Blending()
 
@@ -114,8 +115,8 @@ class WindowOptions:
             VolumeError: The windows would be much larger than the image.
             ConfigError: There would be too many windows.
         """
-        multiple = self.window_multiple
-        window = self.window or shape_of([-(-s // multiple) * multiple for s in shape])
+        multiples = zip(shape, along_axes(self.window_multiple), strict=True)
+        window = self.window or shape_of([-(-s // m) * m for s, m in multiples])
         padded = math.prod(max(s, w) for s, w in zip(shape, window, strict=True))
         if padded > LARGEST_WINDOW and padded > _LARGEST_PADDING * math.prod(shape):
             raise VolumeError(

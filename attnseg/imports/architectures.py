@@ -1,0 +1,115 @@
+"""Networks that the plans of nnU-Net name, built from `dynamic-network-architectures`.
+
+Plans name classes; only those listed here are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attnseg.runtime.errors import ExportError
+
+_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+_LAYERS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        nn.Conv3d,
+        nn.InstanceNorm3d,
+        nn.BatchNorm3d,
+        nn.Dropout3d,
+        nn.LeakyReLU,
+        nn.ReLU,
+        nn.GELU,
+        nn.SiLU,
+    )
+}
+_PLANS_UNTIL_2_4 = {
+    "PlainConvUNet": "n_conv_per_stage",
+    "ResidualEncoderUNet": "n_blocks_per_stage",
+}
+
+
+def strides_of(settings: dict[str, Any]) -> Sequence[Sequence[int]]:
+    """Strides of each stage along the axes of an image."""
+    strides: Sequence[Sequence[int]] = _architecture(settings)[1]["strides"]
+    return strides
+
+
+def _architecture(settings: dict[str, Any]) -> tuple[str, dict[str, Any], Sequence[str]]:
+    """Class, arguments, and the names of the arguments that are classes."""
+    if "architecture" in settings:
+        found = settings["architecture"]
+        return (
+            str(found["network_class_name"]),
+            dict(found["arch_kwargs"]),
+            list(found["_kw_requires_import"]),
+        )
+    name = str(settings["UNet_class_name"])  # plans of nnU-Net before 2.5
+    stages = len(settings["n_conv_per_stage_encoder"])
+    first, most = settings["UNet_base_num_features"], settings["unet_max_num_features"]
+    arguments = {
+        "n_stages": stages,
+        "features_per_stage": [min(first * 2**stage, most) for stage in range(stages)],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": settings["conv_kernel_sizes"],
+        "strides": settings["pool_op_kernel_sizes"],
+        _PLANS_UNTIL_2_4.get(name, "n_conv_per_stage"): settings["n_conv_per_stage_encoder"],
+        "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return name, arguments, ["conv_op", "norm_op", "nonlin"]
+
+
+def build_nnunet(
+    folder: Path, settings: dict[str, Any], trainer: str, channels: int, outputs: int
+) -> nn.Module:
+    """Build the network of a configuration, without deep supervision.
+
+    Args:
+        folder: Model folder, for the texts of errors.
+        settings: Configuration of the plans.
+        trainer: Name of the trainer; `nnUNetTrainerBN` replaces the norms.
+        channels: Number of input channels.
+        outputs: Number of output channels.
+
+    Raises:
+        ExportError: The plans name a network or a layer that is not listed here, or arguments that
+            the network does not take.
+    """
+    from dynamic_network_architectures.architectures import unet
+
+    name, arguments, layers = _architecture(settings)
+    kind = name.rpartition(".")[2]
+    if kind not in _NETWORKS or not name.startswith(("dynamic_network_architectures.", kind)):
+        raise ExportError(
+            f"{folder}: the plans' network is {name}, a custom network",
+            f"import models with {' or '.join(_NETWORKS)}",
+        )
+    for argument in layers:
+        given = arguments.get(argument)
+        if given is not None:
+            arguments[argument] = _layer(folder, str(given))
+    if trainer == "nnUNetTrainerBN":
+        arguments |= {"norm_op": nn.BatchNorm3d, "norm_op_kwargs": {"eps": 1e-05, "affine": True}}
+    try:
+        network: nn.Module = getattr(unet, kind)(
+            input_channels=channels, num_classes=outputs, **arguments, deep_supervision=False
+        )
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ExportError(f"{folder}: the plans' network cannot be built ({error})") from error
+    return network
+
+
+def _layer(folder: Path, name: str) -> type[nn.Module]:
+    kind = name.rpartition(".")[2]
+    if kind not in _LAYERS or not name.startswith("torch.nn."):
+        raise ExportError(f"{folder}: the plans name the layer {name}, which is unknown")
+    return _LAYERS[kind]

@@ -1,0 +1,68 @@
+"""Import of a model: from its network and record to a bundle that passed the parity gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attnseg.export.export import Exported, ExportOptions, ExportProgress, export_source
+from attnseg.export.gate.samples import SampleSource
+from attnseg.export.source.model import Source, make_source
+from attnseg.imports.networks import network_graph
+from attnseg.imports.nnunet import read_nnunet
+from attnseg.runtime.model.manifest import ModelRecord
+from attnseg.trainer.engine import TorchEngine
+
+
+def _source(
+    record: ModelRecord, network: nn.Module, origin: dict[str, Any], options: ExportOptions
+) -> Source:
+    """Source of a network, whose reference is the network itself in PyTorch."""
+    words: dict[str, Any] = dict(options.words)
+    record = replace(record, **words)
+    graph = network_graph(network, len(record.task.channels), record.inference.window)
+    return make_source(
+        record,
+        graph,
+        None,
+        TorchEngine(network),
+        network=origin,
+        training=None,
+        validation=None,
+        budget=options.budget,
+    )
+
+
+def import_nnunet(
+    model: Path,
+    folder: Path,
+    folds: Sequence[str] = ("all",),
+    checkpoint: str = "final",
+    options: ExportOptions | None = None,
+    samples: SampleSource | None = None,
+    progress: ExportProgress | None = None,
+) -> Exported:
+    """Write a bundle of a model folder of nnU-Net.
+
+    Args:
+        model: Model folder; see `read_nnunet`, as for `folds` and `checkpoint`.
+        folder: Folder to write the bundle to; see `export_bundle`, as for the other arguments.
+        folds: Folds whose logits are averaged.
+        checkpoint: `final` or `best`.
+        options: Content of the bundle.
+        samples: Source of the cases that every precision is compared on.
+        progress: Callbacks that receive the progress.
+
+    Raises:
+        ExportError: The folder is no model that the runtime can run unchanged; nothing is written.
+    """
+
+    def read(given: ExportOptions) -> Source:
+        found = read_nnunet(model, folds, checkpoint)
+        return _source(found.record, found.network, found.origin, given)
+
+    return export_source(model, read, folder, options, samples, progress)
