@@ -15,6 +15,7 @@ from attnseg.cli.console import Manner, error_record, manner, print_document, pr
 from attnseg.cli.doctor import doctor
 from attnseg.cli.evaluate import evaluate, explain
 from attnseg.cli.export import export, inspect, verify
+from attnseg.cli.imports import monai, nnunet, torchscript
 from attnseg.cli.parameters import HeadedOption
 from attnseg.cli.run import demo, run
 from attnseg.cli.train import ablate, summary, train
@@ -99,6 +100,14 @@ _WITH_DOCUMENT = (run, evaluate, verify, inspect, summary, doctor)
 def main() -> None:
     """Train, export and run 3-D segmentation networks for medical scans."""
 
+
+@main.group(name="import", cls=_Group)
+def import_group() -> None:
+    """Make a bundle of a model of nnU-Net, MONAI or TorchScript, with its steps unchanged."""
+
+
+for _command in (nnunet, monai, torchscript):
+    _add(import_group, _command)
 
 for _command in (
     run,

@@ -10,98 +10,30 @@ from typing import Any
 import click
 
 from attnseg.cli.console import in_one_line, note, print_document, print_table, show
-from attnseg.cli.parameters import BUILD, PATH, WORDS, command, gate_options, option, output_option
+from attnseg.cli.parameters import (
+    PATH,
+    build_options,
+    command,
+    content_options,
+    gate_options,
+    option,
+    output_option,
+    word_options,
+)
 from attnseg.cli.progress import keeping, loading, stage_progress
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle
-
-
-def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
-    return None if value is None else value * 1_000_000
 
 
 @command()
 @click.argument("model", type=PATH, required=False)
 @output_option("attnseg-model", "Folder for the bundle.")
 @option("--overwrite", is_flag=True, help="Replace an existing bundle.")
-@option("--fp16", is_flag=True, help="Add an fp16 graph, and a TensorRT engine built from it.")
-@option("--int8", is_flag=True, help="Add an int8 graph and engine; needs --calibrate.")
-@option(
-    "--calibrate",
-    "calibration",
-    type=PATH,
-    metavar="FOLDER",
-    help="Folder of scans to calibrate the int8 graph on.",
-)
+@content_options
 @option("--spec", type=PATH, help="JSON file that describes the ONNX model (docs/export.md).")
-@option(
-    "--target",
-    multiple=True,
-    metavar="GPU",
-    heading=BUILD,
-    help="GPU to build an engine for: rtx2080ti, a100, rtx3090, rtxa6000, rtx4090, l40s, rtx5090, "
-    "dgx-spark, or a compute capability such as sm89; may be repeated.  [default with "
-    "--fp16 or --int8: rtx3090; with --builder tensorrt: this machine's]",
-)
-@option(
-    "--compatible",
-    "compatibility",
-    type=click.Choice(["same", "ampere+"]),
-    default="same",
-    show_default=True,
-    heading=BUILD,
-    help="GPUs that can run the engine: only the target, or all since Ampere.",
-)
-@option(
-    "--builder",
-    type=click.Choice(["tensorrt-rtx", "tensorrt", "none"]),
-    default="tensorrt-rtx",
-    show_default=True,
-    heading=BUILD,
-    help="Library that builds engines; tensorrt needs the target GPU in this machine.",
-)
-@option(
-    "--batch",
-    type=click.IntRange(1),
-    metavar="WINDOWS",
-    show_default="12 of 64x64x64 voxels, or as many voxels",
-    heading=BUILD,
-    help="Batch size of engines, in windows.",
-)
-@option(
-    "--io",
-    type=click.Choice(["fp16", "fp32"]),
-    default="fp16",
-    show_default=True,
-    heading=BUILD,
-    help="Data type of the fp16 graph's input and output.",
-)
-@option(
-    "--workspace",
-    "workspace_bytes",
-    type=click.IntRange(1),
-    callback=_parse_megabytes,
-    metavar="MB",
-    heading=BUILD,
-    help="Scratch memory that a layer may use.  [default: no limit]",
-)
-@option(
-    "--version-compatible",
-    is_flag=True,
-    heading=BUILD,
-    help="Build engines that later TensorRT versions can run (--builder tensorrt only).",
-)
-@option(
-    "--timing-cache",
-    type=PATH,
-    heading=BUILD,
-    help="TensorRT timing cache to read and write (--builder tensorrt only).",
-)
+@build_options
 @gate_options
-@option("--name", heading=WORDS, help="Name of the model, stored in the manifest.")
-@option("--description", heading=WORDS, help="Description of the model.")
-@option("--intended-use", heading=WORDS, help="Intended use of the model, such as 'Research only'.")
-@option("--sign", type=PATH, heading=WORDS, help="Private key to sign with (PEM, Ed25519).")
+@word_options
 @click.pass_context
 def export(
     ctx: click.Context, /, model: Path | None, output: Path, data: Path | None, **choices: Any
@@ -128,6 +60,12 @@ def export(
     with keeping(lambda: "no bundle was written"), stage_progress() as stages:
         progress = ExportProgress(stages.step, stages.part)
         exported = export_bundle(model, output, options, samples, progress)
+    print_exported(exported, output)
+    ctx.exit(1 if exported.left_out else 0)
+
+
+def print_exported(exported: Any, output: Path) -> None:
+    """Print the parity table of an `Exported`, its folder, and what was left out."""
     _print_report(exported.report)
     if exported.in_fp32:
         show(f"Kept in fp32 because they may overflow in fp16: {', '.join(exported.in_fp32)}")
@@ -135,7 +73,6 @@ def export(
     show(f"Bundle: {exported.bundle.folder}. Next: {following}")
     for error in exported.left_out:
         click.echo(f"error: {in_one_line(error)}", err=True)
-    ctx.exit(1 if exported.left_out else 0)
 
 
 def _print_report(report: Any) -> None:

@@ -188,6 +188,11 @@ def _files(settings: dict[str, Any], channel: dict[str, str]) -> dict[str, Path]
 @output_option("attnseg-out", "Folder for the results.")
 @bundle_option
 @overwrite_option
+@option(
+    "--probabilities",
+    is_flag=True,
+    help="Write CASE_prob.nii.gz, too: the probability of each region, a 4-D file.",
+)
 @segment_options
 @option("--t1", type=PATH, heading=MODALITIES, help="T1 file.")
 @option("--t1ce", type=PATH, heading=MODALITIES, help="Contrast-enhanced T1 file.")

@@ -11,9 +11,12 @@ from torch import nn
 
 from attnseg.export.export import Exported, ExportOptions, ExportProgress, export_source
 from attnseg.export.gate.samples import SampleSource
+from attnseg.export.graphs.graph import Graph
+from attnseg.export.source.foreign import read_spec
 from attnseg.export.source.model import Source, make_source
 from attnseg.imports.networks import network_graph
 from attnseg.imports.nnunet import read_nnunet
+from attnseg.imports.torchscript import read_torchscript, scripted_graph
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.trainer.engine import TorchEngine
 
@@ -25,6 +28,16 @@ def _source(
     words: dict[str, Any] = dict(options.words)
     record = replace(record, **words)
     graph = network_graph(network, len(record.task.channels), record.inference.window)
+    return _source_of_graph(record, graph, network, origin, options)
+
+
+def _source_of_graph(
+    record: ModelRecord,
+    graph: Graph,
+    network: nn.Module,
+    origin: dict[str, Any],
+    options: ExportOptions,
+) -> Source:
     return make_source(
         record,
         graph,
@@ -64,5 +77,38 @@ def import_nnunet(
     def read(given: ExportOptions) -> Source:
         found = read_nnunet(model, folds, checkpoint)
         return _source(found.record, found.network, found.origin, given)
+
+    return export_source(model, read, folder, options, samples, progress)
+
+
+def import_torchscript(
+    model: Path,
+    spec_file: Path,
+    folder: Path,
+    options: ExportOptions | None = None,
+    samples: SampleSource | None = None,
+    progress: ExportProgress | None = None,
+) -> Exported:
+    """Write a bundle of a TorchScript file.
+
+    Args:
+        model: File of `torch.jit.save`.
+        spec_file: JSON file that describes the model.
+        folder: Folder to write the bundle to; see `export_bundle`, as for the other arguments.
+        options: Content of the bundle.
+        samples: Source of the cases that every precision is compared on.
+        progress: Callbacks that receive the progress.
+
+    Raises:
+        ConfigError: The spec is invalid.
+        ExportError: The file is no TorchScript, or cannot be exported; nothing is written.
+    """
+
+    def read(given: ExportOptions) -> Source:
+        spec = read_spec(spec_file)
+        network = read_torchscript(model)
+        graph, notes = scripted_graph(model, network, spec)
+        source = _source_of_graph(spec, graph, network, {"torchscript": model.name}, given)
+        return replace(source, notes=notes)
 
     return export_source(model, read, folder, options, samples, progress)

@@ -12,6 +12,7 @@ MODULES = {
     "cpu": ("openvino", "onnxruntime"),
     "evaluate": ("matplotlib",),
     "train": ("filelock", "matplotlib", "safetensors", "tensorboard", "torch"),
+    "import": ("dynamic_network_architectures", "monai"),
     "export": (
         "cyclonedx",
         "filelock",

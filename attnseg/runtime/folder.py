@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from attnseg.runtime.case.nifti import encode_labels, read_volume
+from attnseg.runtime.case.nifti import encode_labels, encode_probabilities, read_volume
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import AttnsegError, OutputError, Setting, VolumeError
 from attnseg.runtime.files import LONGEST_NAME, remove_partial
@@ -77,7 +77,7 @@ def _check_output(case: Case, output: Path) -> None:
             f"{output}: is the folder of case {case.name}, whose label file could be overwritten",
             "choose another output folder",
         )
-    longest = max(len(name.encode()) for name in output_names(case.name).values())
+    longest = max(len(name.encode()) for name in output_names(case.name, True).values())
     if longest > LONGEST_NAME:
         raise OutputError(
             f"the name of the case is {len(case.name.encode())} bytes long, too long for a result",
@@ -101,11 +101,14 @@ def _finish(
 
     clock = StageClock()
     clock.elapsed_ms["load"] = loaded.elapsed_ms
-    volume, names = loaded.staged.volume, output_names(case.name)
+    volume = loaded.staged.volume
     result = pending.result()
+    probabilities = result.probabilities
+    names = output_names(case.name, probabilities is not None)
     clock.elapsed_ms.update(result.elapsed_ms)
     with clock.stage("encode"):
         labels = encode_labels(result.labels, volume)
+        maps = [] if probabilities is None else [encode_probabilities(probabilities, volume)]
     with clock.stage("picture"):
         picture = render_picture(
             volume,
@@ -117,7 +120,7 @@ def _finish(
     timed = replace(result, elapsed_ms=clock.elapsed_ms)
     provenance = Provenance(segmenter.bundle, result.engine, segmenter.plan.settings())
     report = make_report(case, volume, timed, provenance, labels)
-    contents = (labels, picture, encode_report(report))
+    contents = (labels, *maps, picture, encode_report(report))
     write_results(output, dict(zip(names.values(), contents, strict=True)), check_again)
     return CaseResult(case.name, "done", report)
 

@@ -126,11 +126,12 @@ class Plan:
         return {
             "tta": self.tta,
             "fuse": self.fuse,
-            "decide": "threshold" if self.decision.outputs else "argmax",
             "window": list(window) if window else "full",
             "overlap": self.windows.overlap,
             "min_voxels": self.min_voxels,
             "resample": self.rules.resample,
+            **({"decide": "threshold"} if self.decision != Decision.of(self.task) else {}),
+            **({"probabilities": True} if self.probabilities else {}),
         }
 
 

@@ -88,7 +88,13 @@ def read_foreign(path: Path, spec: ModelRecord) -> tuple[Graph, tuple[str, ...]]
             one output, is not 3-D or not fp32, its channels or window differ from the spec, it is
             in training mode, or it does not end in logits or their softmax.
     """
-    model = load_onnx(path)
+    return foreign_graph(path, load_onnx(path), spec)
+
+
+def foreign_graph(
+    path: Path, model: onnx.ModelProto, spec: ModelRecord
+) -> tuple[Graph, tuple[str, ...]]:
+    """Check a model that was read; see `read_foreign`. The model is modified."""
     constants = {initializer.name for initializer in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     outputs = list(model.graph.output)

@@ -27,6 +27,7 @@ from attnseg.runtime.threads import in_threads
 
 LABEL_DESCRIPTION = b"attnseg labels"
 """Value of the header field `descrip` in label files."""
+_PROBABILITY_DESCRIPTION = b"attnseg probabilities"
 SAME_GRID = 0.1
 """Largest distance between two grids that count as one, in voxels, at the farthest corner."""
 
@@ -209,27 +210,40 @@ def encode_labels(labels: NDArray[np.uint8], volume: Volume) -> bytes:
     Affines, orientation codes, voxel sizes and units are copied byte by byte from the header of the
     volume's file. Texts and extensions, which may identify a patient, are not copied.
     """
-    header = _label_header(labels, volume)
+    return _encode(labels, volume, LABEL_DESCRIPTION)
+
+
+def encode_probabilities(probabilities: NDArray[np.float32], volume: Volume) -> bytes:
+    """Encode probabilities `(R, X, Y, Z)` on the grid of `volume` as a gzipped 4-D NIfTI file.
+
+    The fourth axis of the file is that of the R regions. See `encode_labels` for the header.
+    """
+    return _encode(np.moveaxis(probabilities, 0, -1), volume, _PROBABILITY_DESCRIPTION)
+
+
+def _encode(array: NDArray[Any], volume: Volume, description: bytes) -> bytes:
+    header = _result_header(array, volume)
+    header["descrip"] = description
     padding = bytes(header.single_vox_offset - header.sizeof_hdr)
-    stored = header.binaryblock + padding + labels.tobytes(order="F")
+    stored = header.binaryblock + padding + array.tobytes(order="F")
     # No time stamp, so that the output is deterministic.
     return bytes(igzip.compress(stored, compresslevel=1, mtime=0))
 
 
-def _label_header(labels: NDArray[np.uint8], volume: Volume) -> nib.Nifti1Header:
-    """Header of a label file.
+def _result_header(array: NDArray[Any], volume: Volume) -> nib.Nifti1Header:
+    """Header of a file with an array `(X, Y, Z)` or `(X, Y, Z, R)` on the grid of a volume.
 
     The stored header is not repaired: a program that reads it in another way places the labels
     where it places the scan.
     """
     if volume.header is None:
-        return nib.Nifti1Image(labels, volume.affine).header  # with its sizes and affine
+        return nib.Nifti1Image(array, volume.affine).header  # with its sizes and affine
     header: nib.Nifti1Header = volume.header.copy()
-    header["dim"] = [3, *labels.shape, 1, 1, 1, 1]  # `set_data_shape` changes voxel sizes too
-    header.set_data_dtype(np.uint8)
+    sizes = (*array.shape, 1, 1, 1, 1)[:7]
+    header["dim"] = [array.ndim, *sizes]  # `set_data_shape` changes voxel sizes too
+    header.set_data_dtype(array.dtype)
     for text in {"data_type", "db_name", "intent_name", "aux_file", "unused_str"} & set(header):
         header[text] = b""
-    header["descrip"] = LABEL_DESCRIPTION
     header["cal_max"] = header["cal_min"] = 0
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["vox_offset"], header["magic"] = header.single_vox_offset, header.single_magic

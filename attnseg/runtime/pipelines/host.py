@@ -27,7 +27,7 @@ from attnseg.runtime.pipelines.sliding_window import collected, sweep
 from attnseg.runtime.steps.check import check_input
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.clock import StageClock, Step
-from attnseg.runtime.steps.decide import region_probabilities
+from attnseg.runtime.steps.decide import check_probabilities, region_probabilities
 from attnseg.runtime.steps.preprocess import Preprocessed, preprocess
 from attnseg.runtime.steps.restore import Planes, restored
 from attnseg.runtime.steps.tta import Fusion
@@ -140,6 +140,7 @@ class HostPipeline:
         plan, shape = self._plan, scan.result_box.shape
         found = _Decided(np.empty(shape, np.uint8), windows)
         if plan.probabilities:
+            check_probabilities(len(plan.task.regions), shape)
             found.probabilities = np.empty((len(plan.task.regions), *shape), np.float32)
         start = 0
         step = Step.RESAMPLE if scan.resampled else Step.BLEND

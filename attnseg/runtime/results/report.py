@@ -24,10 +24,11 @@ _ANOTHER_OR_OVERWRITE: tuple[Any, ...] = (
 )
 
 
-def output_names(case: str) -> dict[str, str]:
+def output_names(case: str, probabilities: bool = False) -> dict[str, str]:
     """File names of a case's results; the report comes last, as it marks the case as finished."""
     return {
         "labels": f"{case}_seg.nii.gz",
+        **({"probabilities": f"{case}_prob.nii.gz"} if probabilities else {}),
         "picture": f"{case}.png",
         "report": f"{case}.json",
     }
@@ -45,7 +46,7 @@ def earlier_report(folder: Path, case: Case, provenance: Provenance) -> dict[str
         OutputError: The folder holds a result of this name from another scan, model, engine or
             other options, one whose labels were changed, or files that attnseg did not write.
     """
-    names = output_names(case.name)
+    names = output_names(case.name, bool(provenance.settings.get("probabilities")))
     report = _read_json(folder / names["report"])
     present = [folder / name for name in names.values() if (folder / name).exists()]
     if report is None or "attnseg" not in report:
@@ -124,6 +125,7 @@ def make_report(
     case: Case, volume: Volume, result: Segmentation, provenance: Provenance, labels: bytes
 ) -> dict[str, Any]:
     """Report of one case as plain values for JSON; `labels` is the content of its label file."""
+    regions = list(provenance.bundle.manifest.task.regions)  # in the order of the fourth axis
     return {
         "case": case.name,
         "attnseg": __version__,
@@ -137,6 +139,7 @@ def make_report(
         "orientation": volume.orientation,
         "resampled_to_mm": list(result.resampled_to_mm) if result.resampled_to_mm else None,
         "volumes_ml": result.volumes_ml,
+        **({"probabilities": regions} if result.probabilities is not None else {}),
         "windows_per_pass": result.windows,
         "components_removed": result.components_removed,
         "elapsed_ms": {stage: round(ms, 1) for stage, ms in result.elapsed_ms.items()},

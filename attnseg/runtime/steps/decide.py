@@ -14,13 +14,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import ConfigError, Setting
 from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.task import Activation, Output, Task
 
 Decide = Literal["argmax", "threshold"]
 """Decision of a voxel: the class of the largest output, or thresholds on regions."""
-Floats = NDArray[np.floating]
+LARGEST_PROBABILITIES = 1 << 32
+"""Largest size of the probabilities of all regions of a scan, in bytes."""
 
 
 def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -162,3 +163,15 @@ def nested_outputs(task: Task) -> tuple[Output, ...]:
 def region_probabilities(values: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
     """Probability `(R, X, Y, Z)` of each region of a task, of those `(K, X, Y, Z)` of channels."""
     return np.stack([_summed(values, channels) for channels in region_channels(task).values()])
+
+
+def check_probabilities(regions: int, shape: Sequence[int]) -> None:
+    """Raise `ConfigError` if probabilities `(R, X, Y, Z)` would exceed `LARGEST_PROBABILITIES`."""
+    size = 4 * regions * math.prod(shape)
+    if size > LARGEST_PROBABILITIES:
+        raise ConfigError(
+            f"the probabilities of {regions} regions have {size / 2**30:.1f} GiB, more than "
+            f"{LARGEST_PROBABILITIES >> 30}",
+            "leave {} out",
+            Setting("probabilities"),
+        )
