@@ -98,15 +98,17 @@ class Grid:
             n / m if faces else w / s
             for n, m, w, s in zip(shape, target, wanted, spacing_mm, strict=True)
         )
-        separate = None
+        separate = back = None
         if self.separate_above is not None:
             separate = separate_axis(spacing_mm, wanted, self.separate_above)
+            back = separate_axis(wanted, spacing_mm, self.separate_above)
         return Sampling(
             source=shape_of(shape),
             target=target,
             scale=(i, j, k),
             offset=((i - 1) / 2, (j - 1) / 2, (k - 1) / 2) if faces else (0.0, 0.0, 0.0),
             separate=separate,
+            separate_back=back,
             aligned_faces=faces,
         )
 
@@ -145,6 +147,7 @@ class Sampling:
         scale: Distance of neighbouring voxels of the target, in voxels of the source.
         offset: Position of the target's first voxel, in voxels of the source.
         separate: Axis resampled by the nearest neighbour; None for none.
+        separate_back: The same for the sampling from the target back to the source.
         aligned_faces: Whether the outer faces of both grids coincide.
     """
 
@@ -153,6 +156,7 @@ class Sampling:
     scale: Spacing
     offset: Spacing
     separate: int | None = None
+    separate_back: int | None = None
     aligned_faces: bool = True
 
     @property
@@ -170,7 +174,8 @@ class Sampling:
             target=self.source,
             scale=(x[0], y[0], z[0]),
             offset=(x[1], y[1], z[1]),
-            separate=self.separate,
+            separate=self.separate_back,
+            separate_back=self.separate,
             aligned_faces=self.aligned_faces,
         )
 

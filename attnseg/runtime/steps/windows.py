@@ -224,7 +224,8 @@ def _nnunet_map(window: Shape) -> NDArray[np.float32]:
     point[tuple(size // 2 for size in window)] = 1
     sigma = [size * _SIGMA for size in window]
     smooth = ndimage.gaussian_filter(point, sigma, 0, mode="constant", cval=0)
-    rounded = (smooth / (smooth.max() / 10)).astype(np.float16)
+    single = (smooth / (smooth.max() / 10)).astype(np.float32)
+    rounded = single.astype(np.float16)  # twice, as PyTorch converts float64 to float16
     rounded[rounded == 0] = rounded[rounded > 0].min()
     found: NDArray[np.float32] = rounded.astype(np.float32)
     found.flags.writeable = False  # it is kept
