@@ -208,6 +208,14 @@ segment_options = together(
         "back on the scan's grid; never refuses them.",
     ),
     option(
+        "--skull-strip",
+        type=PATH,
+        metavar="BUNDLE",
+        heading=INPUT,
+        help="Bundle of a model that finds the brain in one channel; everything outside is set to "
+        "0 in all channels, for models of skull-stripped scans (docs/import.md).",
+    ),
+    option(
         "--strict",
         is_flag=True,
         heading=INPUT,

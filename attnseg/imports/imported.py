@@ -13,28 +13,33 @@ from attnseg.export.export import Exported, ExportOptions, ExportProgress, expor
 from attnseg.export.gate.samples import SampleSource
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.foreign import read_spec
-from attnseg.export.source.model import Source, make_source
+from attnseg.export.source.model import Source, graph_reference, make_source
 from attnseg.imports.networks import network_graph
 from attnseg.imports.nnunet import read_nnunet
-from attnseg.imports.torchscript import read_torchscript, scripted_graph
+from attnseg.imports.torchscript import (
+    check_same_function,
+    read_torchscript,
+    scripted_graph,
+)
+from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.trainer.engine import TorchEngine
 
 
-def _source(
+def _network_source(
     record: ModelRecord, network: nn.Module, origin: dict[str, Any], options: ExportOptions
 ) -> Source:
     """Source of a network, whose reference is the network itself in PyTorch."""
     words: dict[str, Any] = dict(options.words)
     record = replace(record, **words)
     graph = network_graph(network, len(record.task.channels), record.inference.window)
-    return _source_of_graph(record, graph, network, origin, options)
+    return _source(record, graph, TorchEngine(network), origin, options)
 
 
-def _source_of_graph(
+def _source(
     record: ModelRecord,
     graph: Graph,
-    network: nn.Module,
+    reference: Engine,
     origin: dict[str, Any],
     options: ExportOptions,
 ) -> Source:
@@ -42,7 +47,7 @@ def _source_of_graph(
         record,
         graph,
         None,
-        TorchEngine(network),
+        reference,
         network=origin,
         training=None,
         validation=None,
@@ -76,7 +81,7 @@ def import_nnunet(
 
     def read(given: ExportOptions) -> Source:
         found = read_nnunet(model, folds, checkpoint)
-        return _source(found.record, found.network, found.origin, given)
+        return _network_source(found.record, found.network, found.origin, given)
 
     return export_source(model, read, folder, options, samples, progress)
 
@@ -108,7 +113,13 @@ def import_torchscript(
         spec = read_spec(spec_file)
         network = read_torchscript(model)
         graph, notes = scripted_graph(model, network, spec)
-        source = _source_of_graph(spec, graph, network, {"torchscript": model.name}, given)
+        words: dict[str, Any] = dict(given.words)
+        reference: Engine = TorchEngine(network)
+        if notes:  # the network gives probabilities, and the bundle's graph logits
+            reference = graph_reference(model, graph)
+            check_same_function(model, network, reference, spec)
+        origin = {"torchscript": model.name}
+        source = _source(replace(spec, **words), graph, reference, origin, given)
         return replace(source, notes=notes)
 
     return export_source(model, read, folder, options, samples, progress)

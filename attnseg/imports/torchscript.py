@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -13,8 +15,11 @@ from torch import nn
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.foreign import foreign_graph
 from attnseg.export.source.onnx import INPUT, OUTPUT
+from attnseg.runtime.engines.base import Engine
 from attnseg.runtime.errors import ExportError
 from attnseg.runtime.model.manifest import ModelRecord
+from attnseg.runtime.steps.decide import Decision
+from attnseg.trainer.engine import TorchEngine
 
 _OPSET = 18  # of the exporter for TorchScript
 
@@ -28,11 +33,12 @@ def read_torchscript(path: Path) -> nn.Module:
     if not path.is_file():
         raise ExportError(f"{path}: is not a file", "give a file of torch.jit.save")
     try:
-        network: nn.Module = torch.jit.load(str(path), map_location="cpu").float().eval()
+        loaded: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise ExportError(
             f"{path}: is not TorchScript, or is damaged", "give a file of torch.jit.save"
         ) from error
+    network: nn.Module = loaded.float().eval()
     return network
 
 
@@ -46,7 +52,7 @@ def scripted_graph(
     """
     sizes = {0: "batch", 2: "x", 3: "y", 4: "z"}
     example = torch.zeros(1, len(spec.task.channels), *spec.inference.window)
-    written = io.BytesIO()
+    written: Any = io.BytesIO()  # which the exporter takes, and does not say so
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter is deprecated, and there is no other
@@ -64,3 +70,23 @@ def scripted_graph(
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{path}: PyTorch cannot export it to ONNX ({reason})") from error
     return foreign_graph(path, onnx.load_from_string(written.getvalue()), spec)
+
+
+_TOLERANCE = 1e-3  # of probabilities
+
+
+def check_same_function(path: Path, network: nn.Module, engine: Engine, spec: ModelRecord) -> None:
+    """Compare the probabilities of a graph with those that the network returns, on noise.
+
+    Raises:
+        ExportError: They differ by more than rounding.
+    """
+    shape = (1, len(spec.task.channels), *spec.inference.window)
+    window = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = Decision.of(spec.task).activate(engine.infer(window)[0])
+    expected = TorchEngine(network).infer(window)[0]
+    if (difference := float(np.abs(found - expected).max())) > _TOLERANCE:
+        raise ExportError(
+            f"{path}: its graph gives probabilities that differ by {difference:.1e} from its own",
+            "export it to ONNX, and give that file to attnseg export",
+        )

@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from attnseg.runtime.engines.select import EngineRequest
@@ -52,6 +53,8 @@ class SegmentOptions:
         resample: `auto` to resample scans whose voxel size is not the model's, or `never` to
             refuse them.
         strict: Whether warnings about a scan are errors.
+        skull_strip: Bundle of a model that finds the brain; voxels outside it are set to 0 in all
+            channels before the scan is checked. None for scans that are skull-stripped.
     """
 
     engine: str = "auto"
@@ -70,6 +73,7 @@ class SegmentOptions:
     stream: int | None = None
     resample: Resample = "auto"
     strict: bool = False
+    skull_strip: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Plan:
         engine: Requested engine, precision and device, and resource limits.
         fallback: `cpu` to continue on the CPU when the GPU fails; None to report an error.
         notes: Warnings about the engine, which apply to every result.
+        skull_strip: SHA-256 of the manifest of the model that finds the brain; empty for none.
     """
 
     rules: InputRules
@@ -99,6 +104,7 @@ class Plan:
     engine: EngineRequest
     fallback: Literal["cpu"] | None
     notes: tuple[str, ...] = ()
+    skull_strip: str = ""
 
     @property
     def task(self) -> Task:
@@ -132,6 +138,7 @@ class Plan:
             "resample": self.rules.resample,
             **({"decide": "threshold"} if self.decision != Decision.of(self.task) else {}),
             **({"probabilities": True} if self.probabilities else {}),
+            **({"skull_strip": self.skull_strip} if self.skull_strip else {}),
         }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
-from attnseg.runtime.case.volume import Volume
+from attnseg.runtime.case.volume import Volume, check_volume
 from attnseg.runtime.engines.base import Engine, EngineInfo
 from attnseg.runtime.errors import ConfigError, VolumeError
 from attnseg.runtime.model.bundle import Bundle
@@ -13,6 +14,8 @@ from attnseg.runtime.options import Plan, SegmentOptions, resolve
 from attnseg.runtime.pipelines.base import Pending, Progress, Segmentation, Staged
 from attnseg.runtime.pipelines.open import open_pipeline
 from attnseg.runtime.results.provenance import Provenance
+from attnseg.runtime.steps.check import check_channel_count
+from attnseg.runtime.strip import SkullStripper, mask_channel
 
 
 class Segmenter:
@@ -57,10 +60,23 @@ class Segmenter:
             kind = type(options).__name__
             raise ConfigError(f"options must be SegmentOptions, got {kind}")
         self.bundle = bundle
-        self.plan: Plan = resolve(options or SegmentOptions(), bundle.manifest)
+        options = options or SegmentOptions()
+        self.plan: Plan = resolve(options, bundle.manifest)
+        self._stripper = self._skull_stripper(options)
         opened = open_pipeline(bundle, self.plan, engine)
         self._pipeline, self.refusals = opened.pipeline, opened.refusals
         self._one_at_a_time = threading.Lock()
+
+    def _skull_stripper(self, options: SegmentOptions) -> SkullStripper | None:
+        """Open the model that finds the brain, and note it in the plan."""
+        if options.skull_strip is None:
+            return None
+        bundle = Bundle.load(options.skull_strip)
+        task, manifest = self.bundle.manifest.task, bundle.manifest
+        channel = mask_channel(task, manifest.task)
+        self.plan = replace(self.plan, skull_strip=bundle.sha256)
+        own = SegmentOptions(threads=options.threads, device=options.device)
+        return SkullStripper(Segmenter(bundle, own), channel, manifest.name)
 
     @property
     def engine(self) -> EngineInfo:
@@ -83,6 +99,10 @@ class Segmenter:
         if not isinstance(volume, Volume):
             kind = type(volume).__name__
             raise VolumeError(f"expected a Volume, got {kind}", "give Volume(channels, affine)")
+        if self._stripper is not None:
+            check_channel_count(volume, self.plan.task)
+            check_volume(volume)
+            volume = self._stripper.strip(volume)
         return self._pipeline.stage(volume)
 
     def submit(

@@ -151,7 +151,7 @@ def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, Any], budget: Bu
         spec,
         graph,
         None,
-        _reference(path, graph),
+        graph_reference(path, graph),
         network={"onnx": path.name},
         training=None,
         validation=None,
@@ -160,7 +160,7 @@ def _from_onnx(path: Path, spec_file: Path, words: Mapping[str, Any], budget: Bu
     return dataclasses.replace(source, notes=notes)
 
 
-def _reference(path: Path, graph: Graph) -> Engine:
+def graph_reference(path: Path, graph: Graph) -> Engine:
     """ONNX Runtime in fp32: the only reference available for an ONNX file."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / ONNX_FILE

@@ -136,10 +136,11 @@ class RangeJson(_Record):
     percentiles: tuple[float, float] | None = None
     target: tuple[float, float] = (0.0, 1.0)
     clip: bool = False
+    moments: tuple[float, float] | None = None
 
     def decode(self) -> Scheme:
         """The scheme."""
-        return Range(self.source, self.percentiles, self.target, self.clip)
+        return Range(self.source, self.percentiles, self.target, self.clip, self.moments)
 
 
 class NoneJson(_Record):
@@ -170,8 +171,8 @@ def _encode_scheme(scheme: Scheme) -> SchemeJson:
         numbers = {name: getattr(scheme, name) for name in ("low", "high", "mean", "std")}
         return ClipZScoreJson(scheme="clip-zscore", **numbers)
     if isinstance(scheme, Range):
-        values = {n: getattr(scheme, n) for n in ("source", "percentiles", "target", "clip")}
-        return RangeJson(scheme="range", **values)
+        names = ("source", "percentiles", "target", "clip", "moments")
+        return RangeJson(scheme="range", **{name: getattr(scheme, name) for name in names})
     if isinstance(scheme, Unchanged):
         return NoneJson(scheme="none")
     statistics: Statistics = "single" if isinstance(scheme, SingleZScore) else "double"

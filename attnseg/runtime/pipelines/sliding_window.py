@@ -51,22 +51,28 @@ class _Sums:
         size = min(until, before + self._plan.shape[0]) - self.first
         logits: NDArray[np.float32] = self._logits[:, skipped:size, y, z].astype(np.float32)
         total = self._total[skipped:size, y, z].astype(np.float32)
-        logits /= np.maximum(total, np.finfo(np.float32).tiny, out=total)
+        np.maximum(total, np.finfo(np.float32).tiny, out=total)
+        np.divide(logits, total, out=logits)
         if self._logits.dtype == np.float16:
             logits = np.asarray(logits.astype(np.float16), np.float32)
+        self._drop(count)
+        self.first = until
+        return logits
+
+    def _drop(self, count: int) -> None:
+        """Move the planes behind the first `count` ones to the front."""
         for sums in (self._logits, self._total[None]):
             for planes in sums:
                 planes[: len(planes) - count] = planes[count:]
                 planes[len(planes) - count :] = 0
-        self.first = until
-        return logits
 
 
 def _infer(engine: Engine, batch: NDArray[np.float32], plan: WindowPlan) -> NDArray[np.float32]:
     """Logits `(K, X, Y, Z)` of a window `(1, C, X, Y, Z)`, averaged over its mirror images."""
     mirrors = plan.blending.mirrors
     if len(mirrors) == 1:
-        return engine.infer(batch)[0]
+        single: NDArray[np.float32] = engine.infer(batch)[0]
+        return single
     total: NDArray[np.float32] | None = None
     for axes in mirrors:
         own = tuple(2 + axis for axis in axes)

@@ -190,6 +190,8 @@ class Range:
             None if `source` is given.
         target: Normalised values of the two intensities.
         clip: Whether values beyond the ends are clipped to `target`.
+        moments: Mean and standard deviation that the result is shifted and scaled to; None to leave
+            it.
 
     Raises:
         ConfigError: Both or neither of `source` and `percentiles` are given, or a pair is not
@@ -200,9 +202,16 @@ class Range:
     percentiles: tuple[float, float] | None = None
     target: tuple[float, float] = (0.0, 1.0)
     clip: bool = False
+    moments: tuple[float, float] | None = None
     foreground: Foreground = field(default="all", init=False)
 
     def __post_init__(self) -> None:
+        if self.moments is not None and not (
+            np.isfinite(self.moments).all() and self.moments[1] > 0
+        ):
+            raise ConfigError(
+                f"range.moments must be a mean and a positive std, got {self.moments}"
+            )
         if (self.source is None) == (self.percentiles is None):
             raise ConfigError("range needs either a source or percentiles")
         for name, pair in (("source", self.source), ("target", self.target)):
@@ -230,7 +239,12 @@ class Range:
             scaled = (values - low) / span * (last - first) + first
             return np.clip(scaled, first, last) if self.clip else scaled
 
-        return scale
+        if self.moments is None:
+            return scale
+        found = scale(foreground)
+        mean, std = (np.float32(moment) for moment in self.moments)
+        shift, factor = found.mean(), std / max(found.std(), np.float32(_LEAST_STD))
+        return lambda values: (scale(values) - shift) * factor + mean
 
     def curve(self, distribution: Distribution) -> Curve:
         """See `Scheme.curve`."""
