@@ -33,7 +33,9 @@ def read_torchscript(path: Path) -> nn.Module:
     if not path.is_file():
         raise ExportError(f"{path}: is not a file", "give a file of torch.jit.save")
     try:
-        loaded: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, and models are there
+            loaded: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise ExportError(
             f"{path}: is not TorchScript, or is damaged", "give a file of torch.jit.save"
