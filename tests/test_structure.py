@@ -21,6 +21,7 @@ FORBIDDEN = {
         "attnseg.evaluation",
         "attnseg.trainer",
         "attnseg.export",
+        "attnseg.imports",
         "attnseg.synthetic",
         "torch",
         *ABOVE,
@@ -28,7 +29,8 @@ FORBIDDEN = {
     "data": ("attnseg.evaluation", "attnseg.trainer", "attnseg.export", "torch", *ABOVE),
     "evaluation": ("attnseg.trainer", "attnseg.export", "torch", *ABOVE),
     "trainer": ("attnseg.export", *ABOVE),
-    "export": ("attnseg.cli",),
+    "export": ("attnseg.imports", "attnseg.cli"),
+    "imports": ("attnseg.cli",),
 }
 """What no file of a package imports."""
 
@@ -39,6 +41,8 @@ OPTIONAL = (
     "tensorrt",
     "tensorrt_rtx",
     "monai",
+    "dynamic_network_architectures",
+    "nnunetv2",
     "onnx",
     "onnxscript",
     "onnxruntime",

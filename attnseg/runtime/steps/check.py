@@ -17,6 +17,7 @@ from attnseg.runtime.geometry import AxisTransform, format_size
 from attnseg.runtime.steps.background import clean_background
 from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
+from attnseg.runtime.steps.normalise import ClipZScore, LandmarkMatching, Scheme, ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Task
@@ -31,6 +32,7 @@ _THICK = 2.0  # times the model's largest voxel edge, beyond which detail is mis
 _FEWEST_VOXELS = 5  # along an axis
 _FULL = 0.9  # fraction of non-zero voxels above which a background of 0 is unlikely
 _LEAST_RANGE = float(np.finfo(np.float32).tiny)  # of intensities; a smaller one overflows
+_LEAST_MRI = -500.0  # CT has air at -1000; resampled MRI is hardly below 0
 _WHICH_FILE = "check that the right file was given"
 
 
@@ -186,7 +188,9 @@ def clean_channels(
         deque(each(_check_varies, names, channels), maxlen=0)
     channels, doubts = _check_background(channels, names, volume, rules, each)
     _check_distinct(channels, names)
-    warnings = (*extremes, *doubts)
+    schemes = rules.preprocessing.normalisation
+    modality = _other_modality(channels, names, rules.task.channel_names, schemes)
+    warnings = (*extremes, *doubts, *modality)
     return replace(volume, channels=channels), warnings
 
 
@@ -219,6 +223,31 @@ def _check_background(
         "is likely wrong"
     )
     return channels, (warning,)
+
+
+def _other_modality(
+    channels: Sequence[NDArray[Any]],
+    labels: Sequence[str],
+    names: Sequence[str],
+    schemes: Sequence[Scheme],
+) -> tuple[str, ...]:
+    """Warnings about CT for a model of MRI, and the reverse, by the intensities."""
+    warnings = []
+    for channel, label, name, scheme in zip(channels, labels, names, schemes, strict=True):
+        lowest = float(channel[::2, ::2, ::2].min())
+        for_ct = isinstance(scheme, ClipZScore) and scheme.low < 0
+        if for_ct and lowest >= 0:
+            warnings.append(
+                f"{label}: no value is below 0, the model is for CT in Hounsfield units, in which "
+                "air is -1000: the result is likely wrong"
+            )
+        by_statistics = isinstance(scheme, ZScore | LandmarkMatching)
+        if by_statistics and lowest < _LEAST_MRI and "ct" not in name.lower():
+            warnings.append(
+                f"{label}: has values down to {lowest:g}, as CT has; the model is for intensities "
+                "of MRI: the result is likely wrong"
+            )
+    return tuple(warnings)
 
 
 def _check_varies(name: str, channel: NDArray[Any]) -> None:

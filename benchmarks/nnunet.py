@@ -1,0 +1,139 @@
+"""Time and memory of an imported nnU-Net model, beside nnU-Net's own predictor.
+
+    python -m benchmarks.nnunet MODEL_FOLDER BUNDLE FILE_0000.nii.gz [FILE_0001.nii.gz ...]
+        [--mirror] [--repeats 3] [--threads 2]
+
+Each run is a process of its own, from files to a label file, and the kinds take turns, since
+machines are shared: compare ratios. The labels of each kind are compared with nnU-Net's. Needs
+nnunetv2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import print_machine
+
+KINDS = ("nnunet", "fp32", "bf16")
+
+
+def run_nnunet(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
+    """Segment with `nnUNetPredictor`, write the labels, and return seconds per stage."""
+    for name in ("raw", "preprocessed", "results"):
+        os.environ.setdefault(f"nnUNet_{name}", os.curdir)
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.model
+    predictor = nnUNetPredictor(
+        device=torch.device("cpu"), use_mirroring=arguments.mirror, allow_tqdm=False
+    )
+    folds = tuple(int(path.name[5:]) for path in sorted(folder.glob("fold_[0-9]*")))
+    predictor.initialize_from_trained_model_folder(str(folder), folds, "checkpoint_final.pth")
+    reader = predictor.plans_manager.image_reader_writer_class()
+    began = time.perf_counter()
+    image, properties = reader.read_images([str(file) for file in arguments.files])
+    labels = predictor.predict_single_npy_array(image, properties)
+    reader.write_seg(labels, str(output), properties)
+    return {"case": time.perf_counter() - began}
+
+
+def run_attnseg(arguments: argparse.Namespace, precision: str, output: Path) -> dict[str, float]:
+    """Segment with the runtime, write the labels, and return seconds per stage."""
+    from attnseg import Segmenter, SegmentOptions
+    from attnseg.runtime.case.nifti import encode_labels, read_volume
+
+    options = SegmentOptions(
+        precision=precision,
+        engine="openvino",
+        threads=arguments.threads,
+        tta="model" if arguments.mirror else "none",
+    )
+    segmenter = Segmenter(arguments.bundle, options)
+    began = time.perf_counter()
+    volume = read_volume(arguments.files, arguments.threads)
+    result = segmenter.segment(volume)
+    output.write_bytes(encode_labels(result.labels, volume))
+    stages = {name: ms / 1000 for name, ms in result.elapsed_ms.items()}
+    return {"case": time.perf_counter() - began, **stages}
+
+
+def _child(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    kind, output = arguments.child, arguments.output
+    found = (
+        run_nnunet(arguments, output) if kind == "nnunet" else run_attnseg(arguments, kind, output)
+    )
+    found["with start"] = time.perf_counter() - began
+    found["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+def _start(kind: str, output: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.nnunet", *sys.argv[1:]]
+    ended = subprocess.run(
+        [*command, "--child", kind, "--output", str(output)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run every kind in turn, and print medians, ratios and the labels that differ."""
+    from attnseg.runtime.case.nifti import read_labels
+
+    print_machine()
+    rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    labels: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(arguments.repeats):
+            for kind in KINDS:
+                output = Path(scratch) / f"{kind}.nii.gz"
+                rows[kind].append(_start(kind, output))
+                labels[kind] = np.asarray(read_labels(output).channels[0])
+    foreground = int(np.count_nonzero(labels["nnunet"]))
+    print(f"{foreground} foreground voxels by nnU-Net; medians of {arguments.repeats}")
+    slowest = statistics.median(row["case"] for row in rows["nnunet"])
+    for kind, own in rows.items():
+        median = {name: statistics.median(row[name] for row in own) for name in own[0]}
+        differ = int(np.count_nonzero(labels[kind] != labels["nnunet"]))
+        stages = ", ".join(f"{name} {value:.2f}" for name, value in median.items())
+        print(f"{kind}: {slowest / median['case']:.2f}x, {differ} labels differ; {stages}")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--child", choices=KINDS)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.child:
+        _child(arguments)
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()
