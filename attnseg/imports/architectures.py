@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnseg.runtime.errors import ExportError
@@ -27,6 +28,8 @@ _LAYERS: dict[str, type[nn.Module]] = {
         nn.SiLU,
     )
 }
+_COUNTS = ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder")
+_MOST_STAGES, _MOST_CHANNELS = 64, 1 << 14
 _PLANS_UNTIL_2_4 = {
     "PlainConvUNet": "n_conv_per_stage",
     "ResidualEncoderUNet": "n_blocks_per_stage",
@@ -71,7 +74,9 @@ def _architecture(settings: dict[str, Any]) -> tuple[str, dict[str, Any], Sequen
 def build_nnunet(
     folder: Path, settings: dict[str, Any], trainer: str, channels: int, outputs: int
 ) -> nn.Module:
-    """Build the network of a configuration, without deep supervision.
+    """Build the network of a configuration, without deep supervision, and without weights.
+
+    Its parameters are on PyTorch's `meta` device until weights are assigned.
 
     Args:
         folder: Model folder, for the texts of errors.
@@ -99,13 +104,36 @@ def build_nnunet(
             arguments[argument] = _layer(folder, str(given))
     if trainer == "nnUNetTrainerBN":
         arguments |= {"norm_op": nn.BatchNorm3d, "norm_op_kwargs": {"eps": 1e-05, "affine": True}}
+    _check_size(folder, arguments)
     try:
-        network: nn.Module = getattr(unet, kind)(
-            input_channels=channels, num_classes=outputs, **arguments, deep_supervision=False
-        )
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ExportError(f"{folder}: the plans' network cannot be built ({error})") from error
+        with torch.device("meta"):
+            network: nn.Module = getattr(unet, kind)(
+                input_channels=channels, num_classes=outputs, **arguments, deep_supervision=False
+            )
+    except Exception as error:  # whatever the arguments lead to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ExportError(f"{folder}: the plans' network cannot be built ({reason})") from error
     return network
+
+
+def _check_size(folder: Path, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that make a network of more layers or channels than any has."""
+    left: list[Any] = list(arguments.values())
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            if len(value) > _MOST_STAGES:
+                raise ExportError(f"{folder}: the plans' network has {len(value)} stages")
+            left += value
+        elif isinstance(value, int) and abs(value) > _MOST_CHANNELS:
+            raise ExportError(f"{folder}: the plans' network has a layer of {value} channels")
+    for name in ("n_stages", *_COUNTS):
+        counts = arguments.get(name, 0)
+        for count in counts if isinstance(counts, list | tuple) else [counts]:
+            if isinstance(count, int) and count > _MOST_STAGES:
+                raise ExportError(f"{folder}: the plans' network has {name} {count}")
 
 
 def _layer(folder: Path, name: str) -> type[nn.Module]:

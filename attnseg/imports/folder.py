@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         ExportError: The file is missing or damaged, or unpickling it would run code.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check its CRCs
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its CRC")
         with torch.serialization.safe_globals(_numpy_scalars()):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -54,7 +58,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             f"{path}: wants to unpickle {wanted[1]}, which could run code",
             "save it again with tensors and plain values only",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged file can raise any type of exception
         raise ExportError(f"{path}: is not a checkpoint of PyTorch, or is damaged") from error
     if not isinstance(found, Mapping):
         raise ExportError(f"{path}: holds a {type(found).__name__}, not a dictionary of weights")

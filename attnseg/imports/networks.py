@@ -38,14 +38,15 @@ class Ensemble(nn.Module):
 
 
 def load_weights(path: Path, network: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
-    """Load weights into a network, which must have exactly these.
+    """Assign weights to a network, which must have exactly these.
 
     Raises:
         ExportError: Names or shapes of the weights are not those of the network.
     """
     try:
-        network.load_state_dict(dict(weights), strict=True)
-    except (RuntimeError, TypeError, ValueError) as error:
+        network.load_state_dict(dict(weights), strict=True, assign=True)
+        network.float()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()[1:2]]
         reason = f" ({lines[0][:160]})" if lines else ""
         raise ExportError(

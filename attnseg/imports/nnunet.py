@@ -71,8 +71,8 @@ def read_nnunet(folder: Path, folds: Sequence[str], checkpoint: str = "final") -
     files = _checkpoints(folder, folds, checkpoint)
     try:
         return _read(folder, plans, dataset, files)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ExportError(
             f"{folder}: plans.json or dataset.json are incomplete ({what})"
         ) from error

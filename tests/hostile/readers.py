@@ -17,6 +17,7 @@ READERS = {
     "bundle": "bundles.Bundles",
     "weights": "weights.Weights",
     "golden": "bundles.Reports",
+    "nnunet": "imports.NnUNetFolders",
 }
 """Module and class of each reader, which are imported in its child alone."""
 

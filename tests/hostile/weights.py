@@ -26,7 +26,7 @@ from tests.hostile.mutate import any_value, change_bytes, change_json, nested, p
 SMALL = NetworkConfig(widths=(2, 4), bottleneck=4)
 
 
-class _Executed:
+class Executed:
     """An object whose unpickling would write a file; none must ever exist."""
 
     def __init__(self, file: Path) -> None:
@@ -102,7 +102,7 @@ class Weights:
             value = pick(rng, (any_value(rng), torch.zeros(3), nested(900), {"a": torch.ones(1)}))
             _save(file, {**self.state, name: value})
         elif how < 0.6:
-            attack = _Executed(file.parent / "executed")
+            attack = Executed(file.parent / "executed")
             _save(file, {**self.state, pick(rng, list(plain)): attack})
         else:
             _save(file, self.state)

@@ -1,0 +1,56 @@
+"""Hostile model folders of nnU-Net."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from numpy.random import Generator
+
+from attnseg.imports.nnunet import read_nnunet
+from attnseg.runtime.options import SegmentOptions, resolve
+from tests.hostile.drive import SilentlyWrongError
+from tests.hostile.mutate import change_bytes, change_json, encode_json
+from tests.hostile.weights import Executed
+from tests.imports.models import REGIONS, NnUNetFolder
+
+
+class NnUNetFolders:
+    """`plans.json`, `dataset.json` and a checkpoint; accepted folders hold the original weights."""
+
+    def __init__(self, seeds: Path) -> None:
+        torch.set_num_threads(1)
+        self.folder = NnUNetFolder(labels=REGIONS, order=(1, 2)).write(seeds / "model")
+        self.checkpoint = Path("fold_0") / "checkpoint_final.pth"
+        self.stored = torch.load(self.folder / self.checkpoint, weights_only=False)
+
+    def make(self, rng: Generator, folder: Path) -> None:
+        """See `Reader.make`."""
+        model = folder / "model"
+        shutil.copytree(self.folder, model)
+        how = rng.random()
+        if how < 0.75:
+            name = "plans.json" if how < 0.55 else "dataset.json"
+            changed = change_json(rng, json.loads((model / name).read_text()), 1)
+            (model / name).write_bytes(encode_json(rng, changed))
+        elif how < 0.85:
+            attack = Executed(folder / "executed")
+            torch.save({**self.stored, "logging": attack}, model / self.checkpoint)
+        else:
+            file = model / self.checkpoint
+            file.write_bytes(change_bytes(rng, file.read_bytes()))
+
+    def read(self, folder: Path) -> None:
+        """See `Reader.read`."""
+        try:
+            found = read_nnunet(folder / "model", ["all"])
+        finally:
+            if (folder / "executed").exists():
+                raise SilentlyWrongError("code in the file was executed")
+        resolve(SegmentOptions(device="cpu"), found.record)
+        weights = found.network.state_dict()
+        for name, value in self.stored["network_weights"].items():
+            if not torch.equal(weights[f"networks.0.{name}"], value):
+                raise SilentlyWrongError(f"{name} was changed")
