@@ -34,6 +34,7 @@ def test_what_is_given_replaces_it() -> None:
     assert found.settings() == {
         "tta": "mirror8",
         "fuse": "mean",
+        "decide": "argmax",
         "window": [32, 32, 32],
         "overlap": 0.0,
         "min_voxels": 0,
@@ -51,7 +52,7 @@ def test_a_plan_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tta": "mirror"}, "tta mirror does not exist; choose none, paper, mirror8"),
+        ({"tta": "mirror"}, "tta mirror does not exist; choose none, paper, mirror8, model"),
         ({"fuse": "max"}, "fuse max does not exist; choose vote, mean"),
         ({"window": 0}, "window must be full or a multiple of 16 voxels, got 0"),
         ({"window": -8}, "window must be full or a multiple of 16 voxels, got -8"),

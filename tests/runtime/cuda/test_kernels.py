@@ -37,7 +37,8 @@ from attnseg.runtime.errors import EngineError
 from attnseg.runtime.geometry import AxisTransform, Box, Layout, shape_of
 from attnseg.runtime.pipelines.sliding_window import sliding_window
 from attnseg.runtime.steps.cleanup import remove_small_components
-from attnseg.runtime.steps.tta import PASSES, Fusion, argmax_classes
+from attnseg.runtime.steps.decide import Decision, argmax_classes
+from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
     WindowOptions,
     WindowPlan,
@@ -339,7 +340,7 @@ def test_blending_is_the_numpy_pipelines(device: Device, overlap: float) -> None
     plan = WindowOptions((8, 8, 8), overlap).plan(image.shape[1:])
     batch = gathered(device, image, IDENTITY, plan, half=False)
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-    expected = sliding_window(image, ENGINE, plan)
+    expected = sliding_window(image, ENGINE, plan, 4)
     single, first = (Blender(device, image.shape[1:], 4, passes) for passes in (1, 2))
     single.add(logits, plan, IDENTITY, vote=True)
     np.testing.assert_array_equal(single.classes, argmax_classes(expected))
@@ -380,7 +381,7 @@ def test_any_number_of_classes_is_argmaxed(device: Device, classes: int) -> None
 def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode: str) -> None:
     image = np.random.default_rng(6).standard_normal((3, 17, 9, 10)).astype(np.float32)
     options = WindowOptions((8, 8, 8), 0.25)
-    fusion = Fusion(mode)  # type: ignore[arg-type]
+    fusion = Fusion(mode, Decision("softmax", (), (0, 1, 2, 3), 4))  # type: ignore[arg-type]
     blender = Blender(device, image.shape[1:], 4, len(PASSES[scheme]))
     for transform in PASSES[scheme]:
         turned = transform.apply(image)
@@ -388,7 +389,8 @@ def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode
         batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
         blender.add(logits, plan, transform, mode == "vote")
-        fusion.add(transform.invert(sliding_window(np.ascontiguousarray(turned), ENGINE, plan)))
+        blended = sliding_window(np.ascontiguousarray(turned), ENGINE, plan, 4)
+        fusion.add(transform.invert(blended))
     np.testing.assert_array_equal(blender.classes, fusion.classes())
 
 

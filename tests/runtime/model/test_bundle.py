@@ -177,7 +177,7 @@ def test_folders_and_files_that_are_no_bundle_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version 3 is not known"),
+        ({"format_version": 4}, "format_version 4 is not known .*, which reads 1 to 3; install"),
         ({"format": "zip"}, "format: "),
         ({"colour": "red"}, "colour: Extra inputs"),
         ({"inference__colour": "red"}, r"inference\.colour"),
@@ -248,8 +248,47 @@ def test_a_manifest_that_is_no_json_is_refused(bundle_folder: Path, text: str) -
 
 def test_a_manifest_is_written_again_byte_for_byte() -> None:
     """So that a model that is exported again keeps the checksum that its results name."""
-    stored = (default_folder() / "manifest.json").read_bytes()
+    shipped = decode_manifest((default_folder() / "manifest.json").read_bytes())
+    stored = encode_manifest(shipped)
+    assert json.loads(stored)["format_version"] == 3
     assert encode_manifest(decode_manifest(stored)) == stored
+    assert decode_manifest(stored) == shipped
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_manifest_says_what_its_version_3_does(bundle_folder: Path, version: int) -> None:
+    """Every field that version 3 added has the value that the older versions meant."""
+    if version == 1:
+        as_version_1(bundle_folder)
+    older = (bundle_folder / "manifest.json").read_bytes()
+    assert json.loads(older)["format_version"] == version
+    stored = json.loads(encode_manifest(decode_manifest(older)))
+    added = {name: stored[name] for name in ("activation", "outputs", "axes", "order", "crop")}
+    assert added == {
+        "activation": "softmax",
+        "outputs": [],
+        "axes": "xyz",
+        "order": ["resample", "crop", "normalise"],
+        "crop": "nonzero",
+    }
+    assert stored["inference"] == {
+        **json.loads(older)["inference"],
+        "placement": "stride",
+        "weights": "gaussian",
+        "mirror_axes": [],
+        "accumulate": "single",
+        "empty_windows": "skip",
+    }
+    landmarks = json.loads(older)["normalisation"]["landmarks"]
+    assert stored["normalisation"] == [
+        {
+            "scheme": "landmarks",
+            "region": "nonzero",
+            "percentiles": landmarks["percentiles"],
+            "values": values,
+        }
+        for values in landmarks["values"]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,7 @@ def test_one_launch_never_gathers_more_than_an_index_can_count() -> None:
 
 
 def test_a_network_of_other_classes_is_refused(host: HostDevice) -> None:
-    with pytest.raises(BundleError, match="the network returns 3 classes, its manifest names 4"):
+    with pytest.raises(BundleError, match="the network returns 3 channels, its manifest names 4"):
         Segmenter(BUNDLE, SegmentOptions(), Through(host, LINEAR, classes=3))
 
 

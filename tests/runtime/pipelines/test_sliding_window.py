@@ -32,14 +32,15 @@ def test_blended_logits_are_those_of_monai(shape: tuple[int, ...], overlap: floa
         )
     engine = TorchEngine(network, torch.device("cpu"), "fp32")
     plan = WindowOptions((32, 32, 32), overlap, network.config.stride).plan(shape)
-    result = sliding_window(image[0].numpy(), engine, plan)
+    result = sliding_window(image[0].numpy(), engine, plan, 4)
     assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(result, expected[0].numpy(), atol=1e-4)
 
 
 def test_a_linear_network_is_not_changed_by_windows() -> None:
     image = np.random.default_rng(0).standard_normal((2, 50, 41, 23)).astype(np.float32)
-    result = sliding_window(image, LinearEngine(IDENTITY), plan_windows((50, 41, 23), (16,) * 3))
+    plan = plan_windows((50, 41, 23), (16,) * 3)
+    result = sliding_window(image, LinearEngine(IDENTITY), plan, 2)
     np.testing.assert_allclose(result, image, atol=1e-5)
 
 
@@ -47,7 +48,7 @@ def test_windows_without_brain_are_skipped_and_give_background() -> None:
     image = np.zeros((2, 64, 16, 16), np.float32)
     image[1, :4] = 1
     engine = LinearEngine(IDENTITY)
-    result = sliding_window(image, engine, plan_windows((64, 16, 16), (16,) * 3, 0))
+    result = sliding_window(image, engine, plan_windows((64, 16, 16), (16,) * 3, 0), 2)
     assert engine.calls == 1
     assert np.all(result[:, 16:] == 0)
     assert np.all(result.argmax(axis=0)[4:] == 0)
@@ -57,9 +58,10 @@ def test_windows_without_brain_are_skipped_and_give_background() -> None:
 def test_an_image_of_zeros_runs_no_window() -> None:
     engine = LinearEngine(IDENTITY)
     result = sliding_window(
-        np.zeros((2, 9, 9, 9), np.float32), engine, WindowOptions(None).plan((9, 9, 9))
+        np.zeros((2, 9, 9, 9), np.float32), engine, WindowOptions(None).plan((9, 9, 9)), 2
     )
     assert engine.calls == 0
+    assert result.shape == (2, 9, 9, 9)
     assert not result.any()
 
 
@@ -68,7 +70,7 @@ def test_the_full_window_is_one_pass_over_the_padded_image() -> None:
     engine = LinearEngine(IDENTITY)
     plan = WindowOptions(None, window_multiple=16).plan(image.shape[1:])
     assert plan.padded_shape == (48, 16, 16)
-    np.testing.assert_allclose(sliding_window(image, engine, plan), image, atol=1e-6)
+    np.testing.assert_allclose(sliding_window(image, engine, plan, 2), image, atol=1e-6)
     assert engine.calls == 1
 
 
@@ -77,7 +79,7 @@ def test_progress_and_clock_are_told() -> None:
     clock = StageClock()
     image = np.ones((2, 32, 16, 16), np.float32)
     plan = plan_windows((32, 16, 16), (16,) * 3, 0)
-    sliding_window(image, LinearEngine(IDENTITY), plan, shares.append, clock)
+    sliding_window(image, LinearEngine(IDENTITY), plan, 2, shares.append, clock)
     assert shares == [0.5, 1]
     assert set(clock.elapsed_ms) == {"network", "blend"}
 
@@ -86,4 +88,4 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     engine = LinearEngine(np.array([[np.inf, 0], [0, 1]], np.float32))
     image = np.ones((2, 16, 16, 16), np.float32)
     with pytest.raises(EngineError, match="returned logits that are not finite in fp32"):
-        sliding_window(image, engine, plan_windows((16,) * 3, (16,) * 3))
+        sliding_window(image, engine, plan_windows((16,) * 3, (16,) * 3), 2)

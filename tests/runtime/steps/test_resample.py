@@ -12,15 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.errors import BundleError, ConfigError, VolumeError
-from attnseg.runtime.geometry import Box
+from attnseg.runtime.geometry import Box, Shape
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.manifest import Inference, Manifest
 from attnseg.runtime.steps.normalise import ZScore
-from attnseg.runtime.steps.preprocess import Preprocessing
-from attnseg.runtime.steps.resample import Grid, resample, resample_volume, restore_logits
+from attnseg.runtime.steps.preprocess import Preprocessed, Preprocessing
+from attnseg.runtime.steps.resample import Grid, resample, resample_volume
+from attnseg.runtime.steps.restore import restored
 from attnseg.runtime.task import Channel, Label, Task
 from tests.bundles import small_graph, write_bundle
 from tests.conftest import LinearEngine
@@ -65,10 +67,12 @@ def test_a_grid_is_one_shape_or_one_spacing(fields: dict[str, Any], message: str
 
 
 def test_the_shape_of_a_spacing_covers_the_same_space() -> None:
-    volume = Volume([np.zeros((10, 7, 5))], np.diag([1.0, 2.0, 3.0, 1.0]))
-    assert Grid(spacing_mm=(2.0, 2.0, 2.0)).shape_for(volume) == (5, 7, 8)  # 7.5 rounds to even
-    assert Grid(spacing_mm=(99.0, 99.0, 99.0)).shape_for(volume) == (2, 2, 2)
-    assert Grid(shape=(3, 4, 5)).shape_for(volume) == (3, 4, 5)
+    def shape_on(grid: Grid) -> Shape:
+        return grid.sampling((10, 7, 5), (1.0, 2.0, 3.0)).target
+
+    assert shape_on(Grid(spacing_mm=(2.0, 2.0, 2.0))) == (5, 7, 8)  # 7.5 rounds to even
+    assert shape_on(Grid(spacing_mm=(99.0, 99.0, 99.0))) == (2, 2, 2)
+    assert shape_on(Grid(shape=(3, 4, 5))) == (3, 4, 5)
 
 
 def test_halving_and_doubling_by_hand() -> None:
@@ -113,7 +117,7 @@ def test_resampling_leaves_the_outer_faces_where_they_were(
     volume = Volume([noise(shape), noise(shape, 1)], affine)
     moved = resample_volume(volume, grid)
     np.testing.assert_allclose(corners_mm(moved), corners_mm(volume), atol=1e-9)
-    assert moved.shape == grid.shape_for(volume)
+    assert moved.shape == grid.sampling(volume.shape, volume.spacing_mm).target
     assert moved.orientation == volume.orientation
     assert len(moved.channels) == 2
 
@@ -142,28 +146,66 @@ def test_no_grid_and_the_own_shape_change_nothing() -> None:
     np.testing.assert_array_equal(own.affine, volume.affine)
 
 
+def put_back(
+    logits: np.ndarray, box: Box, grid_shape: Shape, shape: Shape, parts: tuple[int, ...] = ()
+) -> np.ndarray:
+    """Restored logits of a box of a grid, which are handed over in parts that end at `parts`."""
+    scan = Preprocessed(
+        image=logits,
+        box=box,
+        box_on_grid=True,
+        grid_shape=grid_shape,
+        shape=shape,
+        sampling=Grid(shape=grid_shape).sampling(shape, (1.0, 1.0, 1.0)),
+        back="logits",
+    )
+    whole = np.concatenate(list(restored(np.split(logits, parts, axis=1), scan)), axis=1)
+    assert whole.dtype == np.float32
+    assert scan.result_box == Box.whole(shape)
+    return whole
+
+
 def test_logits_of_a_box_are_put_back_where_it_lay() -> None:
     logits = np.stack([np.full((2, 2, 2), -3.0), np.full((2, 2, 2), 3.0)]).astype(np.float32)
-    box = Box((1, 0, 2), (3, 2, 4))
-    restored = restore_logits(logits, box, (4, 4, 4), (8, 8, 8))
-    assert (restored.shape, restored.dtype) == ((2, 8, 8, 8), np.float32)
+    whole = put_back(logits, Box((1, 0, 2), (3, 2, 4)), (4, 4, 4), (8, 8, 8))
+    assert whole.shape == (2, 8, 8, 8)
     expected = np.zeros((8, 8, 8), int)
     expected[2:6, 0:4, 4:8] = 1
     inside = np.zeros((8, 8, 8), bool)
     inside[3:5, 0:3, 5:8] = True  # not interpolated with voxels outside the box
-    assert (restored[1][inside] == 3).all() and (restored[0][inside] == -3).all()
+    assert (whole[1][inside] == 3).all() and (whole[0][inside] == -3).all()
     far = np.ones((8, 8, 8), bool)
     far[1:7, 0:5, 3:8] = False
-    assert not restored[:, far].any()
-    assert (restored.argmax(axis=0)[expected == 1] == 1).all()
+    assert not whole[:, far].any()
+    assert (whole.argmax(axis=0)[expected == 1] == 1).all()
 
 
 def test_logits_on_the_scans_own_shape_are_put_back_exactly() -> None:
     logits = noise((3, 2, 3, 4))
     box = Box((1, 0, 0), (3, 3, 4))
-    restored = restore_logits(logits, box, (4, 4, 4), (4, 4, 4))
-    np.testing.assert_array_equal(restored[(slice(None), *box.slices())], logits)
-    assert np.count_nonzero(restored) == logits.size
+    whole = put_back(logits, box, (4, 4, 4), (4, 4, 4))
+    assert whole.shape == (3, 4, 4, 4)
+    np.testing.assert_array_equal(whole[(slice(None), *box.slices())], logits)
+    assert np.count_nonzero(whole) == logits.size
+
+
+@given(
+    ends=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(4, 7))] * 3),
+    shape=shapes.filter(lambda shape: shape != (7, 7, 7)),
+    part=st.integers(1, 3),
+)
+def test_logits_are_put_back_as_scipy_resamples_the_whole_grid(
+    ends: tuple[tuple[int, int], ...], shape: tuple[int, int, int], part: int
+) -> None:
+    x, y, z = ends
+    box = Box((x[0], y[0], z[0]), (x[1], y[1], z[1]))
+    logits = noise((2, *box.shape))
+    grid = np.zeros((2, 7, 7, 7))
+    grid[(slice(None), *box.slices())] = logits
+    factors = [size / 7 for size in shape]
+    expected = [ndimage.zoom(k, factors, order=1, mode="nearest", grid_mode=True) for k in grid]
+    whole = put_back(logits, box, (7, 7, 7), shape, tuple(range(part, box.shape[0], part)))
+    np.testing.assert_allclose(whole, expected, atol=1e-6)
 
 
 def ball_manifest(grid: Grid | None) -> Manifest:
@@ -304,7 +346,7 @@ def test_a_grid_that_is_none_is_refused(tmp_path: Path, grid: dict[str, Any], me
 
 
 def test_a_spacing_that_makes_more_voxels_than_any_scan_has_is_refused() -> None:
-    volume = Volume(np.zeros((1, 100, 100, 100), np.float32), np.eye(4))
-    assert Grid(spacing_mm=(0.2, 0.2, 0.2)).shape_for(volume) == (500, 500, 500)
+    scan = ((100, 100, 100), (1.0, 1.0, 1.0))
+    assert Grid(spacing_mm=(0.2, 0.2, 0.2)).sampling(*scan).target == (500, 500, 500)
     with pytest.raises(ConfigError, match=r"to 2000 x 2000 x 2000 voxels, .*larger spacing"):
-        Grid(spacing_mm=(0.05, 0.05, 0.05)).shape_for(volume)
+        Grid(spacing_mm=(0.05, 0.05, 0.05)).sampling(*scan)

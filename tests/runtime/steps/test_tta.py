@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.steps.tta import PASSES, Fusion, argmax_classes
+from attnseg.runtime.steps.decide import Decision, argmax_classes
+from attnseg.runtime.steps.tta import PASSES, Fusion
+
+def labels(count: int) -> Decision:
+    """The argmax of so many labels."""
+    return Decision("softmax", (), tuple(range(count)), count)
+
 
 TRANSFORMS = [t for scheme in PASSES.values() for t in scheme]
 
@@ -35,7 +41,7 @@ def test_mirror8_is_every_combination_of_flips_once() -> None:
 
 def test_a_vote_without_passes_is_refused() -> None:
     with pytest.raises(ConfigError, match="no pass"):
-        Fusion("vote").classes()
+        Fusion("vote", labels(2)).classes()
 
 
 @settings(max_examples=50)
@@ -49,7 +55,7 @@ def one_voxel(*probabilities: tuple[float, ...]) -> list[np.ndarray]:
 
 
 def fuse(mode: str, logits: list[np.ndarray]) -> int:
-    fusion = Fusion(mode)
+    fusion = Fusion(mode, labels(len(logits[0])))
     for each in logits:
         fusion.add(each)
     return int(fusion.classes()[0, 0, 0])
@@ -77,7 +83,7 @@ def test_a_tie_in_probability_too_goes_to_the_lowest_index() -> None:
 @settings(max_examples=40)
 @given(hnp.arrays(np.float32, (5, 3, 2, 2, 2), elements=st.floats(-4, 4, width=32)))
 def test_the_vote_is_a_plain_count_with_tie_break(passes_: np.ndarray) -> None:
-    fusion = Fusion("vote")
+    fusion = Fusion("vote", labels(3))
     for logits in passes_:
         fusion.add(logits)
     exponential = np.exp(passes_.astype(np.float64))
