@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnseg.runtime.case.volume import Volume
-from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.errors import ConfigError, DependencyError
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.synthetic import make_case
 from attnseg.trainer.baselines import DeepMedic, UNet3d
@@ -20,7 +21,10 @@ from attnseg.trainer.model import MODELS, Cbam, DilatedConv, NetworkConfig, netw
 from attnseg.trainer.networks import build_network, count_macs, count_parameters
 from tests.conftest import PLAIN
 
-TINY_WIDTHS = dict.fromkeys(MODELS, ((8, 16), 16)) | {"deepmedic": ((4,) * 8, 8)}
+TINY_WIDTHS = dict.fromkeys(MODELS, ((8, 16), 16)) | {
+    "deepmedic": ((4,) * 8, 8),
+    "unetplusplus": ((4, 4, 8, 8), 8),
+}
 TINY = {
     **{n: replace(MODELS[n], widths=w, bottleneck=b) for n, (w, b) in TINY_WIDTHS.items()},
     **{a: NetworkConfig(widths=(8, 16), bottleneck=16, attention=a) for a in ("se", "cbam")},
@@ -74,7 +78,7 @@ def test_the_coarse_pathway_sees_four_times_as_far() -> None:
 
 
 def test_a_window_costs_about_as_much_in_every_row_of_the_table() -> None:
-    costs = {n: count_macs(build_network(MODELS[n]), 32) for n in ("unet3d", "deepmedic")}
+    costs = {n: count_macs(build_network(MODELS[n]), 32) for n in MODELS}
     own = count_macs(build_network(MODELS["attnresunet"]), 32)
     assert all(0.8 < cost / own < 1.25 for cost in costs.values()), costs
 
@@ -84,8 +88,10 @@ def test_each_network_gives_logits_of_the_inputs_size(name: str) -> None:
     config = replace(TINY[name], in_channels=3, classes=5)
     network = build_network(config)
     assert network.config is config
-    assert network(torch.zeros(2, 3, 8, 12, 16)).shape == (2, 5, 8, 12, 16)
-    assert config.stride == 4
+    stride = 16 if name == "unetplusplus" else 4
+    assert config.stride == stride
+    shape = (2 * stride, 3 * stride, 4 * stride)
+    assert network(torch.zeros(2, 3, *shape)).shape == (2, 5, *shape)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +101,8 @@ def patch() -> tuple[Tensor, Tensor]:
     scan = preprocess(Volume(case.images, case.affine), PLAIN)
     labels = np.array([0, 1, 2, 0, 3])[case.labels[scan.box.slices()]]
     centre = np.argwhere(labels > 0).mean(axis=0).astype(int)
-    low = [min(max(0, c - 12), n - 24) for c, n in zip(centre, labels.shape, strict=True)]
-    box = tuple(slice(start, start + 24) for start in low)
+    low = [min(max(0, c - 16), n - 32) for c, n in zip(centre, labels.shape, strict=True)]
+    box = tuple(slice(start, start + 32) for start in low)
     return torch.from_numpy(scan.image[(slice(None), *box)])[None], torch.from_numpy(labels[box])
 
 
@@ -104,10 +110,12 @@ def patch() -> tuple[Tensor, Tensor]:
 def test_each_network_learns_a_phantom(name: str, patch: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     network = build_network(TINY[name]).train()
+    cut = slice(None) if network.config.stride == 16 else slice(4, 28)
+    image, labels = (part[..., cut, cut, cut] for part in patch)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
-        loss = segmentation_loss(network(patch[0]), patch[1][None])
+        loss = segmentation_loss(network(image), labels[None])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -118,11 +126,21 @@ def test_each_network_learns_a_phantom(name: str, patch: tuple[Tensor, Tensor]) 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "vnet"}, "Input should be 'attnresunet', 'unet3d' or 'deepmedic'"),
+        ({"architecture": "vnet"}, "should be 'attnresunet', .* or 'unetplusplus'"),
         ({"architecture": "unet3d"}, "unet3d has no attention and no multi-scale module"),
         (
             {"architecture": "deepmedic", "attention": "none", "multi_scale": False},
             r"deepmedic needs 8 widths, got \(12, 24, 48, 96\)",
+        ),
+        ({"architecture": "deeplabv3"}, "deeplabv3 has no attention and no multi-scale module"),
+        (
+            {
+                "architecture": "unetplusplus",
+                "attention": "none",
+                "multi_scale": False,
+                "widths": [8, 16],
+            },
+            r"unetplusplus needs 4 widths, got \(8, 16\)",
         ),
     ],
     ids=str,
@@ -132,12 +150,24 @@ def test_what_a_baseline_does_not_have_is_refused(fields: dict[str, object], mes
         NetworkConfig.from_dict(fields)
 
 
+def test_a_network_that_needs_monai_says_so_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "monai.networks.nets.basic_unetplusplus", None)
+    with pytest.raises(DependencyError, match="network unetplusplus needs MONAI; "):
+        build_network(TINY["unetplusplus"])
+
+
 def test_models_and_presets_are_found_by_name() -> None:
     assert network_settings(None, None) == NetworkConfig()
     assert network_settings("deepmedic", None) is MODELS["deepmedic"]
     assert network_settings("attnresunet", "wide16").widths == (16, 32, 64, 128)
     for model, preset, message in (
-        ("vnet", None, "model vnet does not exist; choose unet3d, deepmedic, resunet"),
+        (
+            "vnet",
+            None,
+            "vnet does not exist; choose unet3d, deepmedic, .*, unetplusplus, resunet, attnresunet",
+        ),
         (None, "huge", "preset huge does not exist; choose paper, wide16"),
         ("unet3d", "paper", "preset paper is for attnresunet, not for unet3d"),
     ):

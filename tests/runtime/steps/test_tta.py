@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.steps.decide import Decision, argmax_classes
-from attnseg.runtime.steps.tta import PASSES, Fusion
+from attnseg.runtime.steps.tta import PASSES, Fusion, passes_of
+
 
 def labels(count: int) -> Decision:
     """The argmax of so many labels."""
@@ -37,6 +40,35 @@ def test_mirror8_is_every_combination_of_flips_once() -> None:
     array = np.arange(24).reshape(2, 3, 4)
     results = {t.apply(array).tobytes() for t in PASSES["mirror8"]}
     assert len(results) == len(PASSES["mirror8"]) == 8
+
+
+def test_passes_of_an_image_with_axes_zyx_by_hand() -> None:
+    """The mirror still swaps left and right, and the quarter turn is still axial."""
+    volume = np.arange(24).reshape(2, 3, 4)
+    image = volume.transpose(2, 1, 0)
+    identity, mirror, turn = passes_of("paper", (2, 1, 0))
+    np.testing.assert_array_equal(identity.apply(image), image)
+    np.testing.assert_array_equal(mirror.apply(image), image[:, :, ::-1])
+    np.testing.assert_array_equal(turn.apply(image), np.rot90(image, axes=(2, 1)))
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
+def test_passes_turn_the_volume_alike_whatever_the_axes_of_the_image(
+    name: str, axes: tuple[int, int, int]
+) -> None:
+    volume = np.arange(24).reshape(2, 3, 4)
+    passes = passes_of(name, axes)
+    assert len(passes) == len(PASSES[name])
+    for own, plain in zip(passes, PASSES[name], strict=True):
+        image = volume.transpose(axes)
+        np.testing.assert_array_equal(own.apply(image), plain.apply(volume).transpose(axes))
+        np.testing.assert_array_equal(own.invert(own.apply(image)), image)
+
+
+def test_the_models_own_augmentation_is_a_single_pass() -> None:
+    """Its windows are mirrored one by one."""
+    assert passes_of("model", (0, 1, 2)) == passes_of("none", (0, 1, 2)) == PASSES["none"]
 
 
 def test_a_vote_without_passes_is_refused() -> None:

@@ -8,17 +8,24 @@ from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map, dense_patch_slices
 
 from attnseg.runtime.errors import ConfigError, VolumeError
-from attnseg.runtime.steps.windows import WindowOptions, importance_map, plan_windows
+from attnseg.runtime.steps.windows import (
+    Blending,
+    Placement,
+    Weights,
+    WindowOptions,
+    importance_map,
+    plan_windows,
+)
 
 sizes = st.tuples(*[st.integers(1, 150)] * 3)
 edges = st.tuples(*[st.integers(12, 96)] * 3)
 
 
-@given(sizes, edges, st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+@given(sizes, edges, st.sampled_from([0.0, 0.25, 0.5, 0.75]), st.sampled_from(["stride", "even"]))
 def test_windows_cover_every_voxel_and_stay_inside(
-    shape: tuple[int, ...], window: tuple[int, ...], overlap: float
+    shape: tuple[int, ...], window: tuple[int, ...], overlap: float, placement: Placement
 ) -> None:
-    plan = plan_windows(shape, window, overlap)
+    plan = plan_windows(shape, window, overlap, placement)
     for axis in range(3):
         covered = np.zeros(plan.padded_shape[axis], bool)
         for place in {(w.start[axis], w.stop[axis]) for w in plan.windows}:
@@ -46,6 +53,55 @@ def test_the_counts_of_the_design() -> None:
     assert len(plan_windows((192, 192, 128), (64,) * 3).windows) == 48
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "overlap", "stride", "even"),
+    [
+        (10, 4, 0.5, [0, 2, 4, 6], [0, 2, 4, 6]),
+        (11, 4, 0.5, [0, 2, 4, 6, 7], [0, 2, 4, 5, 7]),  # even: 1.75, 3.5 and 5.25
+        (9, 4, 0.25, [0, 3, 5], [0, 2, 5]),  # even: 2.5, which is rounded to an even number
+        (13, 4, 0.25, [0, 3, 6, 9], [0, 3, 6, 9]),
+        (240, 128, 0.5, [0, 64, 112], [0, 56, 112]),
+        (155, 128, 0.5, [0, 27], [0, 27]),
+        (10, 5, 0.1, [0, 4, 5], [0, 2, 5]),  # a stride of 4.5 is rounded down, or kept
+        (8, 4, 0.0, [0, 4], [0, 4]),
+        (4, 4, 0.5, [0], [0]),
+        (3, 4, 0.5, [0], [0]),
+    ],
+)
+def test_starts_of_windows_by_hand(
+    size: int, window: int, overlap: float, stride: list[int], even: list[int]
+) -> None:
+    def starts(placement: Placement) -> list[int]:
+        plan = plan_windows((1, size, 1), (1, window, 1), overlap, placement)
+        return [box.start[1] for box in plan.windows]
+
+    assert starts("stride") == stride
+    assert starts("even") == even
+
+
+def test_options_place_and_blend_windows_as_they_say() -> None:
+    blending = Blending("constant", (0, 2), "half", "run")
+    plan = WindowOptions((4, 4, 4), 0.25, 1, "even", blending).plan((9, 4, 4))
+    assert [box.start for box in plan.windows] == [(0, 0, 0), (2, 0, 0), (5, 0, 0)]
+    assert plan.blending == blending
+    assert WindowOptions((4, 4, 4)).plan((9, 4, 4)).blending == Blending()
+
+
+@pytest.mark.parametrize(
+    ("axes", "mirrors"),
+    [
+        ((), [()]),
+        ((2,), [(), (2,)]),
+        ((0, 2), [(), (0,), (2,), (0, 2)]),
+        ((0, 1, 2), [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]),
+    ],
+)
+def test_mirrors_are_all_combinations_of_the_axes(
+    axes: tuple[int, ...], mirrors: list[tuple[int, ...]]
+) -> None:
+    assert list(Blending(mirror_axes=axes).mirrors) == mirrors
+
+
 def test_small_volumes_are_padded_on_both_sides() -> None:
     plan = plan_windows((61, 64, 10), (64, 64, 64))
     assert plan.padded_shape == (64, 64, 64)
@@ -58,6 +114,40 @@ def test_the_importance_map_is_monais(window: tuple[int, ...]) -> None:
     expected = compute_importance_map(window, mode="gaussian", sigma_scale=0.125)
     assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(importance_map(window), expected.numpy(), rtol=1e-5)
+
+
+def test_constant_weights_are_1() -> None:
+    weights = importance_map((2, 3, 4), "constant")
+    assert weights.dtype == np.float32
+    np.testing.assert_array_equal(weights, np.ones((2, 3, 4)))
+
+
+def test_the_map_of_nnunet_by_hand() -> None:
+    """The deviation is 8 / 8 = 1 voxel, and the centre is voxel 8 // 2 = 4."""
+    weights = importance_map((8, 1, 1), "gaussian-nnunet")
+    assert weights.dtype == np.float32
+    distance = np.array([4, 3, 2, 1, 0, 1, 2, 3])
+    expected = (10 * np.exp(-(distance**2) / 2)).astype(np.float16)
+    np.testing.assert_array_equal(weights.ravel(), expected)
+    assert weights.ravel()[[3, 4, 5]].tolist() == [6.06640625, 10, 6.06640625]
+    assert importance_map((1, 1, 1), "gaussian-nnunet").item() == 10
+    assert importance_map((3, 1, 1), "gaussian-nnunet").argmax() == 1
+
+
+def test_weights_of_nnunet_that_are_0_in_fp16_are_raised_to_the_least() -> None:
+    # At distances 4, 4 and 2 the weight is 10 exp(-18) = 1.523e-7, 3 of the least steps of fp16
+    # (2 ** -24); at 4, 4 and 3 it is 10 exp(-20.5) = 1.25e-8, less than half a step.
+    weights = importance_map((8, 8, 8), "gaussian-nnunet")
+    assert weights[0, 0, 2] == weights[0, 0, 1] == weights[0, 0, 0] == weights.min() == 3 * 2**-24
+    assert weights[4, 4, 4] == weights.max() == 10
+
+
+@pytest.mark.parametrize("weights", ["gaussian", "gaussian-nnunet", "constant"])
+@given(window=st.tuples(*[st.integers(1, 20)] * 3))
+def test_every_voxel_of_a_window_counts(weights: Weights, window: tuple[int, int, int]) -> None:
+    found = importance_map(window, weights)
+    assert (found.shape, found.dtype) == (window, np.float32)
+    assert np.isfinite(found).all() and (found > 0).all()
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0, 2.0])
