@@ -9,7 +9,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import MANIFEST, Manifest
 from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
 from attnseg.runtime.model.verdict import over_budget, read_verdicts
+from attnseg.runtime.steps.normalise import ClipZScore, Range, SingleZScore, Unchanged
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.resample import Grid
+from attnseg.runtime.task import Output
 from tests.hostile.drive import SilentlyWrongError
 from tests.hostile.model import open_tiny, scan, tiny_bundle
 from tests.hostile.mutate import any_value, change_bytes, change_json, encode_json, pick
@@ -45,7 +49,7 @@ class Bundles:
     def _manifest(self, rng: Generator, bundle: Path) -> None:
         changed = change_json(rng, self.manifest, 2)
         if rng.random() < 0.1:
-            changed["format_version"] = pick(rng, (1, 1.0, True, 3, "2", any_value(rng)))
+            changed["format_version"] = pick(rng, (1, 2, 4, 3.0, True, "3", any_value(rng)))
         (bundle / MANIFEST).write_bytes(encode_json(rng, changed))
 
     def _file(self, rng: Generator, bundle: Path) -> None:
@@ -100,9 +104,11 @@ class Bundles:
 def check_manifest(manifest: Manifest) -> None:
     """Check that an accepted manifest is written and read back as it is."""
     again = decode_manifest(encode_manifest(manifest))
-    if repr(asdict(again)) != repr(asdict(manifest)):
-        first, second = asdict(manifest), asdict(again)
-        changed = [(n, first[n], second[n]) for n in first if repr(first[n]) != repr(second[n])]
+    pairs = [
+        (repr(getattr(manifest, field.name)), repr(getattr(again, field.name)))
+        for field in fields(manifest)
+    ]
+    if changed := [pair for pair in pairs if pair[0] != pair[1]]:
         raise SilentlyWrongError(f"fields change when they are stored: {changed}")
 
 
@@ -122,15 +128,39 @@ def _graph(rng: Generator, bundle: Path) -> None:
     match_manifest(bundle)
 
 
+def _of_all_kinds(shipped: Bundle) -> list[Manifest]:
+    """The shipped manifest, and one with a scheme of every kind and one output per region."""
+    manifest = shipped.manifest
+    regions = replace(
+        manifest.task,
+        activation="sigmoid",
+        outputs=(Output("WT", 2, (0,)), Output("TC", 1, (1,)), Output("ET", 4, (2,))),
+    )
+    schemes = (SingleZScore("filled"), ClipZScore(-9, 9, 1, 2), Range((0, 255)), Unchanged())
+    preprocessing = Preprocessing(
+        orientation=None,
+        grid=Grid(spacing_mm=(3.0, 1.0, 1.0), order=3, separate_above=3.0),
+        crop="nonzero",
+        normalisation=schemes,
+        order=("crop", "normalise", "resample"),
+        axes=(2, 1, 0),
+    )
+    inference = replace(manifest.inference, mirror_axes=(0, 1), placement="even")
+    other = replace(manifest, task=regions, preprocessing=preprocessing, inference=inference)
+    return [manifest, other]
+
+
 class Manifests:
-    """The bytes of a manifest alone, which is read, written and read again."""
+    """The bytes of a manifest of version 2 or 3, which is read, written and read again."""
 
     def __init__(self, _: Path) -> None:
-        self.manifest = json.loads(encode_manifest(Bundle.default().manifest))
+        shipped = Bundle.default()
+        older = json.loads((shipped.folder / MANIFEST).read_bytes())
+        self.manifests = [older, *map(json.loads, map(encode_manifest, _of_all_kinds(shipped)))]
 
     def make(self, rng: Generator, folder: Path) -> None:
         """See `Reader.make`."""
-        changed = change_json(rng, self.manifest, 2)
+        changed = change_json(rng, pick(rng, self.manifests), 2)
         (folder / MANIFEST).write_bytes(encode_json(rng, changed))
 
     def read(self, folder: Path) -> None:

@@ -47,16 +47,31 @@ _LISTED = {
     },
 }
 
+_OF_REGIONS: dict[str, Any] = {
+    "activation": "sigmoid",
+    "outputs": [{"region": "liver", "label": 1, "channels": [0], "threshold": 0.5}],
+    "orientation": None,
+    "axes": "zyx",
+    "order": ["crop", "normalise", "resample"],
+    "crop": "nonzero",
+    "grid": {"spacing_mm": [3, 1, 1], "order": 3, "separate_above": 3, "back": "probabilities"},
+    "normalisation": [{"scheme": "clip-zscore", "low": -9, "high": 9, "mean": 1, "std": 2}],
+    "inference": {"window": [32, 32, 32], "placement": "even", "mirror_axes": [0, 1, 2]},
+}
+"""Fields of a spec as an imported model has them."""
+
 
 class Specs:
     """The spec of an ONNX file."""
 
     def __init__(self, _: Path) -> None:
-        self.spec = {**SPEC, "grid": None, "regions": {"liver": [1, 2]}, "display": ["ct"]}
+        older = {**SPEC, "grid": None, "regions": {"liver": [1, 2]}, "display": ["ct"]}
+        one: dict[str, Any] = {**older, "normalisation": {"scheme": "zscore", "region": "filled"}}
+        self.specs = [older, one, {**one, **_OF_REGIONS}]
 
     def make(self, rng: Generator, folder: Path) -> None:
         """See `Reader.make`."""
-        stored = encode_json(rng, change_json(rng, self.spec, 2))
+        stored = encode_json(rng, change_json(rng, pick(rng, self.specs), 2))
         (folder / "model.json").write_bytes(stored)
 
     def read(self, folder: Path) -> None:

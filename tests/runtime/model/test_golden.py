@@ -13,6 +13,8 @@ from attnseg import Bundle
 from attnseg.runtime.errors import BundleError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
+from attnseg.runtime.steps.decide import Decision
+from attnseg.runtime.task import Output
 from tests.bundles import small_graph, write_bundle
 
 
@@ -46,8 +48,15 @@ def test_differences_by_hand() -> None:
     other = logits.copy()
     other[0, :, 0, 0, 0] = (1, 2)  # off by 3 of 4, and another class in 1 voxel of 8
     assert window.difference(other) == 0.75
-    assert window.disagreement(other) == 1 / 8
-    assert (window.difference(logits), window.disagreement(logits)) == (0, 0)
+    labels = Decision("softmax", (), (0, 1), 2)
+    assert window.disagreement(other, labels) == 1 / 8
+    assert (window.difference(logits), window.disagreement(logits, labels)) == (0, 0)
+    # As regions, the first is above 0.5 in both, and the second in the one voxel alone.
+    first, second = Output("first", 1, (0,)), Output("second", 2, (1,))
+    regions = Decision("sigmoid", (first, second), (0, 1, 2), 2)
+    assert window.disagreement(other, regions) == 1 / 8
+    one = Decision("sigmoid", (first,), (0, 1), 2)
+    assert window.disagreement(other, one) == 0
 
 
 def test_a_bundle_without_golden_window_says_so(tmp_path: Path) -> None:

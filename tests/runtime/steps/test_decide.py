@@ -1,4 +1,4 @@
-"""Decisions of voxels by hand: argmax, thresholds on nested regions, and regions in writing order."""
+"""Decisions of voxels by hand: argmax, thresholds on nested regions, regions in writing order."""
 
 from __future__ import annotations
 

@@ -11,9 +11,13 @@ from attnseg.runtime.geometry import Box
 from attnseg.runtime.steps.foreground import foreground_box
 from attnseg.runtime.steps.normalise import (
     DECILES,
+    ClipZScore,
     Histogram,
     LandmarkMatching,
+    Range,
     Scheme,
+    SingleZScore,
+    Unchanged,
     ZScore,
     normalise,
     z_score_percentiles,
@@ -36,6 +40,60 @@ def test_the_z_score_of_three_voxels_by_hand() -> None:
     result = normalise([channel], [Z_SCORE])
     expected = np.array([0, -(1.5**0.5), 0, 1.5**0.5]).reshape(1, 1, 2, 2)
     np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize(
+    "scheme", [ZScore("filled"), SingleZScore("filled")], ids=["double", "single"]
+)
+def test_the_z_score_of_a_filled_region_by_hand(scheme: Scheme, kind: type) -> None:
+    """Both channels are 0 in a hole, which is a part of the region all the same."""
+    second = np.zeros((5, 5, 5), kind)
+    second[1:4, 1:4, 1:4] = 4
+    second[2, 2, 2] = 0
+    first = np.where(second > 0, 9, 0).astype(kind)
+    # 27 voxels: 26 of 9 and one of 0: mean 26/3, deviation 9 sqrt(26) / 27 = sqrt(26) / 3.
+    result = normalise([first, second], [scheme] * 2)
+    outside = np.ones((5, 5, 5), bool)
+    outside[1:4, 1:4, 1:4] = False
+    assert not result[:, outside].any()
+    np.testing.assert_allclose(result[0, 2, 2, 2], -(26**0.5), rtol=2e-6)
+    np.testing.assert_allclose(result[:, 1, 1, 1], 1 / 26**0.5, rtol=2e-6)
+
+
+HOUNSFIELD = np.array([-2000, -1000, 0, 40, 1000, 3000], np.int16).reshape(1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float64])
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (ClipZScore(-1000, 1000, 0, 500), [-2, -2, 0, 0.08, 2, 2]),
+        (Range((-1000, 1000)), [-0.5, 0, 0.5, 0.52, 1, 2]),
+        (Range((-1000, 1000), clip=True), [0, 0, 0.5, 0.52, 1, 1]),
+        (Range((-1000, 1000), target=(-1, 1), clip=True), [-1, -1, 0, 0.04, 1, 1]),
+        # Ranks 1 and 4 of 0 to 5 are -1000 and 1000.
+        (Range(None, (20, 80)), [-0.5, 0, 0.5, 0.52, 1, 2]),
+        (Unchanged(), [-2000, -1000, 0, 40, 1000, 3000]),
+    ],
+    ids=str,
+)
+def test_schemes_of_ct_by_hand(scheme: Scheme, expected: list[float], kind: type) -> None:
+    channel = HOUNSFIELD.astype(kind)
+    result = normalise([channel], [scheme])
+    np.testing.assert_allclose(result.ravel(), expected, rtol=1e-6, atol=1e-6)
+    curve = scheme.curve(Histogram.of(channel, "all"))
+    np.testing.assert_allclose(curve(channel).ravel(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scheme", [ClipZScore(-1000, 1000, 0, 500), Range((0, 10)), Unchanged()], ids=str
+)
+def test_fixed_numbers_need_no_contrast(scheme: Scheme) -> None:
+    """A scan of air alone is no reason to stop: the statistics are those of the training set."""
+    for value in (0, 5):
+        found = normalise([np.full((2, 2, 2), value, np.int16)], [scheme])
+        assert np.isfinite(found).all()
 
 
 def test_landmarks_map_percentiles_onto_targets_by_hand() -> None:
