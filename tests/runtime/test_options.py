@@ -9,6 +9,7 @@ import pytest
 from attnseg import Bundle, SegmentOptions
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.options import Plan, available_threads, resolve
+from attnseg.runtime.steps.windows import Blending
 
 
 def plan(**options: object) -> Plan:
@@ -34,7 +35,6 @@ def test_what_is_given_replaces_it() -> None:
     assert found.settings() == {
         "tta": "mirror8",
         "fuse": "mean",
-        "decide": "argmax",
         "window": [32, 32, 32],
         "overlap": 0.0,
         "min_voxels": 0,
@@ -42,6 +42,49 @@ def test_what_is_given_replaces_it() -> None:
     }
     assert plan(window="full").windows.window is None
     assert plan(window="full").settings()["window"] == "full"
+
+
+def test_passes_are_fused_by_vote_unless_regions_may_overlap() -> None:
+    assert plan(tta="paper").fuse == "vote"
+    assert plan(tta="paper", decide="threshold").fuse == "mean"
+    assert plan(tta="paper", probabilities=True).fuse == "mean"
+    assert plan(decide="threshold", fuse="vote").fuse == "vote"  # of a single pass
+
+
+def test_a_decision_that_is_not_the_models_is_one_of_the_settings() -> None:
+    assert not {"decide", "probabilities"} & set(plan().settings())
+    assert not {"decide", "probabilities"} & set(plan(decide="argmax").settings())
+    found = plan(decide="threshold", probabilities=True)
+    assert (found.settings()["decide"], found.settings()["probabilities"]) == ("threshold", True)
+    assert [output.label for output in found.decision.outputs] == [2, 1, 4]
+
+
+def test_mirror_axes_of_the_model_are_used_unless_other_passes_are_asked_for() -> None:
+    manifest = Bundle.default().manifest
+    assert (plan().tta, plan().windows.blending.mirrors) == ("none", ((),))
+    assert len(plan(tta="model").transforms) == 1
+    mirrored = replace(manifest, inference=replace(manifest.inference, mirror_axes=(0, 1)))
+    found = resolve(SegmentOptions(), mirrored)
+    assert (found.tta, len(found.transforms)) == ("model", 1)
+    assert found.windows.blending.mirrors == ((), (0,), (1,), (0, 1))
+    for tta, passes in (("none", 1), ("mirror8", 8)):
+        found = resolve(SegmentOptions(tta=tta), mirrored)
+        assert (found.tta, len(found.transforms)) == (tta, passes)
+        assert found.windows.blending.mirrors == ((),)
+
+
+def test_windows_are_placed_and_blended_as_the_model_says() -> None:
+    manifest = Bundle.default().manifest
+    inference = replace(
+        manifest.inference,
+        placement="even",
+        weights="gaussian-nnunet",
+        accumulate="half",
+        empty_windows="run",
+    )
+    found = resolve(SegmentOptions(), replace(manifest, inference=inference)).windows
+    assert found.placement == "even"
+    assert found.blending == Blending("gaussian-nnunet", (), "half", "run")
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -54,6 +97,18 @@ def test_a_plan_cannot_be_changed() -> None:
     [
         ({"tta": "mirror"}, "tta mirror does not exist; choose none, paper, mirror8, model"),
         ({"fuse": "max"}, "fuse max does not exist; choose vote, mean"),
+        ({"decide": "vote"}, "decide vote does not exist; choose argmax, threshold"),
+        ({"probabilities": 1}, "probabilities must be true or false, got 1"),
+        (
+            {"tta": "paper", "fuse": "vote", "decide": "threshold"},
+            "a vote counts one label per voxel and pass, and regions have thresholds; "
+            "leave fuse out",
+        ),
+        (
+            {"tta": "mirror8", "fuse": "vote", "probabilities": True},
+            "a vote counts one label per voxel and pass, and the result has probabilities; "
+            "leave fuse out",
+        ),
         ({"window": 0}, "window must be full or a multiple of 16 voxels, got 0"),
         ({"window": -8}, "window must be full or a multiple of 16 voxels, got -8"),
         ({"window": 272}, "window must be at most 256 voxels, or full, got 272"),
@@ -87,3 +142,16 @@ def test_the_rule_for_windows_is_the_models() -> None:
     assert resolve(SegmentOptions(window=96), coarse).windows.window == (96, 96, 96)
     with pytest.raises(ConfigError, match="a multiple of 32 voxels, got 48"):
         resolve(SegmentOptions(window=48), coarse)
+
+
+def test_a_cubic_window_fits_the_multiple_of_each_axis() -> None:
+    """Multiples of 8, 32 and 48 along the axes: 96 is the least of all three."""
+    manifest = Bundle.default().manifest
+    inference = replace(manifest.inference, window=(8, 64, 96), window_multiple=(8, 32, 48))
+    model = replace(manifest, inference=inference)
+    assert resolve(SegmentOptions(), model).windows.window == (8, 64, 96)
+    assert resolve(SegmentOptions(window=96), model).windows.window == (96, 96, 96)
+    with pytest.raises(ConfigError, match="a multiple of 96 voxels, got 64"):
+        resolve(SegmentOptions(window=64), model)
+    whole = resolve(SegmentOptions(window="full"), model).windows
+    assert whole.plan((9, 33, 49)).window == (16, 64, 96)

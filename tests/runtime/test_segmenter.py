@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,9 @@ from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.model.bundle import default_folder
+from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.synthetic import SyntheticCase
+from tests.conftest import LinearEngine
 
 FP32 = SegmentOptions(precision="fp32")
 
@@ -171,7 +174,7 @@ def test_a_manifest_with_other_labels_than_the_network_is_refused(
     manifest["labels"] = manifest["labels"][:3]
     manifest["regions"] = {"WT": [1, 2]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="its output has 4 labels, its manifest names 3"):
+    with pytest.raises(BundleError, match="its output has 4 outputs, its manifest names 3"):
         Segmenter(Bundle.load(folder), FP32).segment(volume)
 
 
@@ -230,6 +233,61 @@ def test_vote_and_mean_are_two_things() -> None:
     by_mean = stubbed(tta="paper", fuse="mean", window="full")[0].segment(BLOCK)
     assert set(np.unique(by_mean.labels)) == {0, 2}  # 0 around the foreground
     assert set(np.unique(by_vote.labels)) == {0, 1, 2}
+
+
+class Undecided:
+    """Every voxel is background at 0.45, necrosis at 0.2, oedema at 0.2, enhancing at 0.15."""
+
+    info = EngineInfo("undecided", "1", "fp32", "cpu")
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        logits = np.log(np.array([0.45, 0.2, 0.2, 0.15], np.float32)).reshape(1, 4, 1, 1, 1)
+        return np.broadcast_to(logits, (1, 4, *batch.shape[2:]))
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+def test_thresholds_find_regions_that_no_label_of_theirs_wins(tta: str) -> None:
+    """WT has 0.55, and background the largest of the labels."""
+
+    def labels(**options: Any) -> np.ndarray:
+        chosen = SegmentOptions(tta=tta, **options)
+        return Segmenter(options=chosen, engine=Undecided()).segment(BLOCK).labels
+
+    assert not labels().any()
+    found = labels(decide="threshold")
+    assert (found[3:-3, 3:-3, 3:-3] == 2).all()
+    assert np.count_nonzero(found) == 70 * 64 * 64
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+@pytest.mark.parametrize("decide", ["argmax", "threshold"])
+def test_probabilities_of_regions_are_sums_of_those_of_labels(tta: str, decide: str) -> None:
+    chosen = SegmentOptions(tta=tta, decide=decide, probabilities=True)  # type: ignore[arg-type]
+    found = Segmenter(options=chosen, engine=Undecided()).segment(BLOCK).probabilities
+    assert (found.shape, found.dtype) == ((3, *BLOCK.shape), np.float32)
+    inside = found[:, 3:-3, 3:-3, 3:-3]
+    for region, expected in zip(inside, (0.55, 0.35, 0.15), strict=True):  # WT, TC, ET
+        np.testing.assert_allclose(region, expected, rtol=1e-6)
+    inside[:] = 0
+    assert not found.any()
+    plain = Segmenter(options=SegmentOptions(tta=tta), engine=Undecided()).segment(BLOCK)
+    assert plain.probabilities is None
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "SAL"])
+def test_probabilities_are_in_the_grid_of_the_scan(orientation: str) -> None:
+    matrix = np.random.default_rng(8).standard_normal((4, 4)).astype(np.float32)
+    chosen = SegmentOptions(probabilities=True, window=32)
+    segmenter = Segmenter(options=chosen, engine=LinearEngine(matrix))
+    image = preprocess(BLOCK.oriented("LPS"), segmenter.plan.preprocessing).image
+    exponential = np.exp(np.einsum("kc,cxyz->kxyz", matrix, image))
+    labels = exponential / exponential.sum(axis=0)
+    regions = np.zeros((3, *BLOCK.shape), np.float32)
+    regions[:, 3:-3, 3:-3, 3:-3] = labels[1:].sum(axis=0), labels[1] + labels[3], labels[3]
+    in_lps = Volume(list(regions), BLOCK.oriented("LPS").affine)
+    expected = in_lps.oriented(orientation).channels
+    found = segmenter.segment(BLOCK.oriented(orientation)).probabilities
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", ["64", "Full", (64, 64, 32), 64.0])

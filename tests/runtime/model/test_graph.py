@@ -133,8 +133,8 @@ def reshaped(model: onnx.ModelProto, dims: list[int]) -> None:
     [
         (lambda m: with_input(m, "second"), "has 2 inputs, a network has one"),
         (lambda m: m.graph.ClearField("output"), "has 0 outputs, a network has one"),
-        (lambda m: reshaped(m, [1, 3, 8, 8, 8]), "its output has 3 labels, its manifest names 4"),
-        (lambda m: reshaped(m, [1, 4, 8, 8]), r"its output is no tensor \(batch, labels, x, y, z"),
+        (lambda m: reshaped(m, [1, 3, 8, 8, 8]), "its output has 3 outputs, its manifest names 4"),
+        (lambda m: reshaped(m, [1, 4, 8, 8]), r"its output is no tensor \(batch, outputs, x, y, z"),
         (lambda m: m.graph.output[0].ClearField("type"), "its output is no tensor"),
         (
             lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.INT64),

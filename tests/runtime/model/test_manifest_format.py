@@ -92,7 +92,7 @@ def model(**changes: Any) -> Manifest:
         "inference": Inference(
             window=(16, 32, 32),
             overlap=0.5,
-            window_multiple=16,
+            window_multiple=(8, 16, 32),
             min_voxels=0,
             placement="even",
             weights="gaussian-nnunet",
@@ -130,7 +130,7 @@ def test_every_field_of_an_imported_model_is_written_and_read_again() -> None:
     assert record["inference"] == {
         "window": [16, 32, 32],
         "overlap": 0.5,
-        "window_multiple": 16,
+        "window_multiple": [8, 16, 32],
         "min_voxels": 0,
         "placement": "even",
         "weights": "gaussian-nnunet",
@@ -257,6 +257,9 @@ def test_a_scheme_that_breaks_a_rule_is_refused_by_name(
         ("inference.weights", "hann", r"inference\.weights: .*'gaussian-nnunet' or 'constant'"),
         ("inference.accumulate", "double", r"inference\.accumulate: .*'single' or 'half'"),
         ("inference.empty_windows", "blur", r"inference\.empty_windows: .*'skip' or 'run'"),
+        ("inference.window_multiple", [8, 16, 0], r"inference\.window_multiple must be positive"),
+        ("inference.window_multiple", [16, 32, 64], r"inference\.window is not a multiple of"),
+        ("inference.window_multiple", [16, 32], r"inference\.window_multiple"),
         ("inference.mirror_axes", [0, 3], r"inference\.mirror_axes must be distinct axes from 0"),
         ("inference.mirror_axes", [1, 1], r"inference\.mirror_axes must be distinct axes from 0"),
         ("inference.mirror_axes", ["x"], r"inference\.mirror_axes\.0: "),
