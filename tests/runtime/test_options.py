@@ -59,6 +59,14 @@ def test_a_decision_that_is_not_the_models_is_one_of_the_settings() -> None:
     assert [output.label for output in found.decision.outputs] == [2, 1, 4]
 
 
+def test_probabilities_are_refused_where_there_are_no_regions() -> None:
+    manifest = Bundle.default().manifest
+    without = replace(manifest, task=replace(manifest.task, regions={}))
+    assert not resolve(SegmentOptions(), without).probabilities
+    with pytest.raises(ConfigError, match=r"probabilities .*regions"):
+        resolve(SegmentOptions(probabilities=True), without)
+
+
 def test_mirror_axes_of_the_model_are_used_unless_other_passes_are_asked_for() -> None:
     manifest = Bundle.default().manifest
     assert (plan().tta, plan().windows.blending.mirrors) == ("none", ((),))

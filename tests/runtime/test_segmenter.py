@@ -15,6 +15,7 @@ from attnseg import Bundle, Segmenter, SegmentOptions, Volume
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.errors import BundleError, ConfigError, ScanError, VolumeError
 from attnseg.runtime.model.bundle import default_folder
+from attnseg.runtime.steps import decide
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import LinearEngine
@@ -260,9 +261,9 @@ def test_thresholds_find_regions_that_no_label_of_theirs_wins(tta: str) -> None:
 
 
 @pytest.mark.parametrize("tta", ["none", "paper"])
-@pytest.mark.parametrize("decide", ["argmax", "threshold"])
-def test_probabilities_of_regions_are_sums_of_those_of_labels(tta: str, decide: str) -> None:
-    chosen = SegmentOptions(tta=tta, decide=decide, probabilities=True)  # type: ignore[arg-type]
+@pytest.mark.parametrize("rule", ["argmax", "threshold"])
+def test_probabilities_of_regions_are_sums_of_those_of_labels(tta: str, rule: str) -> None:
+    chosen = SegmentOptions(tta=tta, decide=rule, probabilities=True)  # type: ignore[arg-type]
     found = Segmenter(options=chosen, engine=Undecided()).segment(BLOCK).probabilities
     assert (found.shape, found.dtype) == ((3, *BLOCK.shape), np.float32)
     inside = found[:, 3:-3, 3:-3, 3:-3]
@@ -272,6 +273,17 @@ def test_probabilities_of_regions_are_sums_of_those_of_labels(tta: str, decide: 
     assert not found.any()
     plain = Segmenter(options=SegmentOptions(tta=tta), engine=Undecided()).segment(BLOCK)
     assert plain.probabilities is None
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+def test_probabilities_have_a_largest_size(tta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 4 * 3 * 70 * 64 * 64
+    chosen = SegmentOptions(tta=tta, probabilities=True)
+    monkeypatch.setattr(decide, "LARGEST_PROBABILITIES", size)
+    assert Segmenter(options=chosen, engine=Undecided()).segment(BLOCK).probabilities is not None
+    monkeypatch.setattr(decide, "LARGEST_PROBABILITIES", size - 1)
+    with pytest.raises(ConfigError, match=r"probabilities of 3 regions have .*; leave prob.* out"):
+        Segmenter(options=chosen, engine=Undecided()).segment(BLOCK)
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "SAL"])

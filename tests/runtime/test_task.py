@@ -68,3 +68,14 @@ def test_an_output_that_breaks_a_rule_is_refused(second: Output, message: str) -
 def test_an_output_without_a_channel_is_refused_though_another_has_two() -> None:
     with pytest.raises(ConfigError, match="outputs must name"):
         task(replace(WHOLE, channels=(0, 1)), replace(CORE, channels=()))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [(replace(WHOLE, region="core"), CORE), (WHOLE,), (WHOLE, replace(CORE, region="whole"))],
+    ids=["core twice", "core missing", "whole twice"],
+)
+def test_each_region_has_one_output(outputs: tuple[Output, ...]) -> None:
+    """Its probability is that of the output's channel."""
+    with pytest.raises(ConfigError, match="region"):
+        task(*outputs)

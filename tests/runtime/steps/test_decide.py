@@ -114,6 +114,11 @@ def test_thresholds_are_refused_where_regions_do_not_nest(
     assert not Decision.of(task).outputs
 
 
+def test_thresholds_are_refused_where_there_are_no_regions() -> None:
+    with pytest.raises(ConfigError, match="thresholds need regions"):
+        Decision.of(replace(BRATS, regions={}), "threshold")
+
+
 def test_regions_are_written_in_order_each_over_those_before() -> None:
     decision = Decision.of(REGIONS)
     assert (decision.channels, decision.outputs) == (3, REGIONS.outputs)
