@@ -352,6 +352,8 @@ def decode_manifest(stored: bytes) -> Manifest:
         version, bool | float
     ):  # equal to a version, but not the number that is specified
         raise ConfigError(f"format_version: must be a whole number, got {version!r}")
+    if version is not None and version not in range(1, FORMAT_VERSION + 1):
+        raise _unknown(version)
     try:
         if version in (1, 2):
             return _OldManifestJson.model_validate_json(_as_version_2(stored, record)).manifest()
@@ -439,11 +441,13 @@ def _explain(error: ValidationError, whole: str) -> ConfigError:
     """Convert the first validation error to a `ConfigError` that names the field."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or whole
-    if where == "format_version":
-        return ConfigError(
-            f"format_version {first['input']!r} is not known to this version of attnseg, which "
-            f"reads 1 to {FORMAT_VERSION}",
-            "install the version of attnseg that wrote the bundle",
-        )
     rule = first.get("ctx", {}).get("error", first["msg"])
     return ConfigError(f"{where}: {rule}")
+
+
+def _unknown(version: object) -> ConfigError:
+    return ConfigError(
+        f"format_version {version!r} is not known to this version of attnseg, which reads 1 to "
+        f"{FORMAT_VERSION}",
+        "install the version of attnseg that wrote the bundle",
+    )
