@@ -107,9 +107,33 @@ def test_a_sigmoid_is_refused_as_overlapping_whatever_its_channels(
         out=("n", channels, "x", "y", "z"),
         w=LOGIT_WEIGHTS[:channels],
     )
-    message = rf"ends in {kind} .* regions that may overlap, which this version does not run"
+    message = rf"ends in {kind} .* regions that may overlap; set activation to sigmoid in the spec"
     with pytest.raises(ExportError, match=message):
         read(path)
+
+
+def read_regions(path: Path) -> tuple[Graph, tuple[str, ...]]:
+    """Read a graph whose spec has one output for each of three regions."""
+    outputs = [
+        {"region": name, "label": 1, "channels": [index]} for index, name in enumerate("abc")
+    ]
+    regions = dict.fromkeys("abc", [1])
+    spec = spec_file(path.parent, activation="sigmoid", outputs=outputs, regions=regions)
+    return read_foreign(path, read_spec(spec))
+
+
+def test_a_sigmoid_of_regions_is_left_out(tmp_path: Path) -> None:
+    graph, (note,) = read_regions(save_model(tmp_path / "m.onnx", node("Sigmoid", "logits", "out")))
+    expected = np.broadcast_to(LOGIT_WEIGHTS.ravel()[None, :, None, None, None], (1, 3, 4, 5, 6))
+    np.testing.assert_allclose(outputs(graph), expected, rtol=1e-5)
+    assert "ends in Sigmoid (my_" in note and "outputs the logits" in note
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax", "HardSigmoid"])
+def test_regions_after_another_activation_are_refused(tmp_path: Path, kind: str) -> None:
+    path = save_model(tmp_path / "m.onnx", node(kind, "logits", "out"))
+    with pytest.raises(ExportError, match=rf"ends in {kind} .*, its spec names a sigmoid"):
+        read_regions(path)
 
 
 DECISIONS = {
