@@ -117,7 +117,7 @@ def read_regions(path: Path) -> tuple[Graph, tuple[str, ...]]:
     outputs = [
         {"region": name, "label": 1, "channels": [index]} for index, name in enumerate("abc")
     ]
-    regions = dict.fromkeys("abc", [1])
+    regions = {name: [1] for name in "abc"}
     spec = spec_file(path.parent, activation="sigmoid", outputs=outputs, regions=regions)
     return read_foreign(path, read_spec(spec))
 

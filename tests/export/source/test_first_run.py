@@ -79,7 +79,7 @@ def test_an_output_that_differs_between_two_runs_is_refused(tmp_path: Path) -> N
     check_first_run(tmp_path / "m.onnx", LinearEngine(matrix), window, spec)
     with pytest.raises(ExportError, match=r"gives other values when it runs again.*model\.eval"):
         check_first_run(tmp_path / "m.onnx", Noisy(matrix), window, spec)
-    with pytest.raises(ExportError, match=r"outputs \(1, 2, 32, 32, 32\) .* names 3 labels"):
+    with pytest.raises(ExportError, match=r"outputs \(1, 2, 32, 32, 32\) .* names 3 outputs"):
         check_first_run(tmp_path / "m.onnx", LinearEngine(matrix[:2]), window, spec)
 
 
