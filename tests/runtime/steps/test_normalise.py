@@ -86,6 +86,13 @@ def test_schemes_of_ct_by_hand(scheme: Scheme, expected: list[float], kind: type
     np.testing.assert_allclose(curve(channel).ravel(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_range_may_be_given_a_mean_and_a_deviation_by_hand() -> None:
+    # Clipped to 0, 0, 1 and 1: mean 0.5 and deviation 0.5, which become 10 and 2.
+    channel = np.array([-2000, -1000, 1000, 3000], np.int16).reshape(1, 1, 4)
+    scheme = Range((-1000, 1000), clip=True, moments=(10, 2))
+    np.testing.assert_allclose(normalise([channel], [scheme]).ravel(), [8, 8, 12, 12], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "scheme", [ClipZScore(-1000, 1000, 0, 500), Range((0, 10)), Unchanged()], ids=str
 )
