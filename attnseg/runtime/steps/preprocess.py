@@ -110,8 +110,10 @@ class _Work:
 
     def resample(self) -> None:
         grid = self._rules.grid
-        if grid is not None:
-            sampling = grid.sampling(self.channels[0].shape, self._spacing_mm)
+        if grid is None:
+            return
+        sampling = grid.sampling(self.channels[0].shape, self._spacing_mm)
+        if sampling.changes:
             self.channels = in_threads(
                 lambda channel: resample_image(channel, sampling, grid),
                 self.channels,

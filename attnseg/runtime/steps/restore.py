@@ -30,7 +30,7 @@ def restored(planes: Planes, scan: Preprocessed, half: bool = False) -> Planes:
     Returns:
         Outputs of the `result_box` of the volume, float32. Outside the image they are 0.
     """
-    if scan.sampling is None or not scan.sampling.changes:
+    if scan.sampling is None:
         return planes
     if scan.box_on_grid:
         planes = _surrounded(planes, scan.box, scan.grid_shape)

@@ -19,6 +19,7 @@ from attnseg.runtime.errors import BundleError, ConfigError, VolumeError
 from attnseg.runtime.geometry import Box, Shape
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.manifest import Inference, Manifest
+from attnseg.runtime.pipelines.base import Segmentation
 from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessed, Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample, resample_volume
@@ -284,6 +285,27 @@ def test_the_network_sees_the_grid_in_the_models_orientation(
     segmenter, engine = ball_segmenter(grid, window="full")
     segmenter.segment(ball("SAR"))
     assert engine.shapes == [(1, 1, *shape)]  # padded to multiples of 4
+
+
+@pytest.mark.parametrize("grid", [Grid(spacing_mm=(1.0, 1.0, 2.0)), Grid(shape=(30, 26, 14))])
+@pytest.mark.parametrize("tta", ["none", "paper"])
+def test_a_scan_on_the_models_grid_is_not_resampled(grid: Grid, tta: str) -> None:
+    """Its results cover the box that the network saw, as those of a model without a grid."""
+    scan = ball("LPS")
+    scan.channels[0][:4] = 0  # the box is smaller than the scan
+
+    def segmented(own: Grid | None) -> Segmentation:
+        manifest = replace(
+            ball_manifest(own),
+            spacing_mm=(1.0, 1.0, 2.0),
+            preprocessing=Preprocessing("LPS", own, "nonzero", (ZScore("all"),)),
+        )
+        bundle = Bundle(Path("ball"), manifest, "0" * 64)
+        return Segmenter(bundle, SegmentOptions(tta=tta), CountingEngine()).segment(scan)
+
+    result = segmented(grid)
+    np.testing.assert_array_equal(result.labels, segmented(None).labels)
+    assert result.labels.any() and "resample" not in result.elapsed_ms
 
 
 def test_another_spacing_is_resampled_to_the_models_and_warned_of() -> None:
