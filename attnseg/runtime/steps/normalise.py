@@ -105,8 +105,17 @@ Statistics = Literal["double", "single"]
 class SingleScheme(Protocol):
     """A scheme computed voxel by voxel in float32, in the order of operations of its source."""
 
+    @property
+    def foreground(self) -> Foreground:
+        """See `Scheme.foreground`."""
+
     def function(self, foreground: Single) -> Callable[[Single], Single]:
         """Intensity map for a channel with these foreground voxels `(N,)`."""
+
+
+def refuses_constant(scheme: Scheme) -> bool:
+    """Whether a scheme is undefined for a foreground of a single value."""
+    return not isinstance(scheme, SingleScheme)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,12 @@ class ZScore:
 _LEAST_STD = 1e-8  # nnU-Net's eps
 
 
+def _apart(low: float, high: float) -> NDArray[np.float64]:
+    """Both numbers, the second raised to at least `low` + 1e-8 and to another float64."""
+    least = max(_LEAST_STD, float(np.spacing(abs(low))))
+    return np.array([low, max(high, low + least)])
+
+
 @dataclass(frozen=True)
 class SingleZScore(ZScore):
     """`ZScore` with mean and standard deviation in float32: nnU-Net's `ZScoreNormalization`."""
@@ -137,6 +152,11 @@ class SingleZScore(ZScore):
         """See `SingleScheme.function`."""
         mean, std = foreground.mean(), max(foreground.std(), np.float32(_LEAST_STD))
         return lambda values: (values - mean) / std
+
+    def curve(self, distribution: Distribution) -> Curve:
+        """See `Scheme.curve`; the statistics are those of the distribution, in float64."""
+        ends = _apart(distribution.mean, distribution.mean + distribution.std)
+        return Curve(ends, np.array([0.0, 1.0]))
 
 
 @dataclass(frozen=True)
@@ -248,11 +268,12 @@ class Range:
 
     def curve(self, distribution: Distribution) -> Curve:
         """See `Scheme.curve`."""
-        ends = (
-            distribution.percentiles(self.percentiles or ())
+        low, high = (
+            distribution.percentiles(self.percentiles or ()).tolist()
             if self.source is None
-            else np.array(self.source)
+            else self.source
         )
+        ends = _apart(low, high)
         target = np.array(self.target)
         return _clipped(ends, target) if self.clip else Curve(ends, target)
 
@@ -365,15 +386,26 @@ class Histogram:
 
     @classmethod
     def of_counts(
-        cls, values: NDArray[Any], counts: NDArray[np.int64], foreground: Foreground
+        cls,
+        values: NDArray[Any],
+        counts: NDArray[np.int64],
+        foreground: Foreground,
+        varied: bool = True,
     ) -> Self:
-        """Histogram of ascending values and their counts; see `of`."""
+        """Histogram of ascending values and their counts; see `of`.
+
+        Args:
+            values: `(N,)` ascending values.
+            counts: `(N,)` number of voxels of each.
+            foreground: Voxels to include; the counts are those of a `filled` foreground already.
+            varied: Whether a single distinct value is refused.
+        """
         keep = counts > 0
-        if foreground != "all":
+        if foreground == "nonzero":
             keep &= values != 0
         if not keep.any():
             raise only_zeros()
-        if np.count_nonzero(keep) == 1:
+        if varied and np.count_nonzero(keep) == 1:
             raise constant(float(values[keep][0]))
         return cls(values[keep], counts[keep])
 
@@ -421,10 +453,11 @@ class Counts:
         """Normalised value of each of `values`, `(N,)` float32.
 
         Raises:
-            VolumeError: The foreground has fewer than two distinct values.
+            VolumeError: The foreground is empty, or has a single value that the scheme refuses.
         """
         values = self.values
-        histogram = Histogram.of_counts(values, self.counts, scheme.foreground)
+        varied = refuses_constant(scheme)
+        histogram = Histogram.of_counts(values, self.counts, scheme.foreground, varied)
         table = scheme.curve(histogram)(values)
         if scheme.foreground == "nonzero" and 0 <= -self.low < len(table):
             table[-self.low] = 0
@@ -453,6 +486,8 @@ def _normalise_single(
 ) -> None:
     """Normalise one channel voxel by voxel in float32; see `normalise_channel`."""
     values = channel.astype(np.float32)
+    if scheme.foreground == "nonzero":
+        mask = values != 0
     foreground = values if mask is None else values[mask]
     if not foreground.size:
         raise only_zeros()
@@ -486,6 +521,12 @@ def normalise_channel(
     """
     if isinstance(scheme, SingleScheme):
         _normalise_single(channel, scheme, out, mask)
+        return
+    if mask is not None:
+        distinct = np.unique(channel[mask], return_counts=True)
+        curve = scheme.curve(Histogram.of_counts(*distinct, scheme.foreground))
+        out[:] = channel
+        out[mask] = curve(channel[mask])
         return
     counted = _count(channel)
     if counted is not None:

@@ -238,3 +238,32 @@ def test_percentiles_that_differ_by_rounding_count_as_equal() -> None:
     )
     np.testing.assert_array_equal(curve.source, [1, 2, 3])
     np.testing.assert_array_equal(curve.target, [-1, 1, 3])  # the mean of -2 and 0
+
+
+@pytest.mark.parametrize("scheme", [ZScore, SingleZScore])
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_a_z_score_is_that_of_its_region_by_hand(scheme: type[ZScore], dtype: str) -> None:
+    """A shell of 13 voxels of 1 and 13 of 3 around a hole, in a background of 0."""
+    channel = np.zeros((5, 5, 5), dtype)
+    channel[1:4, 1:4, 1:4] = np.where(np.indices((3, 3, 3)).sum(axis=0) % 2, 1, 3)
+    channel[1, 1, 1] = 1  # 13 of each
+    channel[2, 2, 2] = 0
+    expected = {
+        "nonzero": (channel - 2.0) * (channel != 0),
+        "all": (channel - 52 / 125) / np.sqrt(130 / 125 - (52 / 125) ** 2),
+        "filled": np.zeros(channel.shape),
+    }
+    mean, std = 52 / 27, np.sqrt(130 / 27 - (52 / 27) ** 2)  # the hole counts
+    expected["filled"][1:4, 1:4, 1:4] = (channel[1:4, 1:4, 1:4] - mean) / std
+    for region, values in expected.items():
+        result = normalise([channel], [scheme(region)])[0]  # type: ignore[arg-type]
+        np.testing.assert_allclose(result, values, atol=1e-6)
+
+
+def test_curves_of_constant_foregrounds_map_their_value_to_the_first_target() -> None:
+    """As the functions of nnU-Net and MONAI do, which divide by at least 1e-8."""
+    for value in (0.0, 7.0, -3e9):
+        found = Histogram.of_counts(np.array([value]), np.array([5]), "all", varied=False)
+        schemes = (SingleZScore("all"), Range(percentiles=(1, 99), target=(0, 2)))
+        for curve in (scheme.curve(found) for scheme in schemes):
+            assert curve(np.array([value])) == 0
