@@ -45,25 +45,28 @@ from attnseg.runtime.steps.check import (
     choose_grid,
 )
 from attnseg.runtime.steps.clock import StageClock, Step
-from attnseg.runtime.steps.normalise import LandmarkMatching, ZScore
-from attnseg.runtime.steps.windows import Blending
 
 
-def can_run(plan: Plan) -> bool:
-    """Whether every step of a plan has kernels; other plans use the host pipeline."""
-    preprocessing, blending = plan.preprocessing, plan.windows.blending
-    return (
-        preprocessing.grid is None
-        and len(plan.task.labels) <= MOST_CLASSES
-        and all(
-            isinstance(s, LandmarkMatching) or type(s) is ZScore
-            for s in preprocessing.normalisation
-        )
-        and plan.windows.placement == "stride"
-        and blending == replace(Blending(), weights=blending.weights)
-        and not plan.decision.outputs
-        and not plan.probabilities
-    )
+def missing_kernel(plan: Plan) -> str | None:
+    """Step of a plan that has no kernel; None if all have one.
+
+    A plan without one uses the host pipeline, and only its network runs on the device. So does a
+    single volume that is resampled, see `CudaPipeline.stage`.
+    """
+    blending = plan.windows.blending
+    schemes = plan.preprocessing.normalisation
+    steps = {
+        f"more than {MOST_CLASSES} classes": len(plan.task.labels) > MOST_CLASSES,
+        "resampling to a grid": plan.preprocessing.grid is not None,
+        "statistics of the filled foreground": any(s.foreground == "filled" for s in schemes),
+        "evenly spread windows": plan.windows.placement != "stride",
+        "mirrored windows": bool(blending.mirror_axes),
+        "sums in float16": blending.accumulate == "half",
+        "empty windows": blending.empty_windows == "run",
+        "thresholds on regions": bool(plan.decision.outputs),
+        "probabilities": plan.probabilities,
+    }
+    return next((step for step, needed in steps.items() if needed), None)
 
 
 class LostBeforeError(DeviceLostError):

@@ -5,6 +5,7 @@ The CUDA pipeline is imported only for an engine on a device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,8 @@ from attnseg.runtime.model.verdict import over_budget
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.base import Pipeline, check_channels
 from attnseg.runtime.pipelines.host import HostPipeline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ def _pipeline(engine: Engine, plan: Plan, open_second: Callable[[], Pipeline]) -
                 Setting("device", "cuda"),
             )
         return HostPipeline(engine, plan)
-    from attnseg.runtime.pipelines.cuda import CudaPipeline, can_run
+    from attnseg.runtime.pipelines.cuda import CudaPipeline, missing_kernel
 
     on_device: Any = engine
     if on_device.classes is not None:
         check_channels(on_device.classes, plan.task.output_channels)
-    if not can_run(plan):
+    missing = missing_kernel(plan)
+    if missing is not None:
+        log.info("only the network runs on the GPU, as no kernel supports %s", missing)
         return HostPipeline(engine, plan)
     pipeline = CudaPipeline(on_device, plan)
     if plan.fallback is None:

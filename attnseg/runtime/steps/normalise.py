@@ -44,15 +44,15 @@ def constant(value: float) -> VolumeError:
 
 
 class Distribution(Protocol):
-    """Foreground statistics of one channel, from which a scheme computes its curve.
+    """Foreground statistics of one channel, from which a scheme computes its curve."""
 
-    Attributes:
-        mean: Mean intensity.
-        std: Standard deviation of the intensities, positive.
-    """
+    @property
+    def mean(self) -> float:
+        """Mean intensity."""
 
-    mean: float
-    std: float
+    @property
+    def std(self) -> float:
+        """Standard deviation of the intensities."""
 
     def percentiles(self, percent: Sequence[float]) -> NDArray[np.float64]:
         """Intensities at percentiles `percent` (0 to 100), as `numpy.percentile`."""

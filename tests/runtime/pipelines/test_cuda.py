@@ -33,10 +33,20 @@ from attnseg.runtime.model.manifest import Inference, ModelRecord
 from attnseg.runtime.options import Plan, resolve
 from attnseg.runtime.pipelines.base import Segmentation
 from attnseg.runtime.pipelines.cuda import CudaPipeline
-from attnseg.runtime.steps.normalise import LandmarkMatching, Scheme, ZScore, normalise
-from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.foreground import Crop
+from attnseg.runtime.steps.normalise import (
+    ClipZScore,
+    LandmarkMatching,
+    Range,
+    Scheme,
+    SingleZScore,
+    Unchanged,
+    ZScore,
+    normalise,
+)
+from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.tta import PASSES
-from attnseg.runtime.steps.windows import WindowOptions
+from attnseg.runtime.steps.windows import WindowOptions, pad_image
 from attnseg.runtime.task import Channel, Label, Task
 from attnseg.synthetic import SyntheticCase, make_case
 from tests.conftest import LinearEngine
@@ -167,8 +177,10 @@ class Probe:
         self.device.upload(zeros, logits)
 
 
-def small_plan(schemes: Sequence[Scheme]) -> Plan:
+def small_plan(schemes: Sequence[Scheme], crop: Crop | None = None) -> Plan:
     """Two channels, two classes and one window of 8^3."""
+    if crop is None:
+        crop = "all" if schemes[0].foreground == "all" else "nonzero"
     model = ModelRecord(
         name="two channels",
         description="",
@@ -180,7 +192,7 @@ def small_plan(schemes: Sequence[Scheme]) -> Plan:
             display=("a",),
         ),
         spacing_mm=(1.0, 1.0, 1.0),
-        preprocessing=Preprocessing("LPS", None, schemes[0].foreground, tuple(schemes)),
+        preprocessing=Preprocessing("LPS", None, crop, tuple(schemes)),
         inference=Inference((8, 8, 8), 0.25, 8, 0),
     )
     return resolve(SegmentOptions(), model)
@@ -216,6 +228,54 @@ def test_what_the_network_sees_is_normalised_as_numpy_does(
         np.testing.assert_array_equal(probe.seen[0], expected)
     else:
         np.testing.assert_allclose(probe.seen[0], expected, rtol=2e-6, atol=2e-6)
+
+
+SCHEMES: list[Scheme] = [
+    ClipZScore(-20.0, 25.0, 3.5, 11.0),
+    Range((-30.0, 30.0), target=(-1.0, 1.0)),
+    Range((-10.0, 15.5), clip=True),
+    Range(percentiles=(5.0, 95.0), clip=True),
+    Unchanged(),
+    ZScore("nonzero"),
+    ZScore("all"),
+    SingleZScore("nonzero"),
+    SingleZScore("all"),
+    LandmarkMatching((1, 50, 90), (-1.5, 0.1, 2.0), "all"),
+]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize("crop", ["nonzero", "all"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_scheme_gives_the_network_what_the_host_gives(
+    device: Device, scheme: Scheme, crop: Crop, kind: Any
+) -> None:
+    """Where the foreground box is smaller than the volume, with zeros in it."""
+    rng = np.random.default_rng(12)
+    channels = np.zeros((2, 8, 8, 8), kind)
+    channels[:, 1:7, 2:8, 0:5] = rng.integers(-40, 41, (2, 6, 6, 5)) * (rng.random((6, 6, 5)) < 0.8)
+    if kind == np.float32:
+        channels *= np.float32(0.37)
+    volume = Volume(list(channels), np.diag([-1.0, -1, 1, 1]))
+    plan, probe = small_plan([scheme] * 2, crop), Probe(device)
+    pipeline = CudaPipeline(probe, plan)
+    pipeline.submit(pipeline.stage(volume))
+    expected = preprocess(volume, plan.preprocessing).image
+    padded = pad_image(expected, plan.windows.plan(expected.shape[1:]))
+    np.testing.assert_allclose(probe.seen[0], padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_a_constant_channel_on_the_device_is_no_error_of_a_fixed_scheme(
+    host: HostDevice, kind: Any
+) -> None:
+    elsewhere: Any = [Elsewhere(np.full((8, 8, 8), value, kind)) for value in (0, 7)]
+    schemes: list[Scheme] = [SingleZScore("all"), ClipZScore(-20.0, 25.0, 3.5, 10.0)]
+    probe = Probe(HostArrays(host._launcher))
+    pipeline = CudaPipeline(probe, small_plan(schemes))
+    pipeline.submit(pipeline.stage(Volume(elsewhere, np.diag([-1.0, -1, 1, 1]))))
+    assert (probe.seen[0][0] == 0).all()
+    np.testing.assert_allclose(probe.seen[0][1], 0.35, rtol=1e-6)
 
 
 def test_the_same_case_gives_the_same_bytes(device: Device, volume: Volume) -> None:
