@@ -33,12 +33,12 @@ from attnseg.runtime.cuda.device import Device, Region, bytes_at
 from attnseg.runtime.cuda.kernels import (
     GATHERED,
     SPREAD,
+    BlendArgs,
     Extent,
     GatherArgs,
     OccupyArgs,
     ScanArgs,
     SumCountsArgs,
-    Tiling,
     groups_along_z,
 )
 from attnseg.runtime.cuda.memory import MemoryRequirements, plan_memory, smallest_plan
@@ -106,14 +106,15 @@ def voxels_of(shape: Extent) -> int:
     return int(shape.x * shape.y * shape.z)
 
 
-def _cover(tiling: Tiling) -> float:
+def _cover(args: BlendArgs) -> float:
     """Mean number of windows that cover a voxel."""
-    windows, window, last = tiling.count, tiling.window, tiling.last
-    along = [
-        getattr(windows, a) * getattr(window, a) / (getattr(last, a) + getattr(window, a))
-        for a in "xyz"
-    ]
-    return float(np.prod(along))
+    image = [getattr(args.shape, "xyz"[axis]) for axis in args.transform.axes]
+    windows, window = (
+        [getattr(extent, axis) for axis in "xyz"]
+        for extent in (args.tiling.count, args.tiling.window)
+    )
+    padded = np.maximum(image, window)
+    return float(np.prod(np.array(windows) * window / padded))
 
 
 def windows_of(count: int, args: GatherArgs) -> int:
@@ -134,7 +135,7 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         elements = windows_of(count, args) * args.channels * voxels_of(args.tiling.window)
         return int(elements * (6 if args.half else 8))
     if name.startswith("blend"):
-        logits = _cover(args.tiling) * args.count * (2 if args.half else 4)
+        logits = _cover(args) * args.count * (2 if args.half else 4)
         scores = 4 * args.count * ((not args.first) + (not args.last)) if args.scores else 0
         return int((logits + scores + args.last) * voxels_of(args.shape))
     per_index = {

@@ -164,21 +164,19 @@ FUNCTION Extent to_turned(AxisTransform t, Extent at, Extent shape) {
     return Extent{target[0], target[1], target[2]};
 }
 
-// A window plan (windows.py): along each axis `count` windows, `stride` apart, the last at `last`.
+// A window plan (windows.py): the first voxels of the windows along each axis, in ascending order.
 struct Tiling {
-    Extent window, count, stride, last;
-    Extent pad;  // padding in front of the turned image
+    const int *starts;             // `count.x` along X, then `count.y` along Y and `count.z` along Z
+    Extent window, count, stride;  // `stride` is the largest distance between neighbours
+    Extent pad;                    // padding in front of the turned image
 };
-FUNCTION int start_along(int which, int stride, int last) {
-    int start = which * stride;
-    return start < last ? start : last;
-}
+FUNCTION const int *starts_y(const Tiling &t) { return t.starts + t.count.x; }
+FUNCTION const int *starts_z(const Tiling &t) { return t.starts + t.count.x + t.count.y; }
 FUNCTION Extent start_of(const Tiling &t, int window) {
     Extent which = place(window, t.count);
-    return Extent{start_along(which.x, t.stride.x, t.last.x), start_along(which.y, t.stride.y, t.last.y),
-                 start_along(which.z, t.stride.z, t.last.z)};
+    return Extent{t.starts[which.x], starts_y(t)[which.y], starts_z(t)[which.z]};
 }
-// Index of the first window along an axis that may contain `at`.
+// Index of a window along an axis before which none contains `at`; at a fixed stride, it does.
 FUNCTION int first_along(int at, int window, int stride) {
     return at < window ? 0 : (at - window) / stride + 1;
 }
@@ -187,14 +185,17 @@ FUNCTION int first_along(int at, int window, int stride) {
 template <class Visit>
 FUNCTION void for_windows_around(const Tiling &t, Extent at, int along, Visit visit) {
     for (int x = first_along(at.x, t.window.x, t.stride.x); x < t.count.x; ++x) {
-        int in_x = at.x - start_along(x, t.stride.x, t.last.x);
+        int in_x = at.x - t.starts[x];
         if (in_x < 0) break;
+        if (in_x >= t.window.x) continue;
         for (int y = first_along(at.y, t.window.y, t.stride.y); y < t.count.y; ++y) {
-            int in_y = at.y - start_along(y, t.stride.y, t.last.y);
+            int in_y = at.y - starts_y(t)[y];
             if (in_y < 0) break;
+            if (in_y >= t.window.y) continue;
             for (int z = first_along(at.z, t.window.z, t.stride.z); z < t.count.z; ++z) {
-                int in_z = at.z - start_along(z, t.stride.z, t.last.z);
+                int in_z = at.z - starts_z(t)[z];
                 if (in_z + along <= 0) break;
+                if (in_z >= t.window.z) continue;
                 visit((x * t.count.y + y) * t.count.z + z, Extent{in_x, in_y, in_z});
             }
         }

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from attnseg.runtime.geometry import AxisTransform, Layout
 from attnseg.runtime.steps.windows import WindowPlan
 
@@ -63,7 +65,7 @@ def _fields(pointers: str, shapes: str, *rest: tuple[str, Any]) -> tuple[tuple[s
 class Tiling(ctypes.Structure):
     """A window plan of `attnseg.runtime.steps.windows`."""
 
-    _fields_ = tuple((name, Extent) for name in ("window", "count", "stride", "last", "pad"))
+    _fields_ = _fields("starts", "window count stride pad")
 
     @property
     def windows(self) -> int:
@@ -71,14 +73,18 @@ class Tiling(ctypes.Structure):
         return int(self.count.x * self.count.y * self.count.z)
 
     @classmethod
-    def of(cls, plan: WindowPlan) -> Tiling:
-        """Structure of a window plan."""
-        starts = [sorted({w.start[axis] for w in plan.windows}) for axis in range(3)]
+    def of(cls, plan: WindowPlan, starts: int) -> Tiling:
+        """Structure of a window plan.
+
+        Args:
+            plan: The plan.
+            starts: Device address of `plan.starts`, int32, one axis after another.
+        """
         return cls(
+            starts,
             Extent.of(plan.window),
-            Extent.of([len(along) for along in starts]),
-            Extent.of([along[1] if len(along) > 1 else 1 for along in starts]),
-            Extent.of([along[-1] for along in starts]),
+            Extent.of([len(along) for along in plan.starts]),
+            Extent.of([max((1, *np.diff(along).tolist())) for along in plan.starts]),
             Extent.of(plan.pad_before),
         )
 

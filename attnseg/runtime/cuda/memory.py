@@ -146,6 +146,7 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         "image": 4 * need.channels * voxels,
         "importance": 4 * window,
         "flags": 4 * sum(len(plan.windows) for plan in plans),
+        "starts": 4 * sum(len(own) for plan in plans for own in plan.starts),
         "which": 4 * windows * len(plans),
         "places": 8 * sum(len(plan.windows) for plan in plans),
         "scores": 4 * need.classes * voxels if len(plans) > 1 else 0,

@@ -59,10 +59,8 @@ def missing_kernel(plan: Plan) -> str | None:
         f"more than {MOST_CLASSES} classes": len(plan.task.labels) > MOST_CLASSES,
         "resampling to a grid": plan.preprocessing.grid is not None,
         "statistics of the filled foreground": any(s.foreground == "filled" for s in schemes),
-        "evenly spread windows": plan.windows.placement != "stride",
         "mirrored windows": bool(blending.mirror_axes),
         "sums in float16": blending.accumulate == "half",
-        "empty windows": blending.empty_windows == "run",
         "thresholds on regions": bool(plan.decision.outputs),
         "probabilities": plan.probabilities,
     }

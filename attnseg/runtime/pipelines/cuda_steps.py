@@ -71,16 +71,16 @@ class Results:
 
 @dataclass(frozen=True)
 class DevicePass:
-    """One test-time pass over the windows that are not all zero.
+    """One test-time pass over the windows that are run: all, or those that are not all zero.
 
     Attributes:
         transform: Transform of the image in this pass.
         plan: Windows of the transformed image.
         tiling: The plan as a kernel argument.
-        windows: Indices in the plan of the windows that are not all zero.
+        windows: Indices in the plan of the windows that are run.
         which: Copy of `windows` on the device.
         places: Element of the logits at which those of each window of the plan begin, on the
-            device; -1 if the window is all zero.
+            device; -1 if the window is not run.
     """
 
     transform: AxisTransform
@@ -137,13 +137,16 @@ class DeviceSteps:
         statistics.normalise(self._region("image"), self._box, preprocessing.normalisation)
 
     def find_windows(self) -> list[DevicePass]:
-        """Find the windows of every pass that are not all zero; waits for the device once."""
+        """Find the windows of every pass that are run; waits for the device if some may not be."""
         transforms = self._plan.transforms
         plans = [self._plan.windows.plan(t.shape(self._box.shape)) for t in transforms]
-        tilings = [Tiling.of(plan) for plan in plans]
+        tilings = self._tilings(plans)
         ends = np.cumsum([len(plan.windows) for plan in plans]).tolist()
         starts = [0, *ends[:-1]]
-        found = self._occupied(tilings, starts, ends[-1])
+        if self._plan.windows.blending.empty_windows == "run":
+            found = np.ones(ends[-1], np.int32)
+        else:
+            found = self._occupied(tilings, starts, ends[-1])
         places = np.full(len(found), -1, np.int64)
         passes = []
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -165,6 +168,16 @@ class DeviceSteps:
             )
         self._device.upload(places, self._region("places"))
         return passes
+
+    def _tilings(self, plans: list[WindowPlan]) -> list[Tiling]:
+        """Window plans as kernel arguments, with their tables on the device."""
+        table = [np.concatenate(plan.starts).astype(np.int32) for plan in plans]
+        region = self._region("starts")
+        self._device.upload(np.concatenate(table), region)
+        first = np.cumsum([0, *(own.nbytes for own in table)]).tolist()
+        return [
+            Tiling.of(plan, region.pointer + at) for plan, at in zip(plans, first, strict=False)
+        ]
 
     def _stride(self, window: Shape, channels: int, half: bool) -> int:
         """Elements from one batch of windows to the next."""

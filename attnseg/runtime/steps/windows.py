@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations, product
 from typing import Literal
 
@@ -70,7 +70,7 @@ class WindowPlan:
         pad_before: Padding in front along X, Y and Z, in voxels; the padding behind is equal or one
             voxel larger.
         window: Number of voxels of a window along X, Y and Z.
-        windows: Boxes of the windows in the padded image, X slowest, Z fastest.
+        starts: First voxels of the windows in the padded image along X, Y and Z, ascending.
         blending: Combination of their logits.
     """
 
@@ -78,8 +78,14 @@ class WindowPlan:
     padded_shape: Shape
     pad_before: Shape
     window: Shape
-    windows: tuple[Box, ...]
+    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     blending: Blending = Blending()
+
+    @cached_property
+    def windows(self) -> tuple[Box, ...]:
+        """Boxes of the windows in the padded image, X slowest, Z fastest."""
+        x, y, z = self.window
+        return tuple(Box((i, j, k), (i + x, j + y, k + z)) for i, j, k in product(*self.starts))
 
     @property
     def inner(self) -> Slices:
@@ -173,24 +179,20 @@ def plan_windows(
         raise ConfigError(f"window must be at least 1 voxel along each axis, got {tuple(window)}")
     padded = [max(s, w) for s, w in zip(shape, window, strict=True)]
     before = [(p - s) // 2 for p, s in zip(padded, shape, strict=True)]
-    starts = [_STARTS[placement](p, w, overlap) for p, w in zip(padded, window, strict=True)]
-    count = math.prod(len(along) for along in starts)
+    x, y, z = (_STARTS[placement](p, w, overlap) for p, w in zip(padded, window, strict=True))
+    count = len(x) * len(y) * len(z)
     if count > MOST_WINDOWS:
         raise ConfigError(
             f"overlap {overlap:g} needs {count} windows, more than {MOST_WINDOWS}",
             "use a smaller {}",
             Setting("overlap"),
         )
-    windows = tuple(
-        Box((x, y, z), (x + window[0], y + window[1], z + window[2]))
-        for x, y, z in product(*starts)
-    )
     return WindowPlan(
         shape=shape_of(shape),
         padded_shape=shape_of(padded),
         pad_before=shape_of(before),
         window=shape_of(window),
-        windows=windows,
+        starts=(tuple(x), tuple(y), tuple(z)),
         blending=blending or Blending(),
     )
 

@@ -40,6 +40,7 @@ from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.decide import Decision, argmax_classes
 from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
+    Placement,
     WindowOptions,
     WindowPlan,
     importance_map,
@@ -65,6 +66,16 @@ def run(device: Device, name: str, count: int, *values: Any) -> None:
     device.launch(name, count, ARGUMENTS[name](*fields))
     for array, buffer in zip(arrays, buffers, strict=True):
         device.download(buffer, array)
+
+
+def tiling(device: Device, plan: WindowPlan) -> Tiling:
+    """A plan as a kernel argument, which keeps the memory of its table."""
+    starts = np.concatenate(plan.starts).astype(np.int32)
+    buffer = device.allocate(starts.nbytes)
+    device.upload(starts, buffer)
+    found = Tiling.of(plan, buffer.pointer)
+    found.buffer = buffer  # type: ignore[attr-defined]
+    return found
 
 
 VIEWS = {
@@ -189,17 +200,24 @@ def test_floats_go_through_the_curve(device: Device, keep_zero: int) -> None:
     st.tuples(*[st.integers(1, 40)] * 3),
     st.tuples(*[st.integers(1, 16)] * 3),
     st.floats(0, 0.95),
+    st.sampled_from(["stride", "even"]),
 )
 def test_the_tiling_is_the_plan(
-    host: HostDevice, shape: tuple[int, ...], window: tuple[int, ...], overlap: float
+    host: HostDevice,
+    shape: tuple[int, ...],
+    window: tuple[int, ...],
+    overlap: float,
+    placement: Placement,
 ) -> None:
     """Every window of the plan, seen by the kernel that looks for windows with content."""
-    plan = plan_windows(shape, window, overlap)
+    if placement == "even":  # small windows at large overlaps are too many
+        overlap = min(overlap, 1 - 1 / min(window))
+    plan = plan_windows(shape, window, overlap, placement)
     voxel = np.array([hash((shape, overlap)) % n for n in shape])
     image = np.zeros(shape, np.float32)
     image[tuple(voxel)] = 1
     flags = np.zeros(len(plan.windows), np.int32)
-    args = (image, flags, Extent.of(shape), Tiling.of(plan), TransformArg.of(IDENTITY), 1)
+    args = (image, flags, Extent.of(shape), tiling(host, plan), TransformArg.of(IDENTITY), 1)
     run(host, "occupy", len(plan.windows) * window[0] * window[1], *args)
     at = voxel + plan.pad_before
     expected = [np.all(at >= w.start) and np.all(at < w.stop) for w in plan.windows]
@@ -217,7 +235,7 @@ def test_windows_with_content_are_found(device: Device, transform: AxisTransform
         image,
         flags,
         Extent.of(image.shape[1:]),
-        Tiling.of(plan),
+        tiling(device, plan),
         TransformArg.of(transform),
         2,
     )
@@ -248,7 +266,7 @@ def gathered(
         windows,
         batches.shape[1],
         Extent.of(image.shape[1:]),
-        Tiling.of(plan),
+        tiling(device, plan),
         TransformArg.of(transform),
         len(image),
         batch,
@@ -314,7 +332,7 @@ class Blender:
             self.classes,
             self.not_finite,
             Extent.of(self.classes.shape),
-            Tiling.of(plan),
+            tiling(self._device, plan),
             TransformArg.of(turn),
             self.count,
             int(logits.dtype == np.float16),
@@ -333,11 +351,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponential / exponential.sum(axis=0)
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
-def test_blending_is_the_numpy_pipelines(device: Device, overlap: float) -> None:
+@pytest.mark.parametrize("placement", ["stride", "even"])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8, 0.9])
+def test_blending_is_the_numpy_pipelines(
+    device: Device, overlap: float, placement: Placement
+) -> None:
     """Classes to the bit; of the blended logits the first of two passes shows the softmax."""
     image = np.random.default_rng(3).standard_normal((3, 19, 13, 6)).astype(np.float32)
-    plan = WindowOptions((8, 8, 8), overlap).plan(image.shape[1:])
+    plan = WindowOptions((8, 8, 8), overlap, placement=placement).plan(image.shape[1:])
     batch = gathered(device, image, IDENTITY, plan, half=False)
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
     expected = sliding_window(image, ENGINE, plan, 4)

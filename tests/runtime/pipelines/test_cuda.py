@@ -649,3 +649,36 @@ def test_arrays_of_host_and_device_are_not_mixed(host: HostDevice, volume: Volum
     segmenter = Segmenter(BUNDLE, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
     with pytest.raises(VolumeError, match="channel 4: expected an array on host, as the others"):
         segmenter.segment(Volume(mixed, volume.affine))
+
+
+def with_inference(**fields: Any) -> Bundle:
+    """The shipped model with other defaults of the inference."""
+    inference = replace(BUNDLE.manifest.inference, **fields)
+    return replace(BUNDLE, manifest=replace(BUNDLE.manifest, inference=inference))
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"placement": "even"},
+        {"placement": "even", "overlap": 0.8, "window": (32, 48, 32)},
+        {"weights": "constant"},
+        {"placement": "even", "overlap": 0.5, "weights": "gaussian-nnunet"},
+        {"empty_windows": "run", "window": (16, 16, 16), "overlap": 0.0},
+    ],
+    ids=str,
+)
+def test_window_rules_of_others_give_the_hosts_labels(
+    device: Device, volume: Volume, fields: dict[str, Any], tta: str
+) -> None:
+    bundle, chosen = with_inference(**fields), SegmentOptions(tta=tta)
+    engine = Through(device, LINEAR)
+    result = Segmenter(bundle, chosen, engine).segment(volume)
+    reference = LinearEngine(MATRIX)
+    expected = Segmenter(bundle, chosen, reference).segment(volume)
+    assert result.memory and result.windows == expected.windows
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    if "empty_windows" in fields:  # in batches of 3, the last of each pass filled up
+        runs = result.windows * len(PASSES[tta])
+        assert reference.calls == runs and runs <= 3 * len(engine.shapes) < runs + 9
