@@ -134,6 +134,10 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
     if name == "gather":
         elements = windows_of(count, args) * args.channels * voxels_of(args.tiling.window)
         return int(elements * (6 if args.half else 8))
+    if name == "average":
+        sums = 4 * (args.which > 0) + 4 * (args.which < args.mirrors - 1)
+        mean = (2 if args.half_mean else 4) * (args.which == args.mirrors - 1)
+        return count * int(args.count * ((2 if args.half else 4) + sums + mean))
     if name.startswith("blend"):
         logits = _cover(args) * args.count * (2 if args.half else 4)
         scores = 4 * args.count * ((not args.first) + (not args.last)) if args.scores else 0
@@ -143,7 +147,6 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         "refine": 4,
         "normalise": 6,
         "normalise_float": 8,
-        "narrow": 6,
         "label_start": 9,
         "label_merge": 5,
         "label_flatten": 4,

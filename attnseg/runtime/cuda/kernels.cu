@@ -355,6 +355,16 @@ FUNCTION Row row_of(const Tiling &t, AxisTransform transform, Extent shape, int 
                begin > 0 ? begin : 0, outside ? 0 : end};
 }
 
+// The same row, from its last voxel to its first; a row has `size` voxels.
+FUNCTION Row reversed(Row row, int size) {
+    return Row{row.first + (size - 1) * row.step, -row.step, size - row.end, size - row.begin};
+}
+// Voxel of a mirror image of a window, reversed along the axes that are set in `mirror`.
+FUNCTION Extent mirrored(Extent at, Extent mirror, Extent window) {
+    return Extent{mirror.x ? window.x - 1 - at.x : at.x, mirror.y ? window.y - 1 - at.y : at.y,
+                 mirror.z ? window.z - 1 - at.z : at.z};
+}
+
 // Flags the windows of the turned, padded image that are not all 0; the others skip the network.
 // One index per row of a window along Z; a row of a flagged window is not looked at.
 // Reference: numpy.any per window. B: 4C.
@@ -386,8 +396,8 @@ KERNEL(occupy, OccupyArgs) {
 
 const int GATHERED = 8;  // voxels along Z per index of `gather`
 
-// Copies windows of the turned, padded image to the engine's input; one index per 8 voxels of a row.
-// Reference: windows.pad_image and Box.slices. B: 4 + 2 or 4.
+// Copies windows of the turned, padded image, or mirror images of them, to the engine's input; one index
+// per 8 voxels of a row. Reference: windows.pad_image, Box.slices and numpy.flip. B: 4 + 2 or 4.
 struct GatherArgs {
     const float *image;  // (C, X, Y, Z)
     void *batches;       // each (windows, C, x, y, z), fp16 or fp32
@@ -396,6 +406,7 @@ struct GatherArgs {
     Extent shape;         // of the image
     Tiling tiling;
     AxisTransform transform;
+    Extent mirror;              // 1 along the axes that are reversed in the windows
     int channels, batch, half;  // `batch` windows per batch
 };
 FUNCTION void put(float *to, float value) { *to = value; }
@@ -422,7 +433,9 @@ KERNEL(gather, GatherArgs) {
     Extent within = place(i % per_channel, groups);
     int z = within.z * GATHERED;
     within.z = 0;
-    Row row = row_of(a.tiling, a.transform, a.shape, a.windows[slot], within);
+    Extent source = mirrored(within, Extent{a.mirror.x, a.mirror.y, 0}, window);
+    Row row = row_of(a.tiling, a.transform, a.shape, a.windows[slot], source);
+    if (a.mirror.z) row = reversed(row, window.z);
     long long voxels = voxels_of(window);
     long long to = slot / a.batch * a.stride + (slot % a.batch * a.channels + channel) * voxels +
                    index(within, window) + z;
@@ -431,12 +444,34 @@ KERNEL(gather, GatherArgs) {
     else gather_row(a, (float *)a.batches + to, image, row, z);
 }
 
-// Converts logits from fp32 to fp16, to halve their memory. Reference: numpy.astype. B: 6.
-struct NarrowArgs {
-    const float *logits;
-    unsigned short *kept;
+// Adds the logits of the mirror images of some windows, one launch for each mirror, in order; the last one
+// writes the mean. With a single mirror it converts fp32 to fp16, which halves the memory. One index per
+// voxel of the windows. Reference: sliding_window._infer, numpy.astype. B: K times 6, or 8 to 12 for mirrors.
+struct AverageArgs {
+    const void *logits;     // (windows, K, x, y, z), fp16 or fp32
+    float *sums;            // of the same shape; not used with a single mirror
+    void *mean;             // of the same shape, fp16 or fp32; it may be `sums`
+    Extent window, mirror;  // `mirror` as in GatherArgs
+    int count, half, half_mean, which, mirrors;  // `count` classes; number of the mirror, and of all
 };
-KERNEL(narrow, NarrowArgs) { a.kept[i] = half_bits(a.logits[i]); }
+KERNEL(average, AverageArgs) {
+    unsigned voxels = (unsigned)voxels_of(a.window), voxel = i % voxels;
+    long long first = (long long)(i / voxels) * a.count * voxels;
+    long long from = first + index(mirrored(place(voxel, a.window), a.mirror, a.window), a.window);
+    long long to = first + voxel;
+    for (int k = 0; k < a.count; ++k, from += voxels, to += voxels) {
+        float value = a.half ? half_value(((const unsigned short *)a.logits)[from])
+                             : ((const float *)a.logits)[from];
+        if (a.which > 0) value += a.sums[to];
+        if (a.which < a.mirrors - 1) {
+            a.sums[to] = value;
+            continue;
+        }
+        value /= (float)a.mirrors;
+        if (a.half_mean) ((unsigned short *)a.mean)[to] = half_bits(value);
+        else ((float *)a.mean)[to] = value;
+    }
+}
 
 const int MOST_CLASSES = 32;
 const float LEAST_WEIGHT = 1.17549435e-38f;  // the smallest normal number: uncovered voxels stay 0

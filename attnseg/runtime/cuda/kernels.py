@@ -30,6 +30,11 @@ class Extent(ctypes.Structure):
         x, y, z = values
         return cls(x, y, z)
 
+    @classmethod
+    def mirror(cls, axes: Sequence[int]) -> Extent:
+        """Structure with 1 along each of some axes, and 0 along the others."""
+        return cls.of([int(axis in axes) for axis in range(3)])
+
 
 class LayoutArg(ctypes.Structure):
     """A layout of `attnseg.runtime.geometry`, in elements."""
@@ -186,14 +191,18 @@ class GatherArgs(ctypes.Structure):
         ("shape", Extent),
         ("tiling", Tiling),
         ("transform", TransformArg),
+        ("mirror", Extent),
         *_ints("channels batch half"),
     )
 
 
-class NarrowArgs(ctypes.Structure):
-    """Arguments of kernel `narrow`; one index per logit."""
+class AverageArgs(ctypes.Structure):
+    """Arguments of kernel `average`; one index per voxel of the windows."""
 
-    _fields_ = _fields("logits kept", "")
+    _fields_ = (
+        *_fields("logits sums mean", "window mirror"),
+        *_ints("count half half_mean which mirrors"),
+    )
 
 
 class BlendArgs(ctypes.Structure):
@@ -239,7 +248,7 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "normalise_float": NormaliseFloatArgs,
     "occupy": OccupyArgs,
     "gather": GatherArgs,
-    "narrow": NarrowArgs,
+    "average": AverageArgs,
     **{f"blend_{classes}": BlendArgs for classes in _BLENDED},
     "label_start": LabelArgs,
     "label_merge": LabelArgs,

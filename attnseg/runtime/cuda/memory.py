@@ -130,15 +130,19 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
     batch = max(need.batches[1], min(batch, most))
     windows = _up(most, batch)
     fitting = MOST_INDICES // (need.channels * window) // batch * batch  # in one launch
-    chunk = batch if sparing else max(batch, min(windows, fitting))
-    # Where logits are narrowed to fp16, those of one batch exist in both types.
+    mirrored = len(need.windows.blending.mirrors) > 1
+    chunk = batch if sparing or mirrored else max(batch, min(windows, fitting))
+    # Where logits are converted to fp16 or averaged, those of one batch exist twice.
     saves = sparing and 2 * windows > 4 * batch
-    engine_kind, half_logits = 2 if need.half else 4, need.half or saves
+    # Means of the logits of an fp16 engine are no fp16 numbers.
+    engine_kind, half_logits = 2 if need.half else 4, saves or (need.half and not mirrored)
     kept_kind = 2 if half_logits else 4
+    once = batch * need.classes * window  # logits of a batch
     network = {
         "images": chunk // batch * aligned(engine_kind * batch * need.channels * window),
-        "logits": windows // batch * aligned(kept_kind * batch * need.classes * window),
-        "wide": 4 * batch * need.classes * window if half_logits and not need.half else 0,
+        "logits": windows // batch * aligned(kept_kind * once),
+        "output": engine_kind * once if mirrored or kept_kind < engine_kind else 0,
+        "sums": 4 * once if mirrored and half_logits else 0,
     }
     cleaning = {"parents": 4 * voxels * need.clean_up, "sizes": 4 * voxels * need.clean_up}
     kept = {

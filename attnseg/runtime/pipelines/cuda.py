@@ -59,7 +59,6 @@ def missing_kernel(plan: Plan) -> str | None:
         f"more than {MOST_CLASSES} classes": len(plan.task.labels) > MOST_CLASSES,
         "resampling to a grid": plan.preprocessing.grid is not None,
         "statistics of the filled foreground": any(s.foreground == "filled" for s in schemes),
-        "mirrored windows": bool(blending.mirror_axes),
         "sums in float16": blending.accumulate == "half",
         "thresholds on regions": bool(plan.decision.outputs),
         "probabilities": plan.probabilities,

@@ -20,7 +20,7 @@ from attnseg.runtime.cuda.memory import aligned
 from attnseg.runtime.cuda.statistics import VolumeStatistics
 from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
-from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
+from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.foreground import no_foreground
@@ -210,7 +210,10 @@ class DeviceSteps:
         return found
 
     def run_network(self, one: DevicePass) -> None:
-        """Compute the logits of every window of a pass, one after another in memory."""
+        """Compute the logits of every window of a pass, one after another in memory.
+
+        If windows are mirrored, their logits are averaged batch by batch.
+        """
         memory, half, window = self._memory, self._engine.half, one.plan.window
         self._workspace.load_importance(window)  # first, as it may wait
         kind = 2 if half else 4
@@ -220,14 +223,15 @@ class DeviceSteps:
         shape = (memory.batch, self._channels, *window)
         for start in range(0, len(one.windows), memory.chunk):
             count = min(memory.chunk, len(one.windows) - start)
-            self._gather(one, start, count)
-            for first in range(0, count, memory.batch):
-                call = first // memory.batch
-                taken = Region.of(images, call * stride, size)
-                self._infer(taken, start // memory.batch + call, shape)
+            for which, mirror in enumerate(one.plan.blending.mirrors):
+                self._gather(one, start, count, mirror)
+                for first in range(0, count, memory.batch):
+                    call = first // memory.batch
+                    taken = Region.of(images, call * stride, size)
+                    self._infer(one, taken, start // memory.batch + call, shape, which)
 
-    def _gather(self, one: DevicePass, start: int, count: int) -> None:
-        """Copy windows of the transformed image to the engine's input."""
+    def _gather(self, one: DevicePass, start: int, count: int, mirror: tuple[int, ...]) -> None:
+        """Copy windows of the transformed image to the engine's input, reversed along some axes."""
         args = kernels.GatherArgs(
             image=self._region("image").pointer,
             batches=self._region("images").pointer,
@@ -236,6 +240,7 @@ class DeviceSteps:
             shape=Extent.of(self._box.shape),
             tiling=one.tiling,
             transform=TransformArg.of(one.transform),
+            mirror=Extent.mirror(mirror),
             channels=self._channels,
             batch=self._memory.batch,
             half=int(self._engine.half),
@@ -243,22 +248,38 @@ class DeviceSteps:
         groups = kernels.groups_along_z(one.plan.window, kernels.GATHERED)
         self._device.launch("gather", count * self._channels * groups, args)
 
-    def _infer(self, images: Region, call: int, shape: tuple[int, ...]) -> None:
-        """Run one batch of a pass, number `call`, and store its logits."""
-        count = shape[0] * self._classes * prod(shape[2:])
-        logit_bytes = 2 if self._engine.half else 4
-        logits = self._region("logits")
-        window = shape_of(shape[2:])
-        offset = call * self._stride(window, self._classes, self._memory.half_logits)
-        narrow = self._memory.half_logits and not self._engine.half
-        if narrow:
-            given = Region.of(self._region("wide"), 0, logit_bytes * count)
-        else:
-            given = Region.of(logits, logit_bytes * offset, logit_bytes * count)
+    def _infer(
+        self, one: DevicePass, images: Region, call: int, shape: tuple[int, ...], which: int
+    ) -> None:
+        """Run one batch of a pass, number `call`, of one of its mirrors, and store its logits."""
+        memory, window, mirrors = self._memory, one.plan.window, one.plan.blending.mirrors
+        kind, kept_kind = (2 if half else 4 for half in (self._engine.half, memory.half_logits))
+        offset = call * self._stride(window, self._classes, memory.half_logits)
+        kept = self._region("logits").pointer + kept_kind * offset
+        output = self._region("output")
+        direct = not output.size_bytes  # neither converted nor averaged
+        logit_bytes = kind * shape[0] * self._classes * prod(window)
+        given = (
+            Region.of(self._region("logits"), kept_kind * offset, logit_bytes)
+            if direct
+            else Region.of(output, 0, logit_bytes)
+        )
         self._engine.enqueue(images, given, shape)
-        if narrow:
-            kept = logits.pointer + 2 * offset
-            self._device.launch("narrow", count, kernels.NarrowArgs(given.pointer, kept))
+        if direct:
+            return
+        args = kernels.AverageArgs(
+            logits=given.pointer,
+            sums=self._region("sums").pointer if memory.half_logits else kept,
+            mean=kept,
+            window=Extent.of(window),
+            mirror=Extent.mirror(mirrors[which]),
+            count=self._classes,
+            half=int(self._engine.half),
+            half_mean=int(memory.half_logits),
+            which=which,
+            mirrors=len(mirrors),
+        )
+        self._device.launch("average", shape[0] * prod(window), args)
 
     def blend(self, one: DevicePass, index: int, passes: int) -> None:
         """Blend the windows of a pass, and combine the result with the previous passes.

@@ -40,6 +40,7 @@ from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.decide import Decision, argmax_classes
 from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
+    Blending,
     Placement,
     WindowOptions,
     WindowPlan,
@@ -251,7 +252,12 @@ GAP = 5
 
 
 def gathered(
-    device: Device, image: np.ndarray, transform: AxisTransform, plan: WindowPlan, half: bool
+    device: Device,
+    image: np.ndarray,
+    transform: AxisTransform,
+    plan: WindowPlan,
+    half: bool,
+    mirror: tuple[int, ...] = (),
 ) -> np.ndarray:
     """All windows of a plan, gathered in batches of 3, the last of which may be incomplete."""
     windows, batch = np.arange(len(plan.windows), dtype=np.int32), 3
@@ -268,6 +274,7 @@ def gathered(
         Extent.of(image.shape[1:]),
         tiling(device, plan),
         TransformArg.of(transform),
+        Extent.mirror(mirror),
         len(image),
         batch,
         int(half),
@@ -291,13 +298,55 @@ def test_windows_of_the_turned_image_are_numpys(
     np.testing.assert_array_equal(batch, expected.astype(batch.dtype))
 
 
-def test_narrowed_logits_are_rounded_as_numpy_rounds(device: Device) -> None:
-    rng = np.random.default_rng(2)
-    logits = (rng.standard_normal(5000) * 10.0 ** rng.integers(-8, 5, 5000)).astype(np.float32)
-    kept = np.empty(5000, np.float16)
-    run(device, "narrow", 5000, logits, kept)
-    with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(kept, logits.astype(np.float16))
+MIRRORS = Blending(mirror_axes=(0, 1, 2)).mirrors
+
+
+@pytest.mark.parametrize("mirror", MIRRORS, ids=str)
+@pytest.mark.parametrize("transform", [TRANSFORMS[0], TRANSFORMS[-1]], ids=str)
+def test_mirror_images_of_windows_are_numpys(
+    device: Device, transform: AxisTransform, mirror: tuple[int, ...]
+) -> None:
+    """Rows are longer than a group of 8, and longer and shorter than the image."""
+    image = np.random.default_rng(2).standard_normal((2, 17, 9, 12)).astype(np.float32)
+    turned = np.ascontiguousarray(transform.apply(image))
+    plan = WindowOptions((6, 5, 13), 0.25).plan(turned.shape[1:])
+    batch = gathered(device, image, transform, plan, False, mirror)
+    padded = pad_image(turned, plan)
+    windows = np.stack([padded[(slice(None), *w.slices())] for w in plan.windows])
+    axes = tuple(2 + axis for axis in mirror)
+    np.testing.assert_array_equal(batch, np.flip(windows, axes))
+
+
+@pytest.mark.parametrize("given", [np.float16, np.float32])
+@pytest.mark.parametrize("kept", [np.float16, np.float32])
+@pytest.mark.parametrize("mirrors", [MIRRORS, MIRRORS[:1]], ids=len)
+def test_logits_of_mirror_images_are_averaged_as_numpy_does(
+    device: Device, mirrors: tuple[tuple[int, ...], ...], given: Any, kept: Any
+) -> None:
+    """To the bit; a single one is rounded, as numpy rounds."""
+    rng, shape = np.random.default_rng(2), (2, 3, 5, 7, 9)
+    sums, mean = np.full(shape, 77, np.float32), np.empty(shape, kept)
+    total = np.zeros(shape, np.float32)
+    for which, mirror in enumerate(mirrors):
+        values = rng.standard_normal(shape) * 10.0 ** rng.integers(-8, 4, shape)
+        logits = values.astype(given)
+        total += np.flip(logits, tuple(2 + axis for axis in mirror)).astype(np.float32)
+        run(
+            device,
+            "average",
+            2 * 5 * 7 * 9,
+            logits,
+            sums,
+            mean,
+            Extent(5, 7, 9),
+            Extent.mirror(mirror),
+            3,
+            int(given == np.float16),
+            int(kept == np.float16),
+            which,
+            len(mirrors),
+        )
+    np.testing.assert_array_equal(mean, (total / np.float32(len(mirrors))).astype(kept))
 
 
 class Blender:

@@ -46,7 +46,7 @@ from attnseg.runtime.steps.normalise import (
 )
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.tta import PASSES
-from attnseg.runtime.steps.windows import WindowOptions, pad_image
+from attnseg.runtime.steps.windows import Blending, WindowOptions, pad_image
 from attnseg.runtime.task import Channel, Label, Task
 from attnseg.synthetic import SyntheticCase, make_case
 from tests.conftest import LinearEngine
@@ -655,6 +655,51 @@ def with_inference(**fields: Any) -> Bundle:
     """The shipped model with other defaults of the inference."""
     inference = replace(BUNDLE.manifest.inference, **fields)
     return replace(BUNDLE, manifest=replace(BUNDLE.manifest, inference=inference))
+
+
+class RampEngine(LinearEngine):
+    """Adds a ramp along each axis to the logits: mirrored back, each mirror image gives others."""
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        x, y, z = np.indices(batch.shape[2:], np.float32)
+        ramp = np.stack([x, y, z, x - y])[None] / np.float32(7)
+        return np.asarray(super().infer(batch) + ramp)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2,), (1, 0)], ids=str)
+def test_mirrored_windows_give_the_hosts_labels(
+    device: Device, volume: Volume, axes: tuple[int, ...], half: bool, tight: bool
+) -> None:
+    engine = RampEngine(MATRIX)
+    bundle, chosen = with_inference(mirror_axes=axes, window=(32, 48, 16)), SegmentOptions()
+    on_device = Through(device, engine, half=half)
+    if tight:
+        with pytest.raises(OutOfMemoryError) as caught:
+            Segmenter(bundle, SegmentOptions(max_memory_bytes=1), on_device).segment(volume)
+        chosen = SegmentOptions(max_memory_bytes=least_bytes(str(caught.value)))
+    result = Segmenter(bundle, chosen, on_device).segment(volume)
+    reference = Halved(engine) if half else engine
+    expected = Segmenter(bundle, SegmentOptions(), reference).segment(volume)
+    once = Segmenter(bundle, SegmentOptions(tta="none"), reference).segment(volume)
+    assert np.mean(expected.labels != once.labels) > 0.01
+    assert result.memory["logits"] == ("fp16" if tight else "fp32")
+    assert np.mean(result.labels != expected.labels) <= (1e-3 if tight else 0)
+
+
+def test_mirrored_windows_take_memory_for_one_more_batch(host: HostDevice) -> None:
+    need = requirements_of((64, 64, 64), WindowOptions((32, 32, 32)), False)
+    axes = (0, 1, 2)
+    mirrored = replace(
+        need, windows=WindowOptions((32, 32, 32), blending=Blending("gaussian", axes))
+    )
+    plain, more = plan_memory(need, None), plan_memory(mirrored, None)
+    batch_bytes = 4 * 4 * 4 * 32**3  # of fp32, 4 windows, 4 channels or classes
+    assert plain.windows == 28 and more.chunk == 4
+    assert plain.places["images"][1] == 7 * batch_bytes and more.places["images"][1] == batch_bytes
+    assert more.places["logits"][1] == plain.places["logits"][1]
+    assert (plain.places["output"][1], more.places["output"][1]) == (0, batch_bytes)
 
 
 @pytest.mark.parametrize("tta", ["none", "paper"])
