@@ -140,8 +140,9 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         return count * int(args.count * ((2 if args.half else 4) + sums + mean))
     if name.startswith("blend"):
         logits = _cover(args) * args.count * (2 if args.half else 4)
-        scores = 4 * args.count * ((not args.first) + (not args.last)) if args.scores else 0
-        return int((logits + scores + args.last) * voxels_of(args.shape))
+        last = args.which == args.passes - 1
+        scores = 4 * args.count * ((args.which > 0) + (not last)) if args.scores else 0
+        return int((logits + scores + last) * voxels_of(args.shape))
     per_index = {
         "sum_counts": 68,
         "refine": 4,

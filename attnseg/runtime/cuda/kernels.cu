@@ -20,6 +20,7 @@
     }                                                                                   \
     __device__ void name##_body(const Args &a, unsigned i)
 #define FUNCTION __device__ inline
+#define UNROLLED _Pragma("unroll")
 #define EXP expf
 
 // Relaxed atomic accesses, for memory that other threads of the kernel change.
@@ -62,6 +63,7 @@ template <int B> FUNCTION void copy(void *to, const void *from) {
     }                                                                                   \
     static void name##_body(const Args &a, unsigned i)
 #define FUNCTION static inline
+#define UNROLLED
 #define EXP std::exp
 
 FUNCTION int load(const int *p) { return *p; }
@@ -487,14 +489,50 @@ template <int N> FUNCTION int first_largest(const float (&scores)[N], int count)
     return best;
 }
 
+// Decision of a voxel (decide.py): the class of the largest value; or for each region in turn, where the sum
+// of the values of its channels is above a threshold, its class.
+enum Activation { LOGITS, SOFTMAX, SIGMOID };
+struct Decision {
+    float thresholds[MOST_CLASSES];
+    unsigned channels[MOST_CLASSES];      // of each region; one bit per channel
+    unsigned char classes[MOST_CLASSES];  // of each region
+    int regions;                          // 0 for the largest value
+    int activation;                       // of the values that are compared
+};
+template <int N> FUNCTION int decided(const Decision &d, const float (&values)[N], int count) {
+    if (!d.regions) return first_largest(values, count);
+    int found = 0;
+    for (int r = 0; r < d.regions; ++r) {
+        float sum = 0;
+        for (int k = 0; k < N; ++k)
+            if (d.channels[r] >> k & 1) sum += values[k];
+        if (sum > d.thresholds[r]) found = d.classes[r];
+    }
+    return found;
+}
+template <int N> FUNCTION void activate(float (&logits)[N], int count, int activation) {
+    if (activation == SIGMOID) {
+        for (int k = 0; k < N; ++k)
+            if (k < count) logits[k] = 1.0f / (1.0f + EXP(-logits[k]));
+        return;
+    }
+    float largest = logits[0], sum = 0;
+    for (int k = 1; k < N; ++k)
+        if (k < count && logits[k] > largest) largest = logits[k];
+    for (int k = 0; k < N; ++k)
+        if (k < count) sum += logits[k] = EXP(logits[k] - largest);
+    for (int k = 0; k < N; ++k)
+        if (k < count) logits[k] /= sum;
+}
+
 const int BLENDED = 2;  // voxels along Z per index, for few classes
 
 // One pass over all windows. For each voxel of the box: the mean of the logits of all windows that
 // contain it, weighted by the importance map, and summed in the plan's order without atomics, hence
 // deterministic. Then its class; with several passes, a vote plus 1/16 of the probability, or the
 // probability alone (tta.py), is added to the scores, and the last pass writes the class. One index
-// per group of voxels along Z of the turned image. Reference: sliding_window.sliding_window, tta.Fusion.
-// B: 2.4 K times 2 or 4, and 8K with several passes.
+// per group of voxels along Z of the turned image. Reference: sliding_window.sliding_window, tta.Fusion,
+// decide.Decision. B: 2.4 K times 2 or 4, and 8K with several passes.
 struct BlendArgs {
     const void *logits;       // (windows, K, x, y, z), fp16 or fp32
     const float *importance;  // (x, y, z)
@@ -505,7 +543,9 @@ struct BlendArgs {
     Extent shape;              // of the box
     Tiling tiling;
     AxisTransform transform;
-    int count, half, vote, first, last;  // `count` classes; first or last pass
+    Decision decision;
+    int count, half, half_sums;  // `count` channels of the logits; `half_sums`: sums are rounded to fp16
+    int vote, which, passes;     // number of the pass, and of all
 };
 FUNCTION float as_float(float value) { return value; }
 FUNCTION float as_float(unsigned short bits) { return half_value(bits); }
@@ -533,6 +573,12 @@ FUNCTION void add_window(const BlendArgs &a, float (&sums)[N][G], float (&weight
     for (int k = 0; k < N; ++k)
         for (int g = 0; g < G; ++g)
             if (k < count) sums[k][g] += logit[k][g] * weight[g];
+    if (a.half_sums) {
+        for (int g = 0; g < G; ++g) weights[g] = half_value(half_bits(weights[g]));
+        for (int k = 0; k < N; ++k)
+            for (int g = 0; g < G; ++g)
+                if (k < count) sums[k][g] = half_value(half_bits(sums[k][g]));
+    }
 }
 // The weighted mean of the logits of G voxels from `at` on along Z, for up to N classes.
 template <int N, int G, class T>
@@ -564,6 +610,8 @@ FUNCTION void mean_logits(const BlendArgs &a, float (&sums)[N][G], Extent at) {
         float weight = weights[g] > LEAST_WEIGHT ? weights[g] : LEAST_WEIGHT;
         for (int k = 0; k < N; ++k)
             if (k < count) sums[k][g] /= weight;
+        for (int k = 0; k < N; ++k)
+            if (k < count && a.half_sums) sums[k][g] = half_value(half_bits(sums[k][g]));
     }
 }
 // Class of a voxel, or -1 if a later pass decides; `voxel` is its element in the image.
@@ -571,22 +619,20 @@ template <int N>
 FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long long voxel) {
     for (int k = 0; k < N; ++k)
         if (k < count && !(logits[k] - logits[k] == 0)) store(a.not_finite, 1);
-    int best = first_largest(logits, count);
-    if (!a.scores) return best;
+    int best = a.vote ? first_largest(logits, count) : 0;
+    if (a.decision.activation != LOGITS) activate(logits, count, a.decision.activation);
+    if (!a.scores) return decided(a.decision, logits, count);
+    bool last = a.which == a.passes - 1;
     long long box = voxels_of(a.shape);
-    float largest = logits[0], sum = 0;
-    for (int k = 1; k < N; ++k)
-        if (k < count && logits[k] > largest) largest = logits[k];
-    for (int k = 0; k < N; ++k)
-        if (k < count) sum += logits[k] = EXP(logits[k] - largest);
     for (int k = 0; k < N; ++k) {
         if (k >= count) break;
-        float score = logits[k] / sum;
+        float score = logits[k];
         if (a.vote) score = score * 0.0625f + (k == best ? 1.0f : 0.0f);
-        logits[k] = a.first ? score : a.scores[k * box + voxel] + score;
-        if (!a.last) a.scores[k * box + voxel] = logits[k];
+        logits[k] = a.which == 0 ? score : a.scores[k * box + voxel] + score;
+        if (!last) a.scores[k * box + voxel] = logits[k];
+        else if (a.decision.regions) logits[k] /= (float)a.passes;
     }
-    return a.last ? first_largest(logits, count) : -1;
+    return last ? decided(a.decision, logits, count) : -1;
 }
 template <int N, int G> FUNCTION void blend_voxels(const BlendArgs &a, Extent turned) {
     float sums[N][G];
@@ -596,7 +642,7 @@ template <int N, int G> FUNCTION void blend_voxels(const BlendArgs &a, Extent tu
     long long first = index(from_turned(a.transform, turned, a.shape), a.shape);
     long long step = step_along_turned_z(a.transform, a.shape);
     int left = turned_shape(a.transform, a.shape).z - turned.z;
-    for (int g = 0; g < G; ++g) {
+    UNROLLED for (int g = 0; g < G; ++g) {  // a constant index keeps `sums` in registers
         if (g >= left) break;
         float logits[N];
         for (int k = 0; k < N; ++k) logits[k] = sums[k][g];

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from attnseg.runtime.geometry import AxisTransform, Layout
+from attnseg.runtime.steps.decide import Decision
+from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.steps.windows import WindowPlan
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 MOST_CLASSES = 32
-"""Largest number of classes that the kernels support."""
+"""Largest number of classes, of channels of the logits, and of regions that the kernels support."""
 MOST_INDICES = (1 << 32) - 1
 """Largest number of indices in one launch."""
 
@@ -96,6 +98,39 @@ class Tiling(ctypes.Structure):
 
 def _ints(names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, ctypes.c_int) for name in names.split())
+
+
+_ACTIVATIONS = {"softmax": 1, "sigmoid": 2}  # 0: values are compared as logits
+
+
+class DecisionArg(ctypes.Structure):
+    """A decision of `attnseg.runtime.steps.decide`."""
+
+    _fields_ = (
+        ("thresholds", ctypes.c_float * MOST_CLASSES),
+        ("channels", ctypes.c_uint * MOST_CLASSES),
+        ("classes", ctypes.c_ubyte * MOST_CLASSES),
+        *_ints("regions activation"),
+    )
+
+    @classmethod
+    def of(cls, decision: Decision, quantity: Quantity = "logits") -> DecisionArg:
+        """Structure of a decision on logits, or on probabilities of them.
+
+        Thresholds on softmax probabilities are applied to these in either case.
+        """
+        outputs, classes = decision.outputs, decision.label_values
+        of_logits = quantity == "logits" and (not outputs or decision.activation == "sigmoid")
+        compared: Quantity = "logits" if of_logits else "probabilities"
+        limits = [decision.limit(output, compared) for output in outputs]
+        masks = [sum(1 << channel for channel in output.channels) for output in outputs]
+        return cls(
+            (ctypes.c_float * MOST_CLASSES)(*limits),
+            (ctypes.c_uint * MOST_CLASSES)(*masks),
+            (ctypes.c_ubyte * MOST_CLASSES)(*(classes.index(output.label) for output in outputs)),
+            len(outputs),
+            0 if of_logits else _ACTIVATIONS[decision.activation],
+        )
 
 
 SCANNED, GATHERED = 16, 8
@@ -212,7 +247,8 @@ class BlendArgs(ctypes.Structure):
         *_fields("logits importance places scores classes not_finite", "shape"),
         ("tiling", Tiling),
         ("transform", TransformArg),
-        *_ints("count half vote first last"),
+        ("decision", DecisionArg),
+        *_ints("count half half_sums vote which passes"),
     )
 
 

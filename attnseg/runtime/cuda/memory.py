@@ -29,7 +29,7 @@ class MemoryRequirements:
     Attributes:
         shape: Voxels of the volume along X, Y and Z.
         channels: Number of channels.
-        classes: Number of classes of the network, background included.
+        classes: Number of channels of the network's output.
         windows: Size and overlap of the windows.
         transforms: Transform of each test-time pass.
         statistics_bytes: Memory for the statistics of all channels.

@@ -53,14 +53,13 @@ def missing_kernel(plan: Plan) -> str | None:
     A plan without one uses the host pipeline, and only its network runs on the device. So does a
     single volume that is resampled, see `CudaPipeline.stage`.
     """
-    blending = plan.windows.blending
+    decision = plan.decision
+    most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
     schemes = plan.preprocessing.normalisation
     steps = {
-        f"more than {MOST_CLASSES} classes": len(plan.task.labels) > MOST_CLASSES,
+        f"more than {MOST_CLASSES} classes": most > MOST_CLASSES,
         "resampling to a grid": plan.preprocessing.grid is not None,
         "statistics of the filled foreground": any(s.foreground == "filled" for s in schemes),
-        "sums in float16": blending.accumulate == "half",
-        "thresholds on regions": bool(plan.decision.outputs),
         "probabilities": plan.probabilities,
     }
     return next((step for step, needed in steps.items() if needed), None)

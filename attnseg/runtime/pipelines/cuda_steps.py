@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda import kernels
 from attnseg.runtime.cuda.device import Region
-from attnseg.runtime.cuda.kernels import Extent, LayoutArg, Tiling, TransformArg
+from attnseg.runtime.cuda.kernels import DecisionArg, Extent, LayoutArg, Tiling, TransformArg
 from attnseg.runtime.cuda.memory import aligned
 from attnseg.runtime.cuda.statistics import VolumeStatistics
 from attnseg.runtime.cuda.upload import Upload
@@ -107,7 +107,7 @@ class DeviceSteps:
         """
         self._plan, self._engine, self._device = plan, engine, engine.device
         self._workspace, self._memory, self._upload = workspace, workspace.memory, upload
-        self._channels, self._classes = len(upload.channels), len(plan.task.labels)
+        self._channels, self._outputs = len(upload.channels), plan.decision.channels
         self._box = Box.whole(upload.shape)
         self._results = self._allocate_results()
 
@@ -186,9 +186,9 @@ class DeviceSteps:
 
     def _logit_places(self, count: int, window: Shape) -> NDArray[np.int64]:
         """Element at which the logits of each of `count` windows begin, `(count,)`."""
-        stride = self._stride(window, self._classes, self._memory.half_logits)
+        stride = self._stride(window, self._outputs, self._memory.half_logits)
         call, slot = np.divmod(np.arange(count, dtype=np.int64), self._memory.batch)
-        return np.asarray(call * stride + slot * self._classes * prod(window))
+        return np.asarray(call * stride + slot * self._outputs * prod(window))
 
     def _occupied(self, tilings: list[Tiling], starts: list[int], count: int) -> NDArray[np.int32]:
         """Flags of the windows of all passes, `(count,)`: 1 unless a window is all zero."""
@@ -254,11 +254,11 @@ class DeviceSteps:
         """Run one batch of a pass, number `call`, of one of its mirrors, and store its logits."""
         memory, window, mirrors = self._memory, one.plan.window, one.plan.blending.mirrors
         kind, kept_kind = (2 if half else 4 for half in (self._engine.half, memory.half_logits))
-        offset = call * self._stride(window, self._classes, memory.half_logits)
+        offset = call * self._stride(window, self._outputs, memory.half_logits)
         kept = self._region("logits").pointer + kept_kind * offset
         output = self._region("output")
         direct = not output.size_bytes  # neither converted nor averaged
-        logit_bytes = kind * shape[0] * self._classes * prod(window)
+        logit_bytes = kind * shape[0] * self._outputs * prod(window)
         given = (
             Region.of(self._region("logits"), kept_kind * offset, logit_bytes)
             if direct
@@ -273,7 +273,7 @@ class DeviceSteps:
             mean=kept,
             window=Extent.of(window),
             mirror=Extent.mirror(mirrors[which]),
-            count=self._classes,
+            count=self._outputs,
             half=int(self._engine.half),
             half_mean=int(memory.half_logits),
             which=which,
@@ -296,13 +296,17 @@ class DeviceSteps:
             shape=Extent.of(self._box.shape),
             tiling=one.tiling,
             transform=TransformArg.of(one.transform),
-            count=self._classes,
+            decision=DecisionArg.of(
+                self._plan.decision, "logits" if passes == 1 else "probabilities"
+            ),
+            count=self._outputs,
             half=int(self._memory.half_logits),
-            vote=int(self._plan.fuse == "vote"),
-            first=int(index == 0),
-            last=int(index == passes - 1),
+            half_sums=int(one.plan.blending.accumulate == "half"),
+            vote=int(passes > 1 and self._plan.fuse == "vote"),
+            which=index,
+            passes=passes,
         )
-        kernel, voxels = kernels.blend_kernel(self._classes)
+        kernel, voxels = kernels.blend_kernel(self._outputs)
         turned = one.transform.shape(self._box.shape)
         self._device.launch(kernel, kernels.groups_along_z(turned, voxels), args)
 

@@ -27,7 +27,7 @@ def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequ
     return MemoryRequirements(
         shape=upload.shape,
         channels=len(upload.channels),
-        classes=len(plan.task.labels),
+        classes=plan.decision.channels,
         windows=plan.windows,
         transforms=plan.transforms,
         statistics_bytes=statistics_bytes(len(upload.channels)),

@@ -106,18 +106,17 @@ class Decision:
         if not self.outputs:
             return argmax_classes(values)
         classes = np.zeros(values.shape[1:], np.uint8)
-        from_logits = self.activation == "sigmoid" and quantity == "logits"
-        if quantity == "logits" and not from_logits:
-            values = self.activate(values)
+        if quantity == "logits" and self.activation == "softmax":
+            values, quantity = self.activate(values), "probabilities"
         for output in self.outputs:
-            limit = _logit(output.threshold) if from_logits else output.threshold
             index = self.label_values.index(output.label)
-            classes[_summed(values, output.channels) > limit] = index
+            classes[_summed(values, output.channels) > self.limit(output, quantity)] = index
         return classes
 
-
-def _logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))
+    def limit(self, output: Output, quantity: Quantity) -> float:
+        """Threshold of a region on probabilities, or on the logits of one sigmoid output."""
+        share = output.threshold
+        return math.log(share / (1 - share)) if quantity == "logits" else share
 
 
 def _summed(values: NDArray[np.float32], channels: Sequence[int]) -> NDArray[np.float32]:
@@ -129,11 +128,11 @@ def _summed(values: NDArray[np.float32], channels: Sequence[int]) -> NDArray[np.
 
 
 def region_channels(task: Task) -> dict[str, tuple[int, ...]]:
-    """Channels whose probabilities add up to that of each region, by name of the region."""
+    """Channels, ascending, whose probabilities add up to that of each region, by its name."""
     if task.outputs:
         return {output.region: output.channels for output in task.outputs}
     index = {value: index for index, value in enumerate(task.label_values)}
-    return {name: tuple(index[v] for v in region) for name, region in task.regions.items()}
+    return {name: tuple(sorted(index[v] for v in region)) for name, region in task.regions.items()}
 
 
 def nested_outputs(task: Task) -> tuple[Output, ...]:

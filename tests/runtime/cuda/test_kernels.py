@@ -25,6 +25,7 @@ from attnseg.runtime.cuda.kernels import (
     SCANNED,
     SOURCE,
     SPREAD,
+    DecisionArg,
     Extent,
     LayoutArg,
     Tiling,
@@ -38,16 +39,19 @@ from attnseg.runtime.geometry import AxisTransform, Box, Layout, shape_of
 from attnseg.runtime.pipelines.sliding_window import sliding_window
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.decide import Decision, argmax_classes
+from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
     Blending,
     Placement,
+    Weights,
     WindowOptions,
     WindowPlan,
     importance_map,
     pad_image,
     plan_windows,
 )
+from attnseg.runtime.task import Activation, Output
 from tests.conftest import LinearEngine
 from tests.runtime.cuda.host_device import HostDevice
 
@@ -352,8 +356,19 @@ def test_logits_of_mirror_images_are_averaged_as_numpy_does(
 class Blender:
     """Blends passes by the kernel; `scores` if there are several."""
 
-    def __init__(self, device: Device, shape: tuple[int, ...], classes: int, passes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        shape: tuple[int, ...],
+        classes: int,
+        passes: int,
+        decision: Decision | None = None,
+    ) -> None:
+        """With a decision by the largest value unless another is given."""
         self._device, self.count, self.passes, self.done = device, classes, passes, 0
+        argmax = Decision("softmax", (), tuple(range(classes)), classes)
+        quantity: Quantity = "logits" if passes == 1 else "probabilities"
+        self.decision = DecisionArg.of(decision or argmax, quantity)
         self.scores = np.zeros((classes, *shape), np.float32)
         self.classes = np.empty(shape, np.uint8)
         self.not_finite = np.zeros(1, np.int32)
@@ -375,7 +390,7 @@ class Blender:
             kernel,
             groups_along_z(turn.shape(self.classes.shape), voxels),
             logits,
-            importance_map(plan.window),
+            importance_map(plan.window, plan.blending.weights).copy(),
             places,
             self.scores if self.passes > 1 else None,
             self.classes,
@@ -383,11 +398,13 @@ class Blender:
             Extent.of(self.classes.shape),
             tiling(self._device, plan),
             TransformArg.of(turn),
+            self.decision,
             self.count,
             int(logits.dtype == np.float16),
-            int(vote),
-            int(self.done == 0),
-            int(self.done == self.passes - 1),
+            int(plan.blending.accumulate == "half"),
+            int(vote and self.passes > 1),
+            self.done,
+            self.passes,
         )
         self.done += 1
 
@@ -417,6 +434,75 @@ def test_blending_is_the_numpy_pipelines(
     first.add(logits, plan, IDENTITY, vote=False)
     np.testing.assert_allclose(first.scores, softmax(expected), rtol=1e-6, atol=1e-7)
     assert not single.not_finite[0] and not first.not_finite[0]
+
+
+@pytest.mark.parametrize("weights", ["gaussian", "gaussian-nnunet", "constant"])
+def test_sums_in_fp16_are_rounded_where_numpy_rounds_them(device: Device, weights: Weights) -> None:
+    """Classes to the bit, of logits that fp16 cannot tell apart everywhere."""
+    image = np.random.default_rng(3).standard_normal((3, 19, 13, 6)).astype(np.float32)
+    close = LinearEngine(1 + ENGINE.matrix / 500)
+    found = {}
+    for accumulate in ("single", "half"):
+        blending = Blending(weights, accumulate=accumulate)  # type: ignore[arg-type]
+        plan = WindowOptions((8, 8, 8), 0.5, blending=blending).plan(image.shape[1:])
+        batch = gathered(device, image, IDENTITY, plan, half=False)
+        logits = np.concatenate([close.infer(window[None]) for window in batch])
+        blender = Blender(device, image.shape[1:], 4, 1)
+        blender.add(logits, plan, IDENTITY, vote=False)
+        expected = argmax_classes(sliding_window(image, close, plan, 4))
+        np.testing.assert_array_equal(blender.classes, expected)
+        found[accumulate] = expected
+    assert np.mean(found["single"] != found["half"]) > 0.02
+
+
+def regions_of(channels: int, activation: Activation) -> Decision:
+    """Nested regions of sigmoid outputs, or of sums of softmax probabilities."""
+    sums = [(k,) if activation == "sigmoid" else tuple(range(k, channels)) for k in range(channels)]
+    outputs = [Output(str(k), 10 + k, own, 0.3 + 0.1 * k) for k, own in enumerate(sums)]
+    return Decision(activation, tuple(outputs), (0, *range(10, 10 + channels)), channels)
+
+
+@pytest.mark.parametrize(
+    ("activation", "channels"),
+    [("sigmoid", 1), *((name, k) for name in ("sigmoid", "softmax") for k in (2, 3, 5))],
+)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_regions_are_decided_as_numpy_decides_them(
+    device: Device, passes: int, channels: int, activation: Activation
+) -> None:
+    """After one pass and after the mean of several, where the last region in order counts."""
+    image = np.random.default_rng(9).standard_normal((3, 9, 8, 11)).astype(np.float32)
+    matrix = 0.7 * np.random.default_rng(channels).standard_normal((channels, 3))
+    engine, decision = LinearEngine(matrix), regions_of(channels, activation)
+    blender = Blender(device, image.shape[1:], channels, passes, decision)
+    fusion, values = Fusion("mean", decision), np.empty(0, np.float32)
+    for transform in PASSES["paper"][:passes]:
+        turned = np.ascontiguousarray(transform.apply(image))
+        plan = WindowOptions((8, 8, 8), 0.25).plan(turned.shape[1:])
+        batch = gathered(device, image, transform, plan, half=False)
+        logits = np.concatenate([engine.infer(window[None]) for window in batch])
+        blender.add(logits, plan, transform, vote=False)
+        values = transform.invert(sliding_window(turned, engine, plan, channels))
+        fusion.add(values)
+    expected = decision.classes(values) if passes == 1 else fusion.classes()
+    assert len(np.unique(expected)) > (channels + 1) // 2
+    np.testing.assert_array_equal(blender.classes, expected)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_thresholds_are_on_probabilities_where_these_are_decided_on(
+    host: HostDevice, activation: Activation
+) -> None:
+    decision = regions_of(2, activation)
+    limits = [output.threshold for output in decision.outputs]
+    on_logits = DecisionArg.of(decision)
+    assert on_logits.activation == (0 if activation == "sigmoid" else 1)
+    if activation == "sigmoid":
+        logits = [np.log(p / (1 - p)) for p in limits]
+        np.testing.assert_allclose(on_logits.thresholds[:2], logits, rtol=1e-6)
+    on_probabilities = DecisionArg.of(decision, "probabilities")
+    assert on_probabilities.activation == (2 if activation == "sigmoid" else 1)
+    np.testing.assert_allclose(on_probabilities.thresholds[:2], limits, rtol=1e-6)
 
 
 def test_half_logits_are_blended_in_fp32(device: Device) -> None:

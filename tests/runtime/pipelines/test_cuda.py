@@ -47,7 +47,7 @@ from attnseg.runtime.steps.normalise import (
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.tta import PASSES
 from attnseg.runtime.steps.windows import Blending, WindowOptions, pad_image
-from attnseg.runtime.task import Channel, Label, Task
+from attnseg.runtime.task import Channel, Label, Output, Task
 from attnseg.synthetic import SyntheticCase, make_case
 from tests.conftest import LinearEngine
 from tests.runtime.cuda.engines import Halved, OnHost, Through
@@ -655,6 +655,57 @@ def with_inference(**fields: Any) -> Bundle:
     """The shipped model with other defaults of the inference."""
     inference = replace(BUNDLE.manifest.inference, **fields)
     return replace(BUNDLE, manifest=replace(BUNDLE.manifest, inference=inference))
+
+
+REGIONS = Task(
+    channels=BUNDLE.manifest.task.channels,
+    labels=BUNDLE.manifest.task.labels,
+    regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
+    display=("flair",),
+    activation="sigmoid",
+    outputs=(
+        Output("WT", 2, (0,), 0.4),
+        Output("TC", 1, (1,), 0.55),
+        Output("ET", 4, (2,), 0.5),
+    ),
+)
+
+
+@pytest.mark.parametrize("tta", ["none", "mirror8"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_regions_with_thresholds_give_the_hosts_labels(
+    device: Device, volume: Volume, activation: str, tta: str
+) -> None:
+    if activation == "sigmoid":
+        bundle = replace(BUNDLE, manifest=replace(BUNDLE.manifest, task=REGIONS))
+        matrix, chosen = MATRIX[:3] / 4, SegmentOptions(tta=tta)
+    else:
+        bundle, matrix, chosen = BUNDLE, MATRIX / 4, SegmentOptions(tta=tta, decide="threshold")
+    engine = LinearEngine(matrix)
+    on_device = Through(device, engine, classes=len(matrix))
+    result = Segmenter(bundle, chosen, on_device).segment(volume)
+    expected = Segmenter(bundle, chosen, engine).segment(volume)
+    assert result.memory and result.volumes_ml == expected.volumes_ml
+    assert set(np.unique(expected.labels)) == {0, 1, 2, 4}
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+def test_all_of_nnunets_windows_give_the_hosts_labels(device: Device, volume: Volume) -> None:
+    """Evenly spread, run if empty, mirrored, and added in fp16 with nnU-Net's weights."""
+    bundle = with_inference(
+        placement="even",
+        overlap=0.5,
+        weights="gaussian-nnunet",
+        mirror_axes=(0, 1, 2),
+        accumulate="half",
+        empty_windows="run",
+        window=(32, 48, 32),
+    )
+    engine = RampEngine(MATRIX)
+    result = Segmenter(bundle, SegmentOptions(), Through(device, engine)).segment(volume)
+    expected = Segmenter(bundle, SegmentOptions(), engine).segment(volume)
+    assert result.memory and len(np.unique(expected.labels)) > 2
+    np.testing.assert_array_equal(result.labels, expected.labels)
 
 
 class RampEngine(LinearEngine):
