@@ -134,6 +134,8 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
     if name == "gather":
         elements = windows_of(count, args) * args.channels * voxels_of(args.tiling.window)
         return int(elements * (6 if args.half else 8))
+    if name == "fill":
+        return 5 * voxels_of(args.shape)
     if name == "average":
         sums = 4 * (args.which > 0) + 4 * (args.which < args.mirrors - 1)
         mean = (2 if args.half_mean else 4) * (args.which == args.mirrors - 1)
@@ -153,6 +155,8 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
         "label_flatten": 4,
         "label_count": 4,
         "label_remove": 4,
+        "empty": 4,
+        "open_border": 0,
         "restore": 2,
     }
     return per_index[name] * count
@@ -359,7 +363,7 @@ def print_memory(bundle: Bundle, volume: Volume) -> None:
         floating=False,
         half=True,
         batches=Idle.batches,
-        clean_up=planned.min_voxels > 1,
+        components=planned.min_voxels > 1,
         engine_bytes=0,
     )
     print("\nplanned memory without the engine, and the minimum, in MB:")

@@ -313,20 +313,23 @@ KERNEL(moment, MomentArgs) {
 // Reference: normalise.normalise_channel. B: 6.
 struct NormaliseArgs {
     const short *volume;
-    const float *table;  // 65536, indexed by value + 32768
-    float *image;        // (X, Y, Z) of the box
+    const float *table;         // 65536, indexed by value + 32768
+    const unsigned char *mask;  // (X, Y, Z): voxels outside are 0; null for none
+    float *image;               // (X, Y, Z) of the box
     Layout layout;
     Extent shape, origin;  // of the box
 };
 KERNEL(normalise, NormaliseArgs) {
     Extent source = plus(place(i, a.shape), a.origin);
-    a.image[i] = a.table[a.volume[element(a.layout, source)] + 32768];
+    bool outside = a.mask && !a.mask[i];
+    a.image[i] = outside ? 0.0f : a.table[a.volume[element(a.layout, source)] + 32768];
 }
 
 // The same for floats, by evaluating the piecewise linear curve. Reference: numpy.interp. B: 8.
 struct NormaliseFloatArgs {
     const float *volume;
-    const double *knots;  // `count` intensities, then their values
+    const double *knots;        // `count` intensities, then their values
+    const unsigned char *mask;  // as in NormaliseArgs
     float *image;
     Layout layout;
     Extent shape, origin;
@@ -340,7 +343,8 @@ KERNEL(normalise_float, NormaliseFloatArgs) {
     double slope = (y[j + 1] - y[j]) / (x[j + 1] - x[j]);
     bool beyond = value > x[last + 1];
     double mapped = slope * (value - x[beyond ? j + 1 : j]) + y[beyond ? j + 1 : j];
-    a.image[i] = a.keep_zero && value == 0 ? 0.0f : (float)mapped;
+    bool outside = (a.mask && !a.mask[i]) || (a.keep_zero && value == 0);
+    a.image[i] = outside ? 0.0f : (float)mapped;
 }
 
 // A row of a window along Z: where it lies in the image, and which of its voxels the image has.
@@ -664,7 +668,7 @@ KERNEL(blend_4, BlendArgs) { blend_index<4, BLENDED>(a, i); }
 KERNEL(blend_8, BlendArgs) { blend_index<8, 1>(a, i); }
 KERNEL(blend_32, BlendArgs) { blend_index<MOST_CLASSES, 1>(a, i); }
 
-// 26-connected components of one class, by union-find over voxels: the root of a tree is its
+// 26- or 6-connected components of one class, by union-find over voxels: the root of a tree is its
 // smallest voxel index, whatever the order of the unions (Playne and Hawick, "A new algorithm for
 // parallel connected-component labelling on GPUs", IEEE TPDS 29, 2018). Five kernels, in sequence.
 struct LabelArgs {
@@ -673,7 +677,7 @@ struct LabelArgs {
     int *sizes;              // per voxel; the size of a component is at its root
     int *removed;            // number of removed components
     Extent shape;
-    int min_voxels;
+    int min_voxels, faces;  // `faces`: voxels are neighbours across faces only, 6-connected
 };
 // Length of the run of equal values along Z that begins at `i`, 0 if `i` continues a run. Counting
 // then takes one atomic addition per run instead of one per voxel.
@@ -725,6 +729,7 @@ KERNEL(label_merge, LabelArgs) {  // B: 5 and more
     Extent at = place(i, a.shape);
     bool begins = begins_run(a.classes, i, at.z);
     for (int n = 0; n < 12; ++n) {  // the neighbours of smaller index in other rows
+        if (a.faces && n != 4 && n != 10) continue;
         Extent other = {at.x + n / 9 - 1, at.y + n / 3 % 3 - 1, at.z + n % 3 - 1};
         if (!inside(other, a.shape)) continue;
         int j = (int)index(other, a.shape);
@@ -747,6 +752,47 @@ KERNEL(label_remove, LabelArgs) {  // B: 4 and more
     if (a.sizes[root] >= a.min_voxels) return;
     a.classes[i] = 0;
     if (root == (int)i) atomicAdd(a.removed, 1);
+}
+
+// The foreground with its holes filled: all voxels but the 6-connected components of voxels that are 0 in
+// every channel and that reach the border of the box. `empty` marks these voxels, one launch per channel;
+// then their components are labelled, `open_border` marks those at the border, and `fill` writes the mask.
+// Reference of the three: foreground.filled_foreground.
+struct EmptyArgs {
+    const void *volume;      // int16, or fp32
+    unsigned char *classes;  // (X, Y, Z) of the box: 1 where all channels so far are 0
+    Layout layout;
+    Extent shape, origin;    // of the box
+    int floating, first;     // first channel
+};
+KERNEL(empty, EmptyArgs) {  // B: 4
+    long long source = element(a.layout, plus(place(i, a.shape), a.origin));
+    bool zero = a.floating ? ((const float *)a.volume)[source] == 0 : ((const short *)a.volume)[source] == 0;
+    a.classes[i] = zero && (a.first || a.classes[i]);
+}
+struct FillArgs {
+    const int *parents;  // as in LabelArgs; a component at the border has the size -1
+    int *sizes;
+    unsigned char *mask;
+    int *voxels;         // number of voxels of the mask
+    Extent shape;
+};
+KERNEL(open_border, FillArgs) {  // B: 0, as most voxels lie inside
+    Extent at = place(i, a.shape);
+    bool inner = at.x > 0 && at.y > 0 && at.z > 0 && at.x < a.shape.x - 1 && at.y < a.shape.y - 1 &&
+                 at.z < a.shape.z - 1;
+    if (!inner && a.parents[i] >= 0) store(a.sizes + a.parents[i], -1);
+}
+// One index per row along Z.
+KERNEL(fill, FillArgs) {  // B: 5Z
+    int found = 0;
+    long long first = (long long)i * a.shape.z;
+    for (long long j = first; j < first + a.shape.z; ++j) {
+        bool filled = a.parents[j] < 0 || a.sizes[a.parents[j]] >= 0;
+        a.mask[j] = filled;
+        found += filled;
+    }
+    if (found) atomicAdd(a.voxels, found);
 }
 
 // Writes the classes of the box as label values to the volume, which is 0 elsewhere.

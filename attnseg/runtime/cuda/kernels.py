@@ -187,7 +187,7 @@ class NormaliseArgs(ctypes.Structure):
     """Arguments of kernel `normalise`; one index per voxel of the box."""
 
     _fields_ = (
-        *_fields("volume table image", ""),
+        *_fields("volume table mask image", ""),
         ("layout", LayoutArg),
         ("shape", Extent),
         ("origin", Extent),
@@ -198,7 +198,7 @@ class NormaliseFloatArgs(ctypes.Structure):
     """Arguments of kernel `normalise_float`; one index per voxel of the box."""
 
     _fields_ = (
-        *_fields("volume knots image", ""),
+        *_fields("volume knots mask image", ""),
         ("layout", LayoutArg),
         ("shape", Extent),
         ("origin", Extent),
@@ -259,7 +259,24 @@ LABELLING = ("label_start", "label_merge", "label_flatten", "label_count", "labe
 class LabelArgs(ctypes.Structure):
     """Arguments of the kernels of `LABELLING`; one index per voxel of the image."""
 
-    _fields_ = _fields("classes parents sizes removed", "shape", ("min_voxels", ctypes.c_int))
+    _fields_ = _fields("classes parents sizes removed", "shape", *_ints("min_voxels faces"))
+
+
+class EmptyArgs(ctypes.Structure):
+    """Arguments of kernel `empty`; one index per voxel of the box."""
+
+    _fields_ = (
+        *_fields("volume classes", ""),
+        ("layout", LayoutArg),
+        *_fields("", "shape origin"),
+        *_ints("floating first"),
+    )
+
+
+class FillArgs(ctypes.Structure):
+    """Arguments of kernels `open_border`, one index per voxel, and `fill`, one per row along Z."""
+
+    _fields_ = _fields("parents sizes mask voxels", "shape")
 
 
 class RestoreArgs(ctypes.Structure):
@@ -291,6 +308,9 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "label_flatten": LabelArgs,
     "label_count": LabelArgs,
     "label_remove": LabelArgs,
+    "empty": EmptyArgs,
+    "open_border": FillArgs,
+    "fill": FillArgs,
     "restore": RestoreArgs,
 }
 """Argument structure of each kernel."""

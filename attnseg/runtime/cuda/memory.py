@@ -37,7 +37,7 @@ class MemoryRequirements:
         floating: Whether channels are float32 rather than int16.
         half: Whether the engine's input and output are fp16 rather than fp32.
         batches: Largest and smallest batch size of the engine, in windows.
-        clean_up: Whether small components are removed.
+        components: Whether components are found, of the foreground's holes or of the labels.
         engine_bytes: Memory that the engine itself holds.
     """
 
@@ -51,7 +51,7 @@ class MemoryRequirements:
     floating: bool
     half: bool
     batches: tuple[int, int]
-    clean_up: bool
+    components: bool
     engine_bytes: int
 
 
@@ -144,7 +144,7 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         "output": engine_kind * once if mirrored or kept_kind < engine_kind else 0,
         "sums": 4 * once if mirrored and half_logits else 0,
     }
-    cleaning = {"parents": 4 * voxels * need.clean_up, "sizes": 4 * voxels * need.clean_up}
+    labelling = dict.fromkeys(("parents", "sizes"), 4 * voxels * need.components)
     kept = {
         "statistics": need.statistics_bytes,
         "image": 4 * need.channels * voxels,
@@ -159,7 +159,7 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
     places, kept_bytes = _laid_out(kept)
     scratch_bytes = 0
     scanning = {"scan": need.scratch_bytes}
-    for together in (scanning, network, cleaning):  # never needed at the same time
+    for together in (scanning, network, labelling):  # never needed at the same time
         laid, size = _laid_out(together)
         places |= {name: (kept_bytes + at, length) for name, (at, length) in laid.items()}
         scratch_bytes = max(scratch_bytes, size)

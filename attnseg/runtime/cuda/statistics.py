@@ -8,7 +8,9 @@ float32 as nnU-Net does (`SingleScheme`): their results differ by about 1e-6 of 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -38,6 +40,19 @@ _SPREAD_BYTES = 4 * HALF * kernels.SPREAD
 _BOX_BYTES = 256  # of the box of one channel, which has 6 numbers
 _ZERO_KEY = 1 << 31  # key of 0.0
 _INFINITE = (0x007F, 0xFF80)  # upper halves of -inf and inf; those of NaN lie beyond
+
+
+@dataclass(frozen=True)
+class FilledMask:
+    """Voxels of a box that are not 0 in any channel, with the holes between them filled.
+
+    Attributes:
+        mask: `(X, Y, Z)` uint8 of the box on the device.
+        voxels: Number of voxels of the mask.
+    """
+
+    mask: Region
+    voxels: int
 
 
 def statistics_bytes(channels: int) -> int:
@@ -110,8 +125,54 @@ class VolumeStatistics:
         starts, stops = ([getattr(box, end) for box in boxes] for end in ("start", "stop"))
         return Box(shape_of(np.min(starts, axis=0)), shape_of(np.max(stops, axis=0)))
 
-    def normalise(self, image: DeviceBuffer, box: Box, schemes: Sequence[Scheme]) -> None:
+    def filled(self, box: Box, mask: Region, parents: Region, sizes: Region) -> FilledMask:
+        """Foreground of a box with its holes filled, in `mask`; waits for the result.
+
+        Args:
+            box: Part of the volume.
+            mask: Region of one byte per voxel of the box.
+            parents: Region of four bytes per voxel, for the components of voxels of 0.
+            sizes: Another one.
+        """
+        device, voxels, shape = self._device, prod(box.shape), Extent.of(box.shape)
+        for index, channel in enumerate(self._channels):
+            empty = kernels.EmptyArgs(
+                volume=channel.buffer.pointer,
+                classes=mask.pointer,
+                layout=LayoutArg.of(channel.layout),
+                shape=shape,
+                origin=Extent.of(box.start),
+                floating=int(channel.floating),
+                first=int(index == 0),
+            )
+            device.launch("empty", voxels, empty)
+        pointers = mask.pointer, parents.pointer, sizes.pointer
+        labels = kernels.LabelArgs(*pointers, None, shape, min_voxels=0, faces=1)
+        for name in ("label_start", "label_merge", "label_flatten"):
+            device.launch(name, voxels, labels)
+        number = Region.of(self._counts, 0, 4)  # the counts have been downloaded
+        device.clear(number)
+        args = kernels.FillArgs(parents.pointer, sizes.pointer, mask.pointer, number.pointer, shape)
+        device.launch("open_border", voxels, args)
+        device.launch("fill", voxels // box.shape[2], args)
+        found = np.empty(1, np.int32)
+        device.download(number, found)
+        return FilledMask(mask, int(found[0]))
+
+    def normalise(
+        self,
+        image: DeviceBuffer,
+        box: Box,
+        schemes: Sequence[Scheme],
+        filled: FilledMask | None = None,
+    ) -> None:
         """Write the normalised box, `(C, X, Y, Z)` float32.
+
+        Args:
+            image: Memory of the result.
+            box: Part of the volume.
+            schemes: Scheme of each channel.
+            filled: Foreground of the schemes that take the filled one.
 
         Raises:
             VolumeError: A channel has no foreground, one value only where the scheme refuses that,
@@ -119,36 +180,46 @@ class VolumeStatistics:
         """
         for index, (channel, scheme) in enumerate(zip(self._channels, schemes, strict=True)):
             target = image.pointer + 4 * index * prod(box.shape)
-            zeros = prod(box.shape) - int(self._found[index].sum())
+            own = filled if scheme.foreground == "filled" else None
+            zeros = (own.voxels if own else prod(box.shape)) - int(self._found[index].sum())
+            mapped = self._mapped(index, target, box, own)
             with naming_channel(index):
-                if channel.floating:
-                    self._by_curve(index, scheme, target, box, zeros)
-                else:
-                    self._by_table(index, scheme, target, box, zeros)
+                find = self._by_curve if channel.floating else self._by_table
+                args = find(index, scheme, zeros, mapped)
+            kernel = "normalise_float" if channel.floating else "normalise"
+            self._device.launch(kernel, prod(box.shape), args)
 
-    def _mapped(self, index: int, target: int, box: Box) -> dict[str, Any]:
+    def _mapped(
+        self, index: int, target: int, box: Box, filled: FilledMask | None
+    ) -> dict[str, Any]:
         """Arguments common to both normalisation kernels."""
         channel = self._channels[index]
         return {
             "volume": channel.buffer.pointer,
+            "mask": filled.mask.pointer if filled else None,
             "image": target,
             "layout": LayoutArg.of(channel.layout),
             "shape": Extent.of(box.shape),
             "origin": Extent.of(box.start),
         }
 
-    def _by_table(self, index: int, scheme: Scheme, target: int, box: Box, zeros: int) -> None:
+    def _by_table(
+        self, index: int, scheme: Scheme, zeros: int, mapped: dict[str, Any]
+    ) -> ctypes.Structure:
         counts = self._found[index].astype(np.int64)
         counts[HALF // 2] = zeros
         present = np.flatnonzero(counts)
+        if not len(present):
+            raise only_zeros()
         low, high = int(present[0]), int(present[-1]) + 1  # only these are looked up
         table = Counts(low - HALF // 2, counts[low:high]).table(scheme)
         place = Region.of(self._tables, 4 * HALF * index, 4 * HALF)
         self._device.upload(table, Region.of(place, 4 * low, table.nbytes))
-        args = kernels.NormaliseArgs(table=place.pointer, **self._mapped(index, target, box))
-        self._device.launch("normalise", prod(box.shape), args)
+        return kernels.NormaliseArgs(table=place.pointer, **mapped)
 
-    def _by_curve(self, index: int, scheme: Scheme, target: int, box: Box, zeros: int) -> None:
+    def _by_curve(
+        self, index: int, scheme: Scheme, zeros: int, mapped: dict[str, Any]
+    ) -> ctypes.Structure:
         nonzero = scheme.foreground == "nonzero"
         statistics = FloatStatistics(
             self._device,
@@ -163,13 +234,12 @@ class VolumeStatistics:
         knots = np.stack([curve.source, curve.target])
         place = Region.of(self._tables, 4 * HALF * index, knots.nbytes)
         self._device.upload(knots, place)
-        args = kernels.NormaliseFloatArgs(
+        return kernels.NormaliseFloatArgs(
             knots=place.pointer,
             count=knots.shape[1],
             keep_zero=int(nonzero),
-            **self._mapped(index, target, box),
+            **mapped,
         )
-        self._device.launch("normalise_float", prod(box.shape), args)
 
 
 def scratch_bytes(floating: bool, percentiles: int) -> int:

@@ -55,11 +55,9 @@ def missing_kernel(plan: Plan) -> str | None:
     """
     decision = plan.decision
     most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
-    schemes = plan.preprocessing.normalisation
     steps = {
         f"more than {MOST_CLASSES} classes": most > MOST_CLASSES,
         "resampling to a grid": plan.preprocessing.grid is not None,
-        "statistics of the filled foreground": any(s.foreground == "filled" for s in schemes),
         "probabilities": plan.probabilities,
     }
     return next((step for step, needed in steps.items() if needed), None)

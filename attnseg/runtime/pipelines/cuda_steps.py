@@ -134,7 +134,12 @@ class DeviceSteps:
             if statistics.box is None:
                 raise no_foreground()
             self._box = statistics.box
-        statistics.normalise(self._region("image"), self._box, preprocessing.normalisation)
+        schemes = preprocessing.normalisation
+        filled = None
+        if any(scheme.foreground == "filled" for scheme in schemes):
+            names = ("classes", "parents", "sizes")  # not used before the windows are blended
+            filled = statistics.filled(self._box, *(self._region(name) for name in names))
+        statistics.normalise(self._region("image"), self._box, schemes, filled)
 
     def find_windows(self) -> list[DevicePass]:
         """Find the windows of every pass that are run; waits for the device if some may not be."""

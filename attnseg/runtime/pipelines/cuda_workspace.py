@@ -23,7 +23,9 @@ from attnseg.runtime.steps.windows import importance_map
 def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequirements:
     """Memory requirements of a volume."""
     floating = any(channel.floating for channel in upload.channels)
-    percentiles = max(scheme.percentile_count for scheme in plan.preprocessing.normalisation)
+    schemes = plan.preprocessing.normalisation
+    percentiles = max(scheme.percentile_count for scheme in schemes)
+    filled = any(scheme.foreground == "filled" for scheme in schemes)
     return MemoryRequirements(
         shape=upload.shape,
         channels=len(upload.channels),
@@ -35,7 +37,7 @@ def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequ
         floating=floating,
         half=engine.half,
         batches=engine.batches,
-        clean_up=plan.min_voxels > 1,
+        components=plan.min_voxels > 1 or filled,
         engine_bytes=engine.memory_bytes,
     )
 

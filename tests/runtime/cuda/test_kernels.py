@@ -39,6 +39,7 @@ from attnseg.runtime.geometry import AxisTransform, Box, Layout, shape_of
 from attnseg.runtime.pipelines.sliding_window import sliding_window
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.decide import Decision, argmax_classes
+from attnseg.runtime.steps.foreground import filled_foreground
 from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
@@ -183,9 +184,13 @@ def test_the_box_goes_through_the_table(device: Device, view: str) -> None:
     image = np.empty((4, 3, 5), np.float32)
     turned = VIEWS[view](volume)
     (memory, _, _), how = placed(turned), layout(turned)
-    args = (memory, table, image, how, Extent.of(image.shape), Extent(3, 2, 1))
-    run(device, "normalise", image.size, *args)
-    np.testing.assert_array_equal(image, table[volume[3:7, 2:5, 1:6].astype(int) + 32768])
+    expected = table[volume[3:7, 2:5, 1:6].astype(int) + 32768]
+    args = (image, how, Extent.of(image.shape), Extent(3, 2, 1))
+    run(device, "normalise", image.size, memory, table, None, *args)
+    np.testing.assert_array_equal(image, expected)
+    mask = (rng.random(image.shape) < 0.5).astype(np.uint8)
+    run(device, "normalise", image.size, memory, table, mask, *args)
+    np.testing.assert_array_equal(image, expected * mask)
 
 
 @pytest.mark.parametrize("keep_zero", [0, 1])
@@ -195,9 +200,12 @@ def test_floats_go_through_the_curve(device: Device, keep_zero: int) -> None:
     image = np.empty(8, np.float32)
     # Slopes are 8/3 and 2/3; beyond the ends they go on.
     expected = [-3 - 8 / 3, -3, -1, 0 if keep_zero else -1 / 3, 1, 4 / 3, 2, 2 + 2 / 3]
-    args = (volume, knots, image, LayoutArg(0, 1, 1, 1), Extent(8, 1, 1), Extent(0, 0, 0))
-    run(device, "normalise_float", 8, *args, 3, keep_zero)
+    args = (image, LayoutArg(0, 1, 1, 1), Extent(8, 1, 1), Extent(0, 0, 0), 3, keep_zero)
+    run(device, "normalise_float", 8, volume, knots, None, *args)
     np.testing.assert_allclose(image, expected, rtol=1e-6)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1, 1], np.uint8)
+    run(device, "normalise_float", 8, volume, knots, mask, *args)
+    np.testing.assert_allclose(image, expected * mask, rtol=1e-6)
 
 
 @settings(max_examples=60)
@@ -579,7 +587,7 @@ def cleaned(
     for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
         device.upload(array, buffer)
     pointers = [buffer.pointer for buffer in buffers]
-    args = kernels.LabelArgs(*pointers, Extent.of(classes.shape), min_voxels)
+    args = kernels.LabelArgs(*pointers, Extent.of(classes.shape), min_voxels, 0)
     for name in kernels.LABELLING:
         device.launch(name, classes.size, args)
     for array, buffer in zip((result, parents, sizes, removed), buffers, strict=True):
@@ -622,6 +630,52 @@ def test_components_are_those_of_scipy(
 def test_components_of_larger_volumes_are_those_of_scipy(device: Device, share: float) -> None:
     """Where many threads merge the same trees at the same time."""
     check_components(device, random_classes(11, (70, 60, 50), share), 12)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.integers(0, 2**32 - 1),
+    st.floats(0.3, 0.95),
+    st.sampled_from([np.int16, np.float32]),
+    st.sampled_from(sorted(VIEWS)),
+)
+def test_the_filled_foreground_is_that_of_scipy(
+    host: HostDevice, shape: tuple[int, ...], seed: int, share: float, kind: Any, view: str
+) -> None:
+    check_filled(host, shape, seed, share, kind, view)
+
+
+def test_the_filled_foreground_of_a_larger_volume_is_that_of_scipy(device: Device) -> None:
+    """Where many threads merge the same trees, and holes are enclosed by faces alone."""
+    check_filled(device, (40, 50, 60), 5, 0.6, np.int16, "F")
+
+
+def check_filled(
+    device: Device, shape: tuple[int, ...], seed: int, share: float, kind: Any, view: str
+) -> None:
+    """A box of two channels, neither of which is 0 in most voxels."""
+    rng = np.random.default_rng(seed)
+    larger, box = [s + 3 for s in shape], tuple(slice(2, 2 + s) for s in shape)
+    first, second = (
+        (rng.integers(-3, 4, larger) * (rng.random(larger) < share)).astype(kind) for _ in range(2)
+    )
+    second[1:-1:2] = 0
+    voxels = int(np.prod(shape))
+    arrays = [VIEWS[view](channel) for channel in (first, second)]
+    mask, parents, sizes = (np.full(shape, 77, d) for d in (np.uint8, np.int32, np.int32))
+    for index, array in enumerate(arrays):
+        where = (layout(array), Extent.of(shape), Extent(2, 2, 2))
+        floating = int(kind == np.float32)
+        run(device, "empty", voxels, placed(array)[0], mask, *where, floating, int(index == 0))
+    removed, found = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    for name in kernels.LABELLING[:3]:
+        run(device, name, voxels, mask, parents, sizes, removed, Extent.of(shape), 0, 1)
+    for name, count in (("open_border", voxels), ("fill", voxels // shape[2])):
+        run(device, name, count, parents, sizes, mask, found, Extent.of(shape))
+    expected = filled_foreground([first[box], second[box]])
+    np.testing.assert_array_equal(mask, expected)
+    assert found[0] == expected.sum()
 
 
 def test_a_snake_through_the_whole_volume_is_one_component(device: Device) -> None:

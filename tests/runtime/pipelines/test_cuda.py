@@ -240,6 +240,8 @@ SCHEMES: list[Scheme] = [
     ZScore("all"),
     SingleZScore("nonzero"),
     SingleZScore("all"),
+    ZScore("filled"),
+    SingleZScore("filled"),
     LandmarkMatching((1, 50, 90), (-1.5, 0.1, 2.0), "all"),
 ]
 
@@ -276,6 +278,15 @@ def test_a_constant_channel_on_the_device_is_no_error_of_a_fixed_scheme(
     pipeline.submit(pipeline.stage(Volume(elsewhere, np.diag([-1.0, -1, 1, 1]))))
     assert (probe.seen[0][0] == 0).all()
     np.testing.assert_allclose(probe.seen[0][1], 0.35, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_a_filled_foreground_without_voxels_is_refused(host: HostDevice, kind: Any) -> None:
+    elsewhere: Any = [Elsewhere(np.zeros((8, 8, 8), kind))] * 2
+    probe = Probe(HostArrays(host._launcher))
+    pipeline = CudaPipeline(probe, small_plan([SingleZScore("filled")] * 2, "all"))
+    with pytest.raises(VolumeError, match="channel 1 holds only zeros"):
+        pipeline.submit(pipeline.stage(Volume(elsewhere, np.diag([-1.0, -1, 1, 1]))))
 
 
 def test_the_same_case_gives_the_same_bytes(device: Device, volume: Volume) -> None:
@@ -475,7 +486,7 @@ def requirements_of(
         floating=False,
         half=half,
         batches=(4, 1),
-        clean_up=True,
+        components=True,
         engine_bytes=0,
     )
 
