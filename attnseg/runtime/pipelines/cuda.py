@@ -23,6 +23,7 @@ from attnseg.runtime.errors import (
     EngineError,
     OutOfMemoryError,
     Setting,
+    VolumeError,
 )
 from attnseg.runtime.geometry import AxisTransform, Layout
 from attnseg.runtime.options import Plan
@@ -57,7 +58,6 @@ def missing_kernel(plan: Plan) -> str | None:
     most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
     steps = {
         f"more than {MOST_CLASSES} classes": most > MOST_CLASSES,
-        "resampling to a grid": plan.preprocessing.grid is not None,
         "probabilities": plan.probabilities,
     }
     return next((step for step, needed in steps.items() if needed), None)
@@ -127,7 +127,10 @@ class CudaPipeline:
     def stage(self, volume: Volume) -> Staged:
         """See `Pipeline.stage`. Arrays on the device are neither copied nor checked there.
 
-        A volume that needs resampling is not uploaded: it takes the host pipeline.
+        A volume that is resampled is not uploaded: it takes the host pipeline.
+
+        Raises:
+            VolumeError: Arrays on the device would have to be resampled.
         """
         self._refuse_if_lost()
         clock = StageClock()
@@ -142,12 +145,26 @@ class CudaPipeline:
                     else _on_device(volume, rules)
                 )
             warnings = (*self._plan.notes, *checked.warnings)
-            if checked.preprocessing.grid is not None:  # there is no kernel for it
+            if self._is_resampled(checked):  # there is no kernel for it
+                if arrays is not None:
+                    raise VolumeError(
+                        "channels on a GPU are not resampled to the grid of the model",
+                        "give arrays on the host",
+                    )
                 return Staged(checked.volume, checked.preprocessing, warnings, clock)
             with clock.stage(Step.UPLOAD):
                 given: Any = arrays or checked.volume.channels
                 sent = upload(self._device, given, self._transform(volume), threads)
         return CudaStaged(checked.volume, checked.preprocessing, warnings, clock, sent)
+
+    def _is_resampled(self, checked: Checked) -> bool:
+        """Whether a volume is not on the grid of the model, or on one that depends on its box."""
+        grid = checked.preprocessing.grid
+        if grid is None or grid.shape is not None:
+            return grid is not None
+        transform, volume = self._transform(checked.volume), checked.volume
+        spacing_mm = [volume.spacing_mm[axis] for axis in transform.axes]
+        return grid.sampling(transform.shape(volume.shape), spacing_mm).changes
 
     def submit(
         self, staged: Staged, progress: Progress | None = None, on_device: bool = False

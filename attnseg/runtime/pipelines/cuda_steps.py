@@ -24,6 +24,7 @@ from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.foreground import no_foreground
+from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.steps.windows import WindowPlan
 
 _NOT_FINITE, _REMOVED, _COUNTS = 0, 1, 2  # indices in `Results.numbers`, which are int32
@@ -291,6 +292,9 @@ class DeviceSteps:
 
         The last pass writes the classes.
         """
+        grid = self._plan.preprocessing.grid
+        back: Quantity = "logits" if grid is None else grid.back
+        quantity = "probabilities" if passes > 1 else back
         args = kernels.BlendArgs(
             logits=self._region("logits").pointer,
             importance=self._region("importance").pointer,
@@ -301,9 +305,7 @@ class DeviceSteps:
             shape=Extent.of(self._box.shape),
             tiling=one.tiling,
             transform=TransformArg.of(one.transform),
-            decision=DecisionArg.of(
-                self._plan.decision, "logits" if passes == 1 else "probabilities"
-            ),
+            decision=DecisionArg.of(self._plan.decision, quantity),
             count=self._outputs,
             half=int(self._memory.half_logits),
             half_sums=int(one.plan.blending.accumulate == "half"),

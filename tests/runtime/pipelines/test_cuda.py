@@ -29,10 +29,12 @@ from attnseg.runtime.errors import (
     OutOfMemoryError,
     VolumeError,
 )
+from attnseg.runtime.geometry import Shape
 from attnseg.runtime.model.manifest import Inference, ModelRecord
 from attnseg.runtime.options import Plan, resolve
 from attnseg.runtime.pipelines.base import Segmentation
 from attnseg.runtime.pipelines.cuda import CudaPipeline
+from attnseg.runtime.steps.decide import Decide
 from attnseg.runtime.steps.foreground import Crop
 from attnseg.runtime.steps.normalise import (
     ClipZScore,
@@ -45,6 +47,7 @@ from attnseg.runtime.steps.normalise import (
     normalise,
 )
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
+from attnseg.runtime.steps.resample import Grid, Quantity
 from attnseg.runtime.steps.tta import PASSES
 from attnseg.runtime.steps.windows import Blending, WindowOptions, pad_image
 from attnseg.runtime.task import Channel, Label, Output, Task
@@ -399,6 +402,64 @@ def test_a_scan_of_another_voxel_size_takes_the_host_steps(device: Device, volum
         ConfigError, match="labels stay on a GPU only for scans with the voxel size"
     ):
         Segmenter(BUNDLE, SegmentOptions(), engine).segment(thick, on_device=True)
+
+
+def on_grid(grid: Grid, **fields: Any) -> Bundle:
+    """The shipped model on a grid."""
+    preprocessing = replace(BUNDLE.manifest.preprocessing, grid=grid, **fields)
+    return replace(BUNDLE, manifest=replace(BUNDLE.manifest, preprocessing=preprocessing))
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+@pytest.mark.parametrize("decide", ["argmax", "threshold"])
+@pytest.mark.parametrize("back", ["logits", "probabilities"])
+def test_a_scan_on_the_models_grid_is_segmented_on_the_device(
+    device: Device, volume: Volume, back: Quantity, decide: Decide, tta: str
+) -> None:
+    bundle = on_grid(Grid(spacing_mm=(1.0, 1.0, 1.0), order=3, back=back))
+    chosen = SegmentOptions(tta=tta, decide=decide)
+    result, expected = (
+        Segmenter(bundle, chosen, own).segment(volume) for own in (Through(device, LINEAR), LINEAR)
+    )
+    assert result.memory and len(np.unique(expected.labels)) > 2
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+def test_a_scan_on_another_grid_takes_the_host_steps(host: HostDevice, volume: Volume) -> None:
+    small = on_grid(Grid(shape=(40, 40, 40)))
+    coarse = on_grid(Grid(spacing_mm=(2.0, 2.0, 2.0)), order=("crop", "normalise", "resample"))
+    for bundle in (small, coarse):
+        result, expected = (
+            Segmenter(bundle, SegmentOptions(), own).segment(volume)
+            for own in (Through(host, LINEAR), LINEAR)
+        )
+        assert not result.memory
+        np.testing.assert_array_equal(result.labels, expected.labels)
+        elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+        segmenter = Segmenter(bundle, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+        with pytest.raises(VolumeError, match="channels on a GPU are not resampled to the grid"):
+            segmenter.segment(Volume(elsewhere, volume.affine))
+
+
+@pytest.mark.parametrize("orientation", [None, "LPS", "RAS"])
+@pytest.mark.parametrize("axes", [(2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("tta", ["none", "paper"])
+def test_axes_of_the_image_may_be_in_any_order(
+    device: Device, volume: Volume, axes: Shape, orientation: str | None, tta: str
+) -> None:
+    """As stored, and turned; windows have another length along each axis."""
+    preprocessing = replace(BUNDLE.manifest.preprocessing, axes=axes, orientation=orientation)
+    bundle = with_inference(window=(16, 32, 48), mirror_axes=(0,))
+    bundle = replace(bundle, manifest=replace(bundle.manifest, preprocessing=preprocessing))
+    engine = RampEngine(MATRIX)
+    turned = volume.oriented("SAL")
+    for chosen in (SegmentOptions(tta=tta), SegmentOptions()):
+        result, expected = (
+            Segmenter(bundle, chosen, own).segment(turned)
+            for own in (Through(device, engine), engine)
+        )
+        assert result.memory and len(np.unique(expected.labels)) > 2
+        np.testing.assert_array_equal(result.labels, expected.labels)
 
 
 def test_arrays_on_a_device_are_not_resampled(host: HostDevice, volume: Volume) -> None:
