@@ -46,6 +46,7 @@ from attnseg.runtime.steps.check import (
     choose_grid,
 )
 from attnseg.runtime.steps.clock import StageClock, Step
+from attnseg.runtime.steps.normalise import Range
 
 
 def missing_kernel(plan: Plan) -> str | None:
@@ -54,11 +55,12 @@ def missing_kernel(plan: Plan) -> str | None:
     A plan without one uses the host pipeline, and only its network runs on the device. So does a
     single volume that is resampled, see `CudaPipeline.stage`.
     """
-    decision = plan.decision
+    decision, schemes = plan.decision, plan.preprocessing.normalisation
     most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
     steps = {
         f"more than {MOST_CLASSES} classes": most > MOST_CLASSES,
-        "probabilities": plan.probabilities,
+        "moments of a range": any(isinstance(s, Range) and s.moments for s in schemes),
+        "probabilities of regions": plan.probabilities,
     }
     return next((step for step, needed in steps.items() if needed), None)
 

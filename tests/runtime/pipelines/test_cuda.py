@@ -404,6 +404,48 @@ def test_a_scan_of_another_voxel_size_takes_the_host_steps(device: Device, volum
         Segmenter(BUNDLE, SegmentOptions(), engine).segment(thick, on_device=True)
 
 
+def many_classes() -> Bundle:
+    """The shipped model with 33 classes."""
+    labels = tuple(Label(f"class {value}", value) for value in range(33))
+    task = replace(BUNDLE.manifest.task, labels=labels)
+    return replace(BUNDLE, manifest=replace(BUNDLE.manifest, task=task))
+
+
+def with_moments() -> Bundle:
+    """The shipped model on intensities that are shifted and scaled to given moments."""
+    schemes = (Range((0.0, 900.0), moments=(0.5, 0.2)),) * 4
+    preprocessing = replace(BUNDLE.manifest.preprocessing, normalisation=schemes)
+    return replace(BUNDLE, manifest=replace(BUNDLE.manifest, preprocessing=preprocessing))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "chosen", "step"),
+    [
+        (many_classes(), SegmentOptions(), "more than 32 classes"),
+        (with_moments(), SegmentOptions(), "moments of a range"),
+        (BUNDLE, SegmentOptions(probabilities=True), "probabilities of regions"),
+    ],
+    ids=["classes", "moments", "probabilities"],
+)
+def test_a_step_without_a_kernel_is_named_and_runs_on_the_host(
+    host: HostDevice,
+    volume: Volume,
+    caplog: pytest.LogCaptureFixture,
+    bundle: Bundle,
+    chosen: SegmentOptions,
+    step: str,
+) -> None:
+    count = len(bundle.manifest.task.labels)
+    engine = LinearEngine(np.random.default_rng(8).standard_normal((count, 4)))
+    with caplog.at_level("INFO", "attnseg"):
+        segmenter = Segmenter(bundle, chosen, Through(host, engine, classes=count))
+    (record,) = caplog.records
+    assert record.getMessage() == f"only the network runs on the GPU, as no kernel supports {step}"
+    result, expected = segmenter.segment(volume), Segmenter(bundle, chosen, engine).segment(volume)
+    assert not result.memory
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
 def on_grid(grid: Grid, **fields: Any) -> Bundle:
     """The shipped model on a grid."""
     preprocessing = replace(BUNDLE.manifest.preprocessing, grid=grid, **fields)
