@@ -103,7 +103,7 @@ class _Work:
     """Channels of a volume on their way through the steps."""
 
     def __init__(self, volume: Volume, rules: Preprocessing, threads: int) -> None:
-        self.channels, self._spacing_mm = volume.channels, volume.spacing_mm
+        self.channels, self._volume = volume.channels, volume
         self._rules, self._threads = rules, threads
         self.box = Box.whole(volume.shape)
         self.sampling: Sampling | None = None
@@ -112,7 +112,8 @@ class _Work:
         grid = self._rules.grid
         if grid is None:
             return
-        sampling = grid.sampling(self.channels[0].shape, self._spacing_mm)
+        volume = self._volume
+        sampling = grid.sampling(self.channels[0].shape, volume.spacing_mm, volume.affine)
         if sampling.changes:
             self.channels = in_threads(
                 lambda channel: resample_image(channel, sampling, grid),

@@ -2,8 +2,9 @@
 
 Two conventions are supported. `faces`: the outer faces of both grids coincide, as in
 `scipy.ndimage.zoom` with `grid_mode=True`, `skimage.transform.resize` and nnU-Net. `centres`: the
-centres of the first voxels coincide, as in MONAI's `Spacing`. Interpolation is separable, so that
-logits are resampled plane by plane, see `Restoration` in `attnseg.runtime.steps.restore`.
+centres of the first voxels coincide, as in MONAI's `Spacing`; see `_spacing_of_monai` for its
+exceptions. Interpolation is separable, so that logits are resampled plane by plane, see
+`Restoration` in `attnseg.runtime.steps.restore`.
 
 Source: the paper trains on volumes resized to 192x192x128 (section 3.3); nnU-Net 2.8.1,
 `resample_data_or_seg_to_shape`, whose splines of order 3 and separate axis are followed bit by bit.
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.geometry import Shape, shape_of
+from attnseg.runtime.geometry import Shape, format_size, shape_of
 
 LARGEST_GRID = 1 << 28  # voxels, 1 GiB per channel; more indicates a wrong unit
 
@@ -76,28 +77,33 @@ class Grid:
         if ratio is not None and not 1 <= ratio < math.inf:
             raise ConfigError(f"separate_above must be at least 1, got {ratio}")
 
-    def sampling(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> Sampling:
-        """Sampling of an image of a shape and voxel size to this grid.
+    def sampling(
+        self,
+        shape: Sequence[int],
+        spacing_mm: Sequence[float],
+        affine: NDArray[np.float64] | None = None,
+    ) -> Sampling:
+        """Sampling of an image to this grid.
+
+        Args:
+            shape: Number of voxels along X, Y and Z.
+            spacing_mm: Voxel size along X, Y and Z.
+            affine: `(4, 4)` matrix from voxels to mm, which the alignment `centres` depends on;
+                None for axes at right angles.
 
         Raises:
             ConfigError: The result has more than `LARGEST_GRID` voxels.
         """
+        if self.alignment == "centres":
+            return self._sampling_of_centres(
+                shape, np.diag([*spacing_mm, 1.0]) if affine is None else affine
+            )
         wanted = self.spacing_mm or tuple(
             s * n / m for s, n, m in zip(spacing_mm, shape, self.shape or (), strict=True)
         )
         target = self.shape or self._shape_for(shape, spacing_mm)
-        if math.prod(target) > LARGEST_GRID:
-            x, y, z = target
-            raise ConfigError(
-                f"spacing_mm {self.spacing_mm} resamples a scan to {x} x {y} x {z} voxels, more "
-                f"than {LARGEST_GRID}",
-                "give a larger spacing",
-            )
-        faces = self.alignment == "faces"
-        i, j, k = (
-            n / m if faces else w / s
-            for n, m, w, s in zip(shape, target, wanted, spacing_mm, strict=True)
-        )
+        self._check_size(target)
+        i, j, k = (n / m for n, m in zip(shape, target, strict=True))
         separate = back = None
         if self.separate_above is not None:
             separate = separate_axis(spacing_mm, wanted, self.separate_above)
@@ -106,19 +112,64 @@ class Grid:
             source=shape_of(shape),
             target=target,
             scale=(i, j, k),
-            offset=((i - 1) / 2, (j - 1) / 2, (k - 1) / 2) if faces else (0.0, 0.0, 0.0),
+            offset=((i - 1) / 2, (j - 1) / 2, (k - 1) / 2),
             separate=separate,
             separate_back=back,
-            aligned_faces=faces,
         )
+
+    def _sampling_of_centres(self, shape: Sequence[int], affine: NDArray[np.float64]) -> Sampling:
+        assert self.spacing_mm is not None
+        target, scale, offset = _spacing_of_monai(shape, affine, self.spacing_mm)
+        self._check_size(target)
+        return Sampling(shape_of(shape), target, scale, offset, aligned_faces=False)
+
+    def _check_size(self, target: Shape) -> None:
+        if math.prod(target) > LARGEST_GRID:
+            raise ConfigError(
+                f"spacing_mm {self.spacing_mm} resamples a scan to {format_size(target)} voxels, "
+                f"more than {LARGEST_GRID}",
+                "give a larger spacing",
+            )
 
     def _shape_for(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> Shape:
         assert self.spacing_mm is not None
-        sizes = list(zip(shape, spacing_mm, self.spacing_mm, strict=True))
-        if self.alignment == "centres":  # MONAI's `compute_shape_offset`
-            return shape_of([max(1, round((n - 1) * own / wanted + 1)) for n, own, wanted in sizes])
+        sizes = zip(shape, spacing_mm, self.spacing_mm, strict=True)
         least = 1 if self.separate_above is not None else 2
         return shape_of([max(least, round(own / wanted * n)) for n, own, wanted in sizes])
+
+
+_SAME = 1e-3  # MONAI's AFFINE_TOL, in mm or voxels
+
+
+def _spacing_of_monai(
+    shape: Sequence[int], affine: NDArray[np.float64], spacing_mm: Spacing
+) -> tuple[Shape, Spacing, Spacing]:
+    """Shape, scale and offset of the grid of MONAI's `Spacing`, in its order of operations.
+
+    A voxel size within 0.001 mm of the wanted one is kept. The centres of the first voxels
+    coincide where the axes are at right angles to about 1e-10. Those of oblique scans rarely are,
+    as NIfTI stores single precision; there, `compute_shape_offset` makes half the number of voxels
+    of both grids coincide instead. An image is not resampled if that would change next to nothing.
+    """
+    own = np.linalg.norm(affine[:3, :3], axis=0)
+    wanted = np.where(np.abs(own - spacing_mm) <= _SAME, own, spacing_mm)
+    upper = np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T
+    grid = np.eye(4)
+    grid[:3, :3] = affine[:3, :3] @ np.linalg.inv(upper) @ np.diag(wanted)
+    ends = np.meshgrid(*[(0.0, size - 1.0) for size in shape], [1.0], indexing="ij")
+    corners = np.linalg.solve(grid, affine) @ np.reshape(ends, (4, -1))
+    target = np.round(np.ptp(corners[:3], axis=1) + 1).astype(int)
+    half = np.array([*(np.array(shape) / 2), 1.0])
+    if np.allclose((corners - corners[:, :1])[:3].min(axis=1), 0):
+        grid[:3, 3] = affine[:3, 3]
+    else:
+        grid[:3, 3] = (affine @ half)[:3] - grid[:3, :3] @ (target / 2)
+    step = np.linalg.solve(affine, grid)
+    same = np.allclose(affine, grid, atol=_SAME) or np.allclose(step, np.eye(4), atol=_SAME)
+    if same and target.tolist() == list(shape):
+        step = np.eye(4)
+    (i, j, k), (x, y, z) = np.diag(step)[:3].tolist(), step[:3, 3].tolist()
+    return shape_of(target.tolist()), (i, j, k), (x, y, z)
 
 
 def separate_axis(
@@ -162,7 +213,8 @@ class Sampling:
     @property
     def changes(self) -> bool:
         """Whether any voxel of the target is not one of the source."""
-        return self.source != self.target or any(s != 1 for s in self.scale)
+        moved = not self.aligned_faces and any(self.offset)
+        return self.source != self.target or moved or any(s != 1 for s in self.scale)
 
     def inverse(self) -> Sampling:
         """Sampling from the target back to the source."""
@@ -243,12 +295,13 @@ def resample_image(channel: NDArray[Any], sampling: Sampling, grid: Grid) -> NDA
 
 
 def _at_centres(channel: NDArray[Any], sampling: Sampling, order: int) -> NDArray[Any]:
-    """Resample a channel with the centres of the first voxels aligned, and edges repeated."""
+    """Resample a channel at the positions of a sampling; edges are repeated."""
     from scipy import ndimage
 
     values = ndimage.affine_transform(
         channel.astype(np.float64),
         sampling.scale,
+        sampling.offset,
         output_shape=sampling.target,
         order=order,
         mode="nearest",
@@ -260,7 +313,7 @@ def resample_volume(volume: Volume, grid: Grid | None) -> Volume:
     """Resample `volume` to `grid`; returned unchanged if `grid` is None."""
     if grid is None:
         return volume
-    sampling = grid.sampling(volume.shape, volume.spacing_mm)
+    sampling = grid.sampling(volume.shape, volume.spacing_mm, volume.affine)
     step = np.diag([*sampling.scale, 1.0])
     step[:3, 3] = sampling.offset  # centre of the first voxel
     channels = [resample_image(channel, sampling, grid) for channel in volume.channels]
