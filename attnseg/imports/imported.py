@@ -14,6 +14,7 @@ from attnseg.export.gate.samples import SampleSource
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.foreign import read_spec
 from attnseg.export.source.model import Source, graph_reference, make_source
+from attnseg.imports.monai import read_monai
 from attnseg.imports.networks import network_graph
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.imports.torchscript import (
@@ -121,5 +122,32 @@ def import_torchscript(
         origin = {"torchscript": model.name}
         source = _source(replace(spec, **words), graph, reference, origin, given)
         return replace(source, notes=notes)
+
+    return export_source(model, read, folder, options, samples, progress)
+
+
+def import_monai(
+    model: Path,
+    folder: Path,
+    options: ExportOptions | None = None,
+    samples: SampleSource | None = None,
+    progress: ExportProgress | None = None,
+) -> Exported:
+    """Write a bundle of a MONAI bundle.
+
+    Args:
+        model: Folder of the MONAI bundle; see `read_monai`.
+        folder: Folder to write the bundle to; see `export_bundle`, as for the other arguments.
+        options: Content of the bundle.
+        samples: Source of the cases that every precision is compared on.
+        progress: Callbacks that receive the progress.
+
+    Raises:
+        ExportError: The MONAI bundle has a step that the runtime does not have; nothing is written.
+    """
+
+    def read(given: ExportOptions) -> Source:
+        found = read_monai(model)
+        return _source(found.record, found.network, found.origin, given)
 
     return export_source(model, read, folder, options, samples, progress)

@@ -18,6 +18,7 @@ READERS = {
     "weights": "weights.Weights",
     "golden": "bundles.Reports",
     "nnunet": "imports.NnUNetFolders",
+    "monai": "imports.MonaiBundles",
 }
 """Module and class of each reader, which are imported in its child alone."""
 

@@ -17,7 +17,7 @@ from tests.hostile.readers import READERS
 
 SEED = int(os.environ.get("ATTNSEG_HOSTILE_SEED", "1"))
 INPUTS = int(os.environ.get("ATTNSEG_HOSTILE_INPUTS", "0"))
-IN_CI = {"nifti": 400, "cases": 100, "weights": 100, "golden": 150, "nnunet": 100}
+IN_CI = {"nifti": 400, "cases": 100, "weights": 100, "golden": 150, "nnunet": 100, "monai": 100}
 """Number of inputs of the readers that are slower than the others."""
 
 
