@@ -86,14 +86,15 @@ def evaluate(
     """Score a model on labelled cases.
 
     The cases are segmented as by attnseg run. OUTPUT receives cases.csv (all scores of each
-    case), summary.md, boxes.png, and pictures of the worst cases in worst/. The exit code is 1 if a
-    case failed.
+    case), confusion.csv (voxels by true and predicted label), summary.md, boxes.png, confusion.png,
+    and pictures of the worst cases in worst/. The exit code is 1 if a case failed.
     """
     require("attnseg evaluate", "evaluate")
     with loading("matplotlib", "matplotlib"):
         from attnseg.data.decide import decide_labels
         from attnseg.data.labelled import find_labelled_cases
         from attnseg.evaluation.cases import cases_to_evaluate
+        from attnseg.evaluation.confusion import total
         from attnseg.evaluation.evaluate import check_output
         from attnseg.evaluation.evaluate import evaluate as evaluate_cases
         from attnseg.evaluation.scores import MEANS_HEADER, mean_rows, mean_scores
@@ -124,6 +125,8 @@ def evaluate(
             **model_record(segmenter),
             "output": output,
             "means": mean_scores(result.scores),
+            "labels": [label.name for label in bundle.manifest.task.labels],
+            "confusion": total(result.matrices).tolist(),
             "cases": _case_records([case.name for case in chosen], result),
         }
     )
@@ -135,6 +138,7 @@ def _case_records(names: Sequence[str], result: Any) -> list[dict[str, Any]]:
     records = []
     for name in names:
         error, scores = result.failed.get(name), result.scores.get(name, {})
+        matrix = result.matrices.get(name)
         records.append(
             {
                 "name": name,
@@ -142,6 +146,7 @@ def _case_records(names: Sequence[str], result: Any) -> list[dict[str, Any]]:
                 "error": error_record(error) if error else None,
                 "warnings": list(result.warnings.get(name, ())),
                 "scores": {structure: asdict(values) for structure, values in scores.items()},
+                "confusion": None if matrix is None else matrix.tolist(),
             }
         )
     return records

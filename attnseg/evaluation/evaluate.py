@@ -13,12 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from attnseg.data.labelled import LabelledCase, refuse_data_folder
 from attnseg.data.task import LabelledTask
 from attnseg.evaluation.cases import read_truth
+from attnseg.evaluation.confusion import (
+    MATRICES,
+    MATRIX_PICTURE,
+    Counts,
+    confusion_matrix,
+    describe_matrix,
+    draw_matrix,
+    encode_matrices,
+    total,
+)
 from attnseg.evaluation.metrics import EMPTY_HD95_MM, Scores, score_structures
 from attnseg.evaluation.paper import RESULTS, Row, is_papers_task, table_row
 from attnseg.evaluation.scores import (
@@ -53,12 +64,14 @@ class Evaluation:
 
     Attributes:
         scores: Scores by case and structure, in the order of `structures_of`.
+        matrices: Confusion matrix of each case, by name; see `attnseg.evaluation.confusion`.
         failed: Error of each case that could not be segmented or scored, by name.
         warnings: Warnings of each case that has any, such as an unusual spacing.
         summary: Text of `summary.md`.
     """
 
     scores: CaseScores
+    matrices: Mapping[str, Counts]
     failed: Mapping[str, AttnsegError]
     warnings: Mapping[str, Sequence[str]]
     summary: str
@@ -106,20 +119,24 @@ def _segment(case: LabelledCase, segmenter: Segmenter, task: LabelledTask) -> _R
 
 
 class _Scoring:
-    """Scores of the cases so far, and the results of the worst ones, worst first."""
+    """Scores and matrices of the cases so far, and the results of the worst ones, worst first."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._structures = structures_of(manifest)
+        self._label_values = manifest.task.label_values
         self._regions = list(manifest.task.regions)
         self.scores: dict[str, dict[str, Scores]] = {}
+        self.matrices: dict[str, Counts] = {}
         self.failed: dict[str, AttnsegError] = {}
         self.warnings: dict[str, tuple[str, ...]] = {}
         self.worst: list[_Result] = []
 
     def add(self, result: _Result) -> None:
+        matrix = confusion_matrix(result.found, result.truth, self._label_values)
         self.scores[result.name] = score_structures(
             result.found, result.truth, self._structures, result.volume.spacing_mm
         )
+        self.matrices[result.name] = matrix
         if result.warnings:
             self.warnings[result.name] = result.warnings
         self.worst.append(result)
@@ -136,7 +153,10 @@ def evaluate(
     against: Path | None = None,
     progress: Callable[[str, AttnsegError | None], None] | None = None,
 ) -> Evaluation:
-    """Segment and score cases, and write `cases.csv`, `summary.md`, `boxes.png` and `worst/`.
+    """Segment and score cases, and write tables, a summary and pictures.
+
+    The files are `cases.csv`, `confusion.csv`, `summary.md`, `boxes.png`, `confusion.png` and
+    `worst/`.
 
     Args:
         cases: Labelled cases; see `cases_to_evaluate`.
@@ -170,24 +190,26 @@ def evaluate(
         cause = f"no case could be evaluated: {first.cause}"
         raise TrainingError(cause, first.mend, *first.settings)
     title = f"{manifest.name}, {len(scores)} cases"
-    summary = _summary(scoring, segmenter, task)
+    names = [label.name for label in manifest.task.labels]
+    matrix = total(scoring.matrices)
+    summary = _summary(scoring, segmenter, task) + describe_matrix(names, matrix)
     if other is not None and against is not None:
         summary += compare(scores, other, against)
+    overlays = {f"{r.name}.png": _overlay(r, manifest, scores[r.name]) for r in scoring.worst}
+    files = {
+        BOXES: _box_plots(scores, list(manifest.task.regions), title),
+        MATRIX_PICTURE: draw_matrix(names, matrix, title),
+        MATRICES: encode_matrices(names, scoring.matrices),
+        CASES: encode_scores(scores),
+        SUMMARY: summary.encode(),
+    }
     (output / "worst").mkdir(parents=True, exist_ok=True)
     remove_partial(output / "worst")
     for old in (output / "worst").glob("*.png"):
         old.unlink()
-    overlays = {f"{r.name}.png": _overlay(r, manifest, scores[r.name]) for r in scoring.worst}
     write_results(output / "worst", overlays)
-    write_results(
-        output,
-        {
-            BOXES: _box_plots(scores, list(manifest.task.regions), title),
-            CASES: encode_scores(scores),
-            SUMMARY: summary.encode(),
-        },
-    )
-    return Evaluation(scores, failed, scoring.warnings, summary)
+    write_results(output, files)
+    return Evaluation(scores, scoring.matrices, failed, scoring.warnings, summary)
 
 
 def _spread(values: NDArray[np.float64], digits: int) -> str:
@@ -253,6 +275,7 @@ def _mean_dice(scores: Mapping[str, Scores], regions: Iterable[str]) -> float:
     return float(np.mean([scores[region].dice for region in regions]))
 
 
+@rc_context({"text.parse_math": False})  # a name may hold dollar signs
 def _box_plots(scores: CaseScores, structures: Sequence[str], title: str) -> bytes:
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name, label in zip(

@@ -50,7 +50,8 @@ class Scores:
     lesion_wise_dice: float
 
 
-def _check_shapes(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
+def check_shapes(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
+    """Raise `TrainingError` unless both arrays have the same shape."""
     if prediction.shape != truth.shape:
         raise TrainingError(
             f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}",
@@ -71,7 +72,7 @@ def dice(prediction: Mask, truth: Mask) -> float:
     Raises:
         TrainingError: The shapes differ.
     """
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     size = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
     return 2 * int(np.count_nonzero(prediction & truth)) / size if size else 1.0
 
@@ -104,7 +105,7 @@ def sensitivity(prediction: Mask, truth: Mask) -> float:
     Raises:
         TrainingError: The shapes differ.
     """
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     size = int(np.count_nonzero(truth))
     return int(np.count_nonzero(prediction & truth)) / size if size else 1.0
 
@@ -122,7 +123,7 @@ def specificity(prediction: Mask, truth: Mask) -> float:
 
 def _specificity(prediction: Mask, truth: Mask, voxels: int) -> float:
     """Specificity in an array of `voxels` voxels; the masks may be crops of it."""
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     negatives = voxels - int(np.count_nonzero(truth))
     false_positives = int(np.count_nonzero(prediction > truth))
     return (negatives - false_positives) / negatives if negatives else 1.0
@@ -164,7 +165,7 @@ def hd95_mm(prediction: Mask, truth: Mask, spacing_mm: Sequence[float]) -> float
     Raises:
         TrainingError: The shapes differ.
     """
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     box = _joint_box(prediction, truth)
     surfaces = [np.argwhere(_surface(mask[box])) * spacing_mm for mask in (prediction, truth)]
     if not all(map(len, surfaces)):
@@ -221,7 +222,7 @@ def lesion_wise_dice(prediction: Mask, truth: Mask, dilation_voxels: int = 3) ->
     Raises:
         TrainingError: The shapes differ, or `dilation_voxels` is negative.
     """
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     box = _joint_box(prediction, truth)
     prediction, truth = prediction[box], truth[box]
     lesions = _lesions(truth, dilation_voxels)
@@ -274,7 +275,7 @@ def score_structures(
     Raises:
         TrainingError: The shapes differ, or a structure includes the background.
     """
-    _check_shapes(prediction, truth)
+    check_shapes(prediction, truth)
     for name, labels in structures.items():
         if 0 in labels:
             raise TrainingError(f"structure {name} holds label 0, the background", "leave it out")
