@@ -26,8 +26,9 @@ from attnseg.runtime.extras import require
 )
 @option(
     "--model",
-    metavar="[unet3d|deepmedic|resunet|attnresunet]",
-    help="Network to train; attnresunet is the paper's own.  [default: attnresunet]",
+    metavar="NAME",
+    help="Network to train: unet3d, deepmedic, resunet, residualunet, deeplabv3, unetplusplus "
+    "(needs MONAI), or attnresunet, the paper's own.  [default: attnresunet]",
 )
 @option(
     "--attention",

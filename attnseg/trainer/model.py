@@ -139,6 +139,13 @@ MODELS: dict[str, NetworkConfig] = {
     "attnresunet": NetworkConfig(),
 }
 
+RELATED: dict[str, str] = {
+    "residualunet": "Residual U-Net",
+    "deeplabv3": "DeepLab-V3",
+    "unetplusplus": "U-Net++",
+}
+"""Titles of the networks of the paper's related work, which its table of results does not have."""
+
 
 class DilatedConv(nn.Conv3d):
     """A dilated 3x3x3 convolution that trains at full speed on a CPU.

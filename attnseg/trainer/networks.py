@@ -118,12 +118,13 @@ def _count_macs_into(model: nn.Module, total: list[int]) -> Iterator[None]:
 def count_macs(model: Network, window: int = 64) -> int:
     """Count multiply-accumulates of all convolutions for one window of `window`**3 voxels."""
     total = [0]
+    shape = (1, model.config.in_channels, window, window, window)
     with torch.no_grad(), _count_macs_into(model, total):
-        model(torch.zeros(1, model.config.in_channels, window, window, window))
+        model(torch.zeros(shape, device=next(model.parameters()).device))
     return total[0]
 
 
 def cost_of(config: NetworkConfig) -> Cost:
     """Parameters in millions, and GMAC for one window of 64**3 voxels."""
-    network = build_network(config)
+    network = empty_network(config)  # which computes shapes alone
     return Cost(count_parameters(network) / 1e6, count_macs(network) / 1e9)

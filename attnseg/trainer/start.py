@@ -26,7 +26,7 @@ class RunChoices:
 
     Attributes:
         preset: `paper` for the complete protocol of section 3.3, or `wide16` for a wider network.
-        model: `unet3d`, `deepmedic`, `resunet` or `attnresunet`.
+        model: Key of `MODELS`, such as `unet3d`.
         attention: Attention on the skip connections: `none`, `gap`, `se` or `cbam`.
         multi_scale: Whether the decoder has dilated convolutions.
         split: JSON file with lists `train` and `validation` of case names.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attnseg.evaluation.paper import RESULTS
-from attnseg.trainer.model import MODELS, NetworkConfig, network_settings
+from attnseg.runtime.errors import DependencyError
+from attnseg.trainer.model import MODELS, RELATED, NetworkConfig, network_settings
 from attnseg.trainer.networks import cost_of
 from attnseg.trainer.variants import ABLATION, Cost, variant_network
 
@@ -13,9 +14,11 @@ SUMMARY_HEADER = ("", "parameters, M", "paper", "GMAC, 64^3", "paper")
 
 
 def network_costs(preset: str | None = None) -> dict[str, tuple[Cost, Cost]]:
-    """Cost of each network and the paper's, by title: the ablation of a preset, the baselines.
+    """Cost of each network and the paper's, by title.
 
-    The paper's costs stand beside the networks of the paper's size only.
+    The networks are the ablation of a preset, the paper's baselines and its related work. The
+    paper's costs stand beside the networks of the paper's size only. The cost of a network that
+    needs a library that is not installed is unknown.
 
     Raises:
         ConfigError: The preset does not exist.
@@ -28,8 +31,16 @@ def network_costs(preset: str | None = None) -> dict[str, tuple[Cost, Cost]]:
         )
         for name, variant in ABLATION.items()
     }
-    rows |= {RESULTS[name].title: (MODELS[name], Cost()) for name in ("unet3d", "deepmedic")}
-    return {title: (cost_of(config), paper) for title, (config, paper) in rows.items()}
+    titles = {name: RESULTS[name].title for name in ("unet3d", "deepmedic")} | RELATED
+    rows |= {title: (MODELS[name], Cost()) for name, title in titles.items()}
+    return {title: (_own_cost(config), paper) for title, (config, paper) in rows.items()}
+
+
+def _own_cost(config: NetworkConfig) -> Cost:
+    try:
+        return cost_of(config)
+    except DependencyError:
+        return Cost()
 
 
 def summary_rows(costs: Mapping[str, tuple[Cost, Cost]]) -> list[tuple[str, ...]]:

@@ -29,7 +29,7 @@ from attnseg.trainer.checkpoint import (
     weights_digest,
 )
 from attnseg.trainer.decode import explain
-from attnseg.trainer.model import NetworkConfig
+from attnseg.trainer.model import RELATED, NetworkConfig
 from attnseg.trainer.networks import Network, check_size, empty_network
 from attnseg.trainer.preparation import Preparation
 
@@ -147,6 +147,8 @@ def _describe(config: NetworkConfig, task: LabelledTask) -> Description:
 
 def _architecture(config: NetworkConfig) -> tuple[str, str]:
     """Name and title of a network; those of the paper for the paper's networks alone."""
+    if config.architecture in RELATED:
+        return config.architecture, RELATED[config.architecture]
     row = table_row(config.to_dict())
     if row is not None:
         return _NAMES.get(row, row), RESULTS[row].title
