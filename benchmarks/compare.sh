@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/compare.sh DATA OUTPUT [OPTION OF attnseg train]...
 #
-# Each row is a run in OUTPUT/ROW. Rows share OUTPUT/cache. The table comes last, on the terminal.
+# Each row is a run in OUTPUT/ROW. Rows share OUTPUT/cache. Two tables come last, on the terminal: the
+# networks, and the loss against either half of it.
 set -euo pipefail
 data=$1 output=$2
 shift 2
@@ -31,5 +32,11 @@ row resunet --model resunet "$@"
 row attnresunet-se --attention se "$@"
 row unet3d --model unet3d "$@"
 row deepmedic --model deepmedic "$@"
+row residualunet --model residualunet "$@"
+row deeplabv3 --model deeplabv3 "$@"
+row unetplusplus --model unetplusplus "$@"
 row resized --preset paper "$@"
-python -m benchmarks.comparison "$output"/{attnresunet-gap,wide16,multi-scale-only,attention-only,resunet,attnresunet-se,unet3d,deepmedic,resized} -o "$output/comparison"
+row cross-entropy --set cross_entropy_weight=1 "$@"
+row dice --set cross_entropy_weight=0 "$@"
+python -m benchmarks.comparison "$output"/{attnresunet-gap,wide16,multi-scale-only,attention-only,resunet,attnresunet-se,unet3d,deepmedic,residualunet,deeplabv3,unetplusplus,resized} -o "$output/comparison"
+python -m benchmarks.comparison "$output"/{attnresunet-gap,cross-entropy,dice} -o "$output/comparison" --picture loss-halves.png

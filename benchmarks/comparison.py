@@ -3,8 +3,8 @@
     python -m benchmarks.comparison RUN... -o docs/results
 
 Each RUN is an output folder of `attnseg train` in which `attnseg evaluate -o RUN/evaluation` has
-written its scores. Copies every log to OUTPUT/RUN.csv, draws OUTPUT/curves.png, and prints a
-Markdown table.
+written its scores. Copies every log to OUTPUT/RUN.csv, draws OUTPUT/curves.png, or another name
+that --picture gives, and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from attnseg.evaluation.scores import column, read_scores
 from attnseg.evaluation.tables import markdown_table
@@ -26,21 +27,35 @@ REGIONS = ("WT", "TC", "ET")
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """Read the rows of a run's log."""
+    """Read the rows of a run's log, and add the mean Dice of the regions."""
     with (run / "log.csv").open(newline="", encoding="utf-8") as stream:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    return [
+        {**row, "validation_mean": sum(row[f"validation_{r}"] for r in REGIONS) / len(REGIONS)}
+        for row in rows
+    ]
 
 
 def draw(runs: Sequence[Path], picture: Path) -> None:
-    """Draw training loss and validation Dice by epoch, with one line per run."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    names = ("train_loss", *(f"validation_{region}" for region in REGIONS))
-    for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
+    """Draw validation Dice and training loss by epoch, with one line per run.
+
+    Training losses that are not weighted alike are left out, because they are not comparable.
+    """
+    names = [f"validation_{name}" for name in (*REGIONS, "mean")]
+    configs = [checkpoint_config(load_checkpoint(run / "best.pt")) for run in runs]
+    if len({config.cross_entropy_weight for config in configs}) == 1:
+        names.append("train_loss")
+    columns = (len(names) + 1) // 2
+    figure = Figure(figsize=(6 * columns, 8), layout="constrained")
+    for axes, name in zip(figure.subplots(2, columns).flat, names, strict=False):
         for run in runs:
             rows = read_log(run)
             axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], ".-", label=run.name)
         axes.set(xlabel="epoch", title=name.replace("_", " "))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
+    for unused in figure.axes[len(names) :]:
+        unused.set_axis_off()
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=100)
 
@@ -70,11 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--picture", default="curves.png")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for run in options.runs:
         shutil.copyfile(run / "log.csv", options.output / f"{run.name}.csv")
-    draw(options.runs, options.output / "curves.png")
+    draw(options.runs, options.output / options.picture)
     header = ("run", "M parameters", "GMAC", *(f"Dice {r}" for r in REGIONS), "mean")
     header += (*(f"HD95 {r}, mm" for r in REGIONS), "best epoch", "minutes")
     print(markdown_table(header, [table_row(run) for run in options.runs]), end="")
