@@ -148,6 +148,6 @@ def import_monai(
 
     def read(given: ExportOptions) -> Source:
         found = read_monai(model)
-        return _source(found.record, found.network, found.origin, given)
+        return _network_source(found.record, found.network, found.origin, given)
 
     return export_source(model, read, folder, options, samples, progress)
