@@ -228,6 +228,12 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     _choose("tta", tta, (*PASSES, "model"))
     _choose("decide", options.decide, (None, *get_args(Decide)))
     _check("probabilities", options.probabilities, _is_bool(options.probabilities), "true or false")
+    if options.probabilities and not model.task.regions:
+        raise ConfigError(
+            "probabilities are those of regions, and the model has none",
+            "leave {} out",
+            Setting("probabilities"),
+        )
     decision = Decision.of(model.task, options.decide)
     fuse = options.fuse or ("mean" if decision.outputs or options.probabilities else "vote")
     _check_fusion(fuse, tta, decision, options.probabilities)

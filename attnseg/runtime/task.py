@@ -121,9 +121,15 @@ class Task:
     def _check_outputs(self) -> None:
         if (self.activation == "sigmoid") != bool(self.outputs):
             raise ConfigError("outputs belong to the activation sigmoid, and to no other")
-        used = sorted(channel for output in self.outputs for channel in output.channels)
-        if used != list(range(len(self.outputs))):
+        used = sorted(output.channels for output in self.outputs)
+        if used != [(channel,) for channel in range(len(self.outputs))]:
             raise ConfigError(f"outputs must name each channel once, got channels {used}")
+        named = [output.region for output in self.outputs]
+        if self.outputs and sorted(named) != sorted(self.regions):
+            raise ConfigError(
+                f"outputs must name each region once, got {', '.join(named)} of "
+                f"{', '.join(self.regions)}"
+            )
         for output in self.outputs:
             if output.region not in self.regions or output.label not in self.label_values[1:]:
                 raise ConfigError(f"output {output.region} names an unknown region or label")

@@ -407,10 +407,10 @@ def _complete_spec(record: Any) -> Any:
     inference: dict[str, Any] = {"overlap": 0.25, "window_multiple": 1, "min_voxels": 0}
     if isinstance(completed.get("inference"), Mapping):
         completed["inference"] = {**inference, **completed["inference"]}
-    return _for_every_channel(completed)
+    return _for_every_channel(completed, record.get("crop"))
 
 
-def _for_every_channel(record: dict[str, Any]) -> dict[str, Any]:
+def _for_every_channel(record: dict[str, Any], crop: object) -> dict[str, Any]:
     """A spec whose normalisation is a list; one scheme stands for every channel.
 
     A normalisation with `foreground` and `landmarks` has the fields of version 2.
@@ -420,7 +420,16 @@ def _for_every_channel(record: dict[str, Any]) -> dict[str, Any]:
         return record
     if "scheme" in given:
         return {**record, "normalisation": [given] * len(channels)}
-    old = NormalisationJson.model_validate({"foreground": "nonzero", "landmarks": None, **given})
+    try:
+        fields_of_2 = {"foreground": "nonzero", "landmarks": None, **given}
+        old = NormalisationJson.model_validate(fields_of_2)
+    except ValidationError as error:
+        raise _explain(error, "normalisation", "normalisation.") from error
+    if crop not in (None, old.foreground):
+        raise ConfigError(
+            f"crop: is {crop}, and normalisation.foreground {old.foreground}",
+            "give the normalisation as a scheme",
+        )
     schemes = [_encode_scheme(scheme) for scheme in old.schemes(len(channels))]
     return {**record, "normalisation": schemes, "crop": old.foreground}
 
@@ -437,10 +446,11 @@ def _as_version_2(stored: bytes, record: Any) -> bytes:
     return json.dumps({"grid": None, "budget": None, **record, "format_version": 2}).encode()
 
 
-def _explain(error: ValidationError, whole: str) -> ConfigError:
+def _explain(error: ValidationError, whole: str, prefix: str = "") -> ConfigError:
     """Convert the first validation error to a `ConfigError` that names the field."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or whole
+    inner = ".".join(str(part) for part in first["loc"])
+    where = f"{prefix}{inner}" if inner else whole
     rule = first.get("ctx", {}).get("error", first["msg"])
     return ConfigError(f"{where}: {rule}")
 

@@ -94,6 +94,8 @@ class HostPipeline:
     ) -> _Decided:
         """Classes of the scan's result box over all passes."""
         plan = self._plan
+        if plan.probabilities:
+            check_probabilities(len(plan.task.regions), scan.shape)
         passes, channels = plan.transforms, plan.decision.channels
         windows = [plan.windows.plan(t.shape(scan.image.shape[1:])) for t in passes]
 
@@ -113,9 +115,11 @@ class HostPipeline:
         fusion = Fusion(plan.fuse, plan.decision)
         for index, transform in enumerate(passes):
             logits = collected(outputs(index), channels, windows[index].shape)
+            with clock.stage(Step.RESAMPLE if scan.resampled else Step.FUSE):
+                parts = self._on_scan([transform.invert(logits)], scan)
+                restored_logits = collected(iter(parts), channels, scan.result_box.shape)
             with clock.stage(Step.FUSE):
-                whole = self._on_scan([transform.invert(logits)], scan)
-                fusion.add(collected(iter(whole), channels, scan.result_box.shape), scan.back)
+                fusion.add(restored_logits, scan.back)
         with clock.stage(Step.FUSE):
             found = _Decided(fusion.classes(), count)
             if plan.probabilities:
@@ -140,7 +144,6 @@ class HostPipeline:
         plan, shape = self._plan, scan.result_box.shape
         found = _Decided(np.empty(shape, np.uint8), windows)
         if plan.probabilities:
-            check_probabilities(len(plan.task.regions), shape)
             found.probabilities = np.empty((len(plan.task.regions), *shape), np.float32)
         start = 0
         step = Step.RESAMPLE if scan.resampled else Step.BLEND

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -130,7 +131,8 @@ def _summed(values: NDArray[np.float32], channels: Sequence[int]) -> NDArray[np.
 def region_channels(task: Task) -> dict[str, tuple[int, ...]]:
     """Channels, ascending, whose probabilities add up to that of each region, by its name."""
     if task.outputs:
-        return {output.region: output.channels for output in task.outputs}
+        own = {output.region: output.channels for output in task.outputs}
+        return {name: own[name] for name in task.regions}
     index = {value: index for index, value in enumerate(task.label_values)}
     return {name: tuple(sorted(index[v] for v in region)) for name, region in task.regions.items()}
 
@@ -142,9 +144,19 @@ def nested_outputs(task: Task) -> tuple[Output, ...]:
     tumour of BraTS.
 
     Raises:
-        ConfigError: A region has no such label, or several.
+        ConfigError: There is no region; regions overlap and none contains the other; or a region
+            has no such label, or several.
     """
+    if not task.regions:
+        raise ConfigError("thresholds need regions, and the model has none", "decide by argmax")
     channels = region_channels(task)
+    for (name, region), (other, second) in combinations(task.regions.items(), 2):
+        first, last = set(region), set(second)
+        if first & last and not (first <= last or last <= first):
+            raise ConfigError(
+                f"thresholds need regions that are nested or apart, and {name} and {other} overlap",
+                "decide by argmax",
+            )
     ordered = sorted(task.regions.items(), key=lambda item: -len(set(item[1])))
     outputs = []
     for name, region in ordered:
