@@ -121,15 +121,10 @@ class Task:
     def _check_outputs(self) -> None:
         if (self.activation == "sigmoid") != bool(self.outputs):
             raise ConfigError("outputs belong to the activation sigmoid, and to no other")
-        used = sorted(output.channels for output in self.outputs)
-        if used != [(channel,) for channel in range(len(self.outputs))]:
+        used = sorted(channel for output in self.outputs for channel in output.channels)
+        each = all(len(output.channels) == 1 for output in self.outputs)
+        if not each or used != list(range(len(self.outputs))):
             raise ConfigError(f"outputs must name each channel once, got channels {used}")
-        named = [output.region for output in self.outputs]
-        if self.outputs and sorted(named) != sorted(self.regions):
-            raise ConfigError(
-                f"outputs must name each region once, got {', '.join(named)} of "
-                f"{', '.join(self.regions)}"
-            )
         for output in self.outputs:
             if output.region not in self.regions or output.label not in self.label_values[1:]:
                 raise ConfigError(f"output {output.region} names an unknown region or label")
@@ -138,6 +133,12 @@ class Task:
                     f"output {output.region} needs a threshold within 0 and 1, "
                     f"got {output.threshold}"
                 )
+        named = [output.region for output in self.outputs]
+        if self.outputs and sorted(named) != sorted(self.regions):
+            raise ConfigError(
+                f"outputs must name each region once, got {', '.join(named)} of "
+                f"{', '.join(self.regions)}"
+            )
 
     @property
     def output_channels(self) -> int:

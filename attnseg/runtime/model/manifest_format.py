@@ -352,8 +352,8 @@ def decode_manifest(stored: bytes) -> Manifest:
         version, bool | float
     ):  # equal to a version, but not the number that is specified
         raise ConfigError(f"format_version: must be a whole number, got {version!r}")
-    if version is not None and version not in range(1, FORMAT_VERSION + 1):
-        raise _unknown(version)
+    if isinstance(record, dict) and version not in range(1, FORMAT_VERSION + 1):
+        raise _unknown(version) if "format_version" in record else _missing("format_version")
     try:
         if version in (1, 2):
             return _OldManifestJson.model_validate_json(_as_version_2(stored, record)).manifest()
@@ -461,3 +461,7 @@ def _unknown(version: object) -> ConfigError:
         f"{FORMAT_VERSION}",
         "install the version of attnseg that wrote the bundle",
     )
+
+
+def _missing(field: str) -> ConfigError:
+    return ConfigError(f"{field}: Field required")

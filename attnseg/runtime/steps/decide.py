@@ -150,13 +150,6 @@ def nested_outputs(task: Task) -> tuple[Output, ...]:
     if not task.regions:
         raise ConfigError("thresholds need regions, and the model has none", "decide by argmax")
     channels = region_channels(task)
-    for (name, region), (other, second) in combinations(task.regions.items(), 2):
-        first, last = set(region), set(second)
-        if first & last and not (first <= last or last <= first):
-            raise ConfigError(
-                f"thresholds need regions that are nested or apart, and {name} and {other} overlap",
-                "decide by argmax",
-            )
     ordered = sorted(task.regions.items(), key=lambda item: -len(set(item[1])))
     outputs = []
     for name, region in ordered:
@@ -168,6 +161,13 @@ def nested_outputs(task: Task) -> tuple[Output, ...]:
                 "decide by argmax",
             )
         outputs.append(Output(name, own.pop(), channels[name]))
+    for (name, region), (other, second) in combinations(task.regions.items(), 2):
+        first, last = set(region), set(second)
+        if first & last and not (first <= last or last <= first):
+            raise ConfigError(
+                f"thresholds need regions that are nested or apart, and {name} and {other} overlap",
+                "decide by argmax",
+            )
     return tuple(outputs)
 
 
