@@ -134,6 +134,8 @@ def floor_bytes(name: str, count: int, args: Any) -> int:
     if name == "gather":
         elements = windows_of(count, args) * args.channels * voxels_of(args.tiling.window)
         return int(elements * (6 if args.half else 8))
+    if name.startswith("resample"):
+        return 4 * count * int(args.result.count)
     if name == "fill":
         return 5 * voxels_of(args.shape)
     if name == "average":
@@ -354,6 +356,7 @@ def print_memory(bundle: Bundle, volume: Volume) -> None:
     planned = resolve(SegmentOptions(tta=TTA), manifest)
     need = MemoryRequirements(
         shape=volume.shape,
+        result=None,
         channels=len(manifest.task.channels),
         classes=len(manifest.task.labels),
         windows=planned.windows,

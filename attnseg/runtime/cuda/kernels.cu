@@ -37,6 +37,11 @@ FUNCTION unsigned short half_bits(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+FUNCTION unsigned short half_bits_of(double value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f64 %0, %1;" : "=h"(bits) : "d"(value));
+    return bits;
+}
 FUNCTION float half_value(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -73,6 +78,12 @@ FUNCTION int atomicMin(int *p, int value) { int old = *p; if (value < old) *p = 
 FUNCTION int atomicMax(int *p, int value) { int old = *p; if (value > old) *p = value; return old; }
 
 FUNCTION unsigned short half_bits(float value) {
+    _Float16 half = (_Float16)value;
+    unsigned short bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+FUNCTION unsigned short half_bits_of(double value) {
     _Float16 half = (_Float16)value;
     unsigned short bits;
     std::memcpy(&bits, &half, 2);
@@ -178,7 +189,7 @@ FUNCTION Extent start_of(const Tiling &t, int window) {
     Extent which = place(window, t.count);
     return Extent{t.starts[which.x], starts_y(t)[which.y], starts_z(t)[which.z]};
 }
-// Index of a window along an axis before which none contains `at`; at a fixed stride, it does.
+// Index of a window along an axis, before which none contains `at`; at a fixed stride, this one may.
 FUNCTION int first_along(int at, int window, int stride) {
     return at < window ? 0 : (at - window) / stride + 1;
 }
@@ -543,6 +554,7 @@ struct BlendArgs {
     const long long *places;  // per window of the plan: element of its logits, -1 if it is all 0
     float *scores;            // (K, X, Y, Z), or null for a single pass
     unsigned char *classes;   // (X, Y, Z)
+    float *blended;           // (K, X, Y, Z): receives the logits, or probabilities, in place of all else
     int *not_finite;          // set to 1 if a blended logit is not finite
     Extent shape;              // of the box
     Tiling tiling;
@@ -625,9 +637,14 @@ FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long lo
         if (k < count && !(logits[k] - logits[k] == 0)) store(a.not_finite, 1);
     int best = a.vote ? first_largest(logits, count) : 0;
     if (a.decision.activation != LOGITS) activate(logits, count, a.decision.activation);
+    long long box = voxels_of(a.shape);
+    if (a.blended) {
+        for (int k = 0; k < N; ++k)
+            if (k < count) a.blended[k * box + voxel] = logits[k];
+        return -1;
+    }
     if (!a.scores) return decided(a.decision, logits, count);
     bool last = a.which == a.passes - 1;
-    long long box = voxels_of(a.shape);
     for (int k = 0; k < N; ++k) {
         if (k >= count) break;
         float score = logits[k];
@@ -667,6 +684,56 @@ KERNEL(blend_3, BlendArgs) { blend_index<3, BLENDED>(a, i); }
 KERNEL(blend_4, BlendArgs) { blend_index<4, BLENDED>(a, i); }
 KERNEL(blend_8, BlendArgs) { blend_index<8, 1>(a, i); }
 KERNEL(blend_32, BlendArgs) { blend_index<MOST_CLASSES, 1>(a, i); }
+
+// Linear interpolation of what a pass blended to the grid of the scan, in fp64 and in numpy's order, and
+// its class or scores there. One index per voxel. Reference: restore.restored, tta.Fusion. B: 4K and more.
+struct Taps {
+    const int *first, *second;  // voxels of the image's grid for each voxel of the result, along X, Y, Z
+    const double *share;        // of the second
+};
+struct ResampleArgs {
+    const float *values;  // (K, X, Y, Z) of the image
+    Taps taps;
+    Extent image, start;  // shape of the image, and its place in its grid, which is 0 elsewhere
+    int half;             // results are rounded to fp16
+    BlendArgs result;     // of the result: scores, classes, shape, decision and passes
+};
+FUNCTION double value_at(const ResampleArgs &a, const float *values, Extent at) {
+    Extent own = minus(at, a.start);
+    return inside(own, a.image) ? (double)values[index(own, a.image)] : 0.0;
+}
+FUNCTION double between(double low, double high, double share) { return (high - low) * share + low; }
+// One value of a channel between the voxels `low` and `high`, at these shares of the second.
+FUNCTION float resampled(const ResampleArgs &a, const float *values, Extent low, Extent high,
+                         const double (&share)[3]) {
+    double planes[2];
+    for (int p = 0; p < 2; ++p) {
+        int x = p ? high.x : low.x;
+        double near = between(value_at(a, values, Extent{x, low.y, low.z}),
+                              value_at(a, values, Extent{x, high.y, low.z}), share[1]);
+        double far = between(value_at(a, values, Extent{x, low.y, high.z}),
+                             value_at(a, values, Extent{x, high.y, high.z}), share[1]);
+        planes[p] = between(near, far, share[2]);
+    }
+    double mixed = share[0] != 0 ? planes[0] * (1 - share[0]) + planes[1] * share[0] : planes[0];
+    return a.half ? half_value(half_bits_of(mixed)) : (float)mixed;
+}
+template <int N> FUNCTION void resample_index(const ResampleArgs &a, unsigned i) {
+    const BlendArgs &r = a.result;
+    Extent at = place(i, r.shape);
+    int x = at.x, y = r.shape.x + at.y, z = r.shape.x + r.shape.y + at.z;
+    Extent low = {a.taps.first[x], a.taps.first[y], a.taps.first[z]};
+    Extent high = {a.taps.second[x], a.taps.second[y], a.taps.second[z]};
+    double share[3] = {a.taps.share[x], a.taps.share[y], a.taps.share[z]};
+    long long voxels = voxels_of(a.image);
+    float values[N];
+    UNROLLED for (int k = 0; k < N; ++k)  // a constant index keeps `values` in registers
+        values[k] = k < r.count ? resampled(a, a.values + k * voxels, low, high, share) : 0.0f;
+    int found = class_of(r, values, r.count, i);
+    if (found >= 0) r.classes[i] = (unsigned char)found;
+}
+KERNEL(resample_8, ResampleArgs) { resample_index<8>(a, i); }
+KERNEL(resample_32, ResampleArgs) { resample_index<MOST_CLASSES>(a, i); }
 
 // 26- or 6-connected components of one class, by union-find over voxels: the root of a tree is its
 // smallest voxel index, whatever the order of the unions (Playne and Hawick, "A new algorithm for

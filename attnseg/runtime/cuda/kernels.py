@@ -244,11 +244,29 @@ class BlendArgs(ctypes.Structure):
     """Arguments of the kernels of `blend_kernel`; one index per group of voxels along Z."""
 
     _fields_ = (
-        *_fields("logits importance places scores classes not_finite", "shape"),
+        *_fields("logits importance places scores classes blended not_finite", "shape"),
         ("tiling", Tiling),
         ("transform", TransformArg),
         ("decision", DecisionArg),
         *_ints("count half half_sums vote which passes"),
+    )
+
+
+_RESAMPLED = (8, MOST_CLASSES)
+
+
+def resample_kernel(classes: int) -> str:
+    """Name of the kernel that resamples so many channels."""
+    return f"resample_{next(most for most in _RESAMPLED if classes <= most)}"
+
+
+class ResampleArgs(ctypes.Structure):
+    """Arguments of the kernels of `resample_kernel`; one index per voxel of the result."""
+
+    _fields_ = (
+        *_fields("values first second share", "image start"),
+        *_ints("half"),
+        ("result", BlendArgs),
     )
 
 
@@ -303,6 +321,7 @@ ARGUMENTS: dict[str, type[ctypes.Structure]] = {
     "gather": GatherArgs,
     "average": AverageArgs,
     **{f"blend_{classes}": BlendArgs for classes in _BLENDED},
+    **{f"resample_{classes}": ResampleArgs for classes in _RESAMPLED},
     "label_start": LabelArgs,
     "label_merge": LabelArgs,
     "label_flatten": LabelArgs,

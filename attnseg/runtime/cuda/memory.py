@@ -27,7 +27,8 @@ class MemoryRequirements:
     """Everything that the memory requirements of a volume depend on.
 
     Attributes:
-        shape: Voxels of the volume along X, Y and Z.
+        shape: Voxels of the volume, or of an image that the host resampled, along X, Y and Z.
+        result: Voxels of the results that this image is resampled to; None if it is not.
         channels: Number of channels.
         classes: Number of channels of the network's output.
         windows: Size and overlap of the windows.
@@ -42,6 +43,7 @@ class MemoryRequirements:
     """
 
     shape: Shape
+    result: Shape | None
     channels: int
     classes: int
     windows: WindowOptions
@@ -125,7 +127,8 @@ def _laid_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
 def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
     """Plan with all windows at once; if `sparing`, one batch at a time, fp16 logits if smaller."""
     plans = [need.windows.plan(transform.shape(need.shape)) for transform in need.transforms]
-    voxels, window = prod(need.shape), max(prod(plan.window) for plan in plans)
+    voxels, results = prod(need.shape), prod(need.result or need.shape)
+    window = max(prod(plan.window) for plan in plans)
     most = max(len(plan.windows) for plan in plans)
     batch = max(need.batches[1], min(batch, most))
     windows = _up(most, batch)
@@ -144,17 +147,19 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         "output": engine_kind * once if mirrored or kept_kind < engine_kind else 0,
         "sums": 4 * once if mirrored and half_logits else 0,
     }
-    labelling = dict.fromkeys(("parents", "sizes"), 4 * voxels * need.components)
+    labelling = dict.fromkeys(("parents", "sizes"), 4 * results * need.components)
     kept = {
         "statistics": need.statistics_bytes,
-        "image": 4 * need.channels * voxels,
+        "image": 0 if need.result else 4 * need.channels * voxels,  # then it is the volume
+        "blended": 4 * need.classes * voxels if need.result else 0,
+        "taps": 16 * sum(need.result or ()),
         "importance": 4 * window,
         "flags": 4 * sum(len(plan.windows) for plan in plans),
         "starts": 4 * sum(len(own) for plan in plans for own in plan.starts),
         "which": 4 * windows * len(plans),
         "places": 8 * sum(len(plan.windows) for plan in plans),
-        "scores": 4 * need.classes * voxels if len(plans) > 1 else 0,
-        "classes": voxels,
+        "scores": 4 * need.classes * results if len(plans) > 1 else 0,
+        "classes": results,
     }
     places, kept_bytes = _laid_out(kept)
     scratch_bytes = 0
@@ -163,7 +168,7 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         laid, size = _laid_out(together)
         places |= {name: (kept_bytes + at, length) for name, (at, length) in laid.items()}
         scratch_bytes = max(scratch_bytes, size)
-    one = ((4 if need.floating else 2) * need.channels + 1) * voxels
+    one = (4 if need.floating else 2) * need.channels * voxels + results
     return MemoryPlan(
         batch=batch,
         chunk=chunk,

@@ -16,6 +16,7 @@ from attnseg.runtime.cuda.device import Device, DeviceArray, DeviceBuffer, Mark,
 from attnseg.runtime.cuda.memory import explain_upload
 from attnseg.runtime.errors import OutOfMemoryError, VolumeError
 from attnseg.runtime.geometry import AxisTransform, Layout, Shape, shape_of
+from attnseg.runtime.steps.preprocess import Preprocessed
 from attnseg.runtime.threads import mapping
 
 
@@ -55,11 +56,15 @@ class Upload:
         channels: Channels of the volume, in the model's orientation.
         shape: Voxels along X, Y and Z in the model's orientation.
         marks: End of each copy; empty if nothing was copied.
+        scan: Image that the host preprocessed, in place of channels; None for channels.
+        image: The image on the device, `(C, X, Y, Z)` float32.
     """
 
     channels: tuple[DeviceChannel, ...]
     shape: Shape
     marks: tuple[Mark, ...]
+    scan: Preprocessed | None = None
+    image: DeviceBuffer | None = None
 
 
 def memory_order(layout: Layout) -> tuple[AxisTransform, Shape] | None:
@@ -160,6 +165,16 @@ def _send(device: Device, channel: NDArray[Any]) -> tuple[DeviceChannel, Mark]:
         except OutOfMemoryError as error:
             raise explain_upload(channel.nbytes, device.free_bytes()) from error
     return DeviceChannel(buffer, memory, transform, channel.dtype == np.float32), mark
+
+
+def upload_image(device: Device, scan: Preprocessed) -> Upload:
+    """Start the upload of an image that the host preprocessed."""
+    with device.active():
+        try:
+            buffer, mark = device.upload_ahead(scan.image)
+        except OutOfMemoryError as error:
+            raise explain_upload(scan.image.nbytes, device.free_bytes()) from error
+    return Upload((), scan.shape, (mark,), scan, buffer)
 
 
 def upload(

@@ -14,11 +14,10 @@ from attnseg.runtime.case.volume import Volume, check_affine
 from attnseg.runtime.cuda.device import DeviceArray, Download, Mark
 from attnseg.runtime.cuda.kernels import MOST_CLASSES
 from attnseg.runtime.cuda.memory import MemoryPlan
-from attnseg.runtime.cuda.upload import Upload, device_arrays, upload
+from attnseg.runtime.cuda.upload import Upload, device_arrays, upload, upload_image
 from attnseg.runtime.engines.base import EngineInfo, not_finite
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.errors import (
-    ConfigError,
     DeviceLostError,
     EngineError,
     OutOfMemoryError,
@@ -32,11 +31,11 @@ from attnseg.runtime.pipelines.base import (
     Progress,
     Segmentation,
     Staged,
+    resampled_to_mm,
     volumes_ml,
 )
 from attnseg.runtime.pipelines.cuda_steps import DeviceSteps, Outcome, Results
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
-from attnseg.runtime.pipelines.host import HostPipeline
 from attnseg.runtime.steps.check import (
     Checked,
     InputRules,
@@ -47,13 +46,13 @@ from attnseg.runtime.steps.check import (
 )
 from attnseg.runtime.steps.clock import StageClock, Step
 from attnseg.runtime.steps.normalise import Range
+from attnseg.runtime.steps.preprocess import preprocess
 
 
 def missing_kernel(plan: Plan) -> str | None:
     """Step of a plan that has no kernel; None if all have one.
 
-    A plan without one uses the host pipeline, and only its network runs on the device. So does a
-    single volume that is resampled, see `CudaPipeline.stage`.
+    A plan without one uses the host pipeline, and only its network runs on the device.
     """
     decision, schemes = plan.decision, plan.preprocessing.normalisation
     most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
@@ -129,7 +128,7 @@ class CudaPipeline:
     def stage(self, volume: Volume) -> Staged:
         """See `Pipeline.stage`. Arrays on the device are neither copied nor checked there.
 
-        A volume that is resampled is not uploaded: it takes the host pipeline.
+        A volume that is resampled is preprocessed on the host, and its image is uploaded.
 
         Raises:
             VolumeError: Arrays on the device would have to be resampled.
@@ -147,16 +146,26 @@ class CudaPipeline:
                     else _on_device(volume, rules)
                 )
             warnings = (*self._plan.notes, *checked.warnings)
-            if self._is_resampled(checked):  # there is no kernel for it
-                if arrays is not None:
-                    raise VolumeError(
-                        "channels on a GPU are not resampled to the grid of the model",
-                        "give arrays on the host",
-                    )
-                return Staged(checked.volume, checked.preprocessing, warnings, clock)
+            if self._is_resampled(checked):
+                return self._stage_resampled(checked, arrays is not None, warnings, clock)
             with clock.stage(Step.UPLOAD):
                 given: Any = arrays or checked.volume.channels
                 sent = upload(self._device, given, self._transform(volume), threads)
+        return CudaStaged(checked.volume, checked.preprocessing, warnings, clock, sent)
+
+    def _stage_resampled(
+        self, checked: Checked, on_device: bool, warnings: tuple[str, ...], clock: StageClock
+    ) -> CudaStaged:
+        """Preprocess a volume on the host, and start the upload of its image."""
+        if on_device:
+            raise VolumeError(
+                "channels on a GPU are not resampled to the grid of the model",
+                "give arrays on the host",
+            )
+        with clock.stage(Step.PREPROCESS):
+            scan = preprocess(checked.volume, checked.preprocessing, self._plan.threads)
+        with clock.stage(Step.UPLOAD):
+            sent = upload_image(self._device, scan)
         return CudaStaged(checked.volume, checked.preprocessing, warnings, clock, sent)
 
     def _is_resampled(self, checked: Checked) -> bool:
@@ -173,8 +182,7 @@ class CudaPipeline:
     ) -> Pending:
         """See `Pipeline.submit`. If memory runs out, the smallest batch is tried once."""
         self._refuse_if_lost()
-        if not isinstance(staged, CudaStaged):
-            return self._submit_resampled(staged, progress, on_device)
+        assert isinstance(staged, CudaStaged), "it was staged by this pipeline"
         with self._noting_loss(), self._device.active():
             self._workspace.reserve(staged.upload)
             try:
@@ -191,20 +199,6 @@ class CudaPipeline:
                 raise shortage
             return self._enqueue(staged, progress, on_device)
 
-    def _submit_resampled(
-        self, staged: Staged, progress: Progress | None, on_device: bool
-    ) -> Pending:
-        """Segment a volume that is resampled on the host; the engine runs on the device."""
-        if on_device:
-            raise ConfigError(
-                "labels stay on a GPU only for scans with the voxel size of the model",
-                "resample the scan, or leave {} out",
-                Setting("on_device", True),
-            )
-        host: Any = self._engine  # a device engine runs on host arrays too
-        with self._noting_loss():
-            return HostPipeline(host, self._plan).submit(staged, progress)
-
     def _enqueue(self, staged: CudaStaged, progress: Progress | None, on_device: bool) -> Pending:
         """Enqueue every step of a volume on the device."""
         timeline = Timeline(self._engine)
@@ -213,7 +207,8 @@ class CudaPipeline:
         timeline.mark(Step.UPLOAD)
         steps = DeviceSteps(self._plan, self._engine, self._workspace, staged.upload)
         steps.preprocess()
-        timeline.mark(Step.PREPROCESS)
+        if staged.upload.scan is None:  # otherwise the host did it
+            timeline.mark(Step.PREPROCESS)
         passes = steps.find_windows()
         timeline.mark(Step.WINDOWS)
         for index, one in enumerate(passes):
@@ -278,6 +273,7 @@ class CudaPipeline:
             warnings=staged.warnings,
             engine=self.engine,
             memory=pending.memory.describe() | {"recorded": self._engine.recorded},
+            resampled_to_mm=resampled_to_mm(staged, self._plan.preprocessing),
         )
 
     @contextmanager

@@ -15,16 +15,23 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.cuda import kernels
 from attnseg.runtime.cuda.device import Region
-from attnseg.runtime.cuda.kernels import DecisionArg, Extent, LayoutArg, Tiling, TransformArg
+from attnseg.runtime.cuda.kernels import (
+    BlendArgs,
+    DecisionArg,
+    Extent,
+    LayoutArg,
+    Tiling,
+    TransformArg,
+)
 from attnseg.runtime.cuda.memory import aligned
 from attnseg.runtime.cuda.statistics import VolumeStatistics
 from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
-from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape
+from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.foreground import no_foreground
-from attnseg.runtime.steps.resample import Quantity
+from attnseg.runtime.steps.resample import Quantity, Sampling
 from attnseg.runtime.steps.windows import WindowPlan
 
 _NOT_FINITE, _REMOVED, _COUNTS = 0, 1, 2  # indices in `Results.numbers`, which are int32
@@ -108,8 +115,10 @@ class DeviceSteps:
         """
         self._plan, self._engine, self._device = plan, engine, engine.device
         self._workspace, self._memory, self._upload = workspace, workspace.memory, upload
-        self._channels, self._outputs = len(upload.channels), plan.decision.channels
-        self._box = Box.whole(upload.shape)
+        self._channels, self._outputs = len(plan.task.channels), plan.decision.channels
+        self._box = Box.whole(upload.shape)  # of the image in the volume, or in its grid
+        self._result = self._box
+        self._image: Region | None = None
         self._results = self._allocate_results()
 
     def _allocate_results(self) -> Results:
@@ -123,11 +132,26 @@ class DeviceSteps:
         return self._workspace.region(name)
 
     def _launch(self, kernel: str, args: ctypes.Structure) -> None:
-        """Launch a kernel with one index per voxel of the box."""
-        self._device.launch(kernel, prod(self._box.shape), args)
+        """Launch a kernel with one index per voxel of the results."""
+        self._device.launch(kernel, prod(self._result.shape), args)
+
+    @property
+    def _pixels(self) -> int:
+        """Device address of the normalised image."""
+        assert self._image is not None, "it was preprocessed"
+        return self._image.pointer
 
     def preprocess(self) -> None:
-        """Crop and normalise the volume."""
+        """Crop and normalise the volume, unless the host preprocessed it."""
+        scan, image = self._upload.scan, self._upload.image
+        if scan is not None and image is not None:
+            shape = shape_of(scan.image.shape[1:])
+            start = scan.box.start if scan.box_on_grid else (0, 0, 0)
+            stop = shape_of([a + size for a, size in zip(start, shape, strict=True)])
+            self._box, self._result = Box(start, stop), scan.result_box
+            self._image = Region.of(image, 0, image.size_bytes)
+            return
+        self._image = self._region("image")
         preprocessing = self._plan.preprocessing
         regions = self._region("statistics"), self._region("scan")
         statistics = VolumeStatistics(self._device, self._upload.channels, *regions)
@@ -140,7 +164,8 @@ class DeviceSteps:
         if any(scheme.foreground == "filled" for scheme in schemes):
             names = ("classes", "parents", "sizes")  # not used before the windows are blended
             filled = statistics.filled(self._box, *(self._region(name) for name in names))
-        statistics.normalise(self._region("image"), self._box, schemes, filled)
+        statistics.normalise(self._image, self._box, schemes, filled)
+        self._result = self._box
 
     def find_windows(self) -> list[DevicePass]:
         """Find the windows of every pass that are run; waits for the device if some may not be."""
@@ -202,7 +227,7 @@ class DeviceSteps:
         self._device.clear(flags)
         for transform, tiling, start in zip(self._plan.transforms, tilings, starts, strict=True):
             args = kernels.OccupyArgs(
-                image=self._region("image").pointer,
+                image=self._pixels,
                 occupied=flags.pointer + 4 * start,
                 shape=Extent.of(self._box.shape),
                 tiling=tiling,
@@ -239,7 +264,7 @@ class DeviceSteps:
     def _gather(self, one: DevicePass, start: int, count: int, mirror: tuple[int, ...]) -> None:
         """Copy windows of the transformed image to the engine's input, reversed along some axes."""
         args = kernels.GatherArgs(
-            image=self._region("image").pointer,
+            image=self._pixels,
             batches=self._region("images").pointer,
             windows=one.which.pointer + 4 * start,
             stride=self._stride(one.plan.window, self._channels, self._engine.half),
@@ -290,32 +315,68 @@ class DeviceSteps:
     def blend(self, one: DevicePass, index: int, passes: int) -> None:
         """Blend the windows of a pass, and combine the result with the previous passes.
 
-        The last pass writes the classes.
+        The last pass writes the classes. If the image was resampled, so are the logits, or the
+        probabilities if the model resamples these.
         """
         grid = self._plan.preprocessing.grid
         back: Quantity = "logits" if grid is None else grid.back
-        quantity = "probabilities" if passes > 1 else back
-        args = kernels.BlendArgs(
-            logits=self._region("logits").pointer,
-            importance=self._region("importance").pointer,
-            places=one.places.pointer,
+        scan = self._upload.scan
+        quantity: Quantity = back if scan is not None or passes == 1 else "probabilities"
+        decision = DecisionArg.of(self._plan.decision, quantity)
+        if scan is not None and back == "logits":
+            decision.activation = 0  # the kernel that resamples them computes probabilities
+        args = self._fusing(index, passes, decision, self._box)
+        args.logits = self._region("logits").pointer
+        args.importance = self._region("importance").pointer
+        args.places = one.places.pointer
+        args.tiling, args.transform = one.tiling, TransformArg.of(one.transform)
+        args.half = int(self._memory.half_logits)
+        args.half_sums = int(one.plan.blending.accumulate == "half")
+        if scan is not None:
+            args.blended = self._region("blended").pointer
+        kernel, voxels = kernels.blend_kernel(self._outputs)
+        turned = one.transform.shape(self._box.shape)
+        self._device.launch(kernel, kernels.groups_along_z(turned, voxels), args)
+        if scan is not None and scan.sampling is not None:
+            self._resample(index, passes, back, scan.sampling.inverse())
+
+    def _fusing(self, index: int, passes: int, decision: DecisionArg, box: Box) -> BlendArgs:
+        """Arguments of a pass that combine its result with those of the previous passes."""
+        return BlendArgs(
             scores=self._region("scores").pointer if passes > 1 else None,
             classes=self._region("classes").pointer,
             not_finite=self._results.number(_NOT_FINITE),
-            shape=Extent.of(self._box.shape),
-            tiling=one.tiling,
-            transform=TransformArg.of(one.transform),
-            decision=DecisionArg.of(self._plan.decision, quantity),
+            shape=Extent.of(box.shape),
+            decision=decision,
             count=self._outputs,
-            half=int(self._memory.half_logits),
-            half_sums=int(one.plan.blending.accumulate == "half"),
             vote=int(passes > 1 and self._plan.fuse == "vote"),
             which=index,
             passes=passes,
         )
-        kernel, voxels = kernels.blend_kernel(self._outputs)
-        turned = one.transform.shape(self._box.shape)
-        self._device.launch(kernel, kernels.groups_along_z(turned, voxels), args)
+
+    def _resample(self, index: int, passes: int, back: Quantity, sampling: Sampling) -> None:
+        """Resample what a pass blended to the scan's own grid, and decide there."""
+        quantity: Quantity = "probabilities" if passes > 1 else back
+        decision = DecisionArg.of(self._plan.decision, quantity)
+        if back == "probabilities":
+            decision.activation = 0  # they are probabilities already
+        taps = [sampling.taps(axis) for axis in range(3)]
+        first, second, share = (np.concatenate(own) for own in zip(*taps, strict=True))
+        region, count = self._region("taps"), len(first)
+        self._device.upload(share, region)  # first, as it has the largest alignment
+        indices = np.stack([first, second]).astype(np.int32)
+        self._device.upload(indices, Region.of(region, share.nbytes, indices.nbytes))
+        args = kernels.ResampleArgs(
+            values=self._region("blended").pointer,
+            first=region.pointer + share.nbytes,
+            second=region.pointer + share.nbytes + 4 * count,
+            share=region.pointer,
+            image=Extent.of(self._box.shape),
+            start=Extent.of(self._box.start),
+            half=int(self._plan.windows.blending.accumulate == "half"),
+            result=self._fusing(index, passes, decision, self._result),
+        )
+        self._launch(kernels.resample_kernel(self._outputs), args)
 
     def clean_up(self) -> None:
         """Remove small components."""
@@ -326,7 +387,7 @@ class DeviceSteps:
             parents=self._region("parents").pointer,
             sizes=self._region("sizes").pointer,
             removed=self._results.number(_REMOVED),
-            shape=Extent.of(self._box.shape),
+            shape=Extent.of(self._result.shape),
             min_voxels=self._plan.min_voxels,
         )
         for name in kernels.LABELLING:
@@ -343,8 +404,8 @@ class DeviceSteps:
             labels=self._results.labels.pointer,
             counts=self._results.number(_COUNTS),
             layout=LayoutArg.of(layout),
-            shape=Extent.of(self._box.shape),
-            origin=Extent.of(self._box.start),
+            shape=Extent.of(self._result.shape),
+            origin=Extent.of(self._result.start),
             values=(ctypes.c_ubyte * kernels.MOST_CLASSES)(*self._plan.task.label_values),
         )
         self._launch("restore", args)

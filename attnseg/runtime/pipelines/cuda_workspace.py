@@ -16,19 +16,21 @@ from attnseg.runtime.cuda.statistics import scratch_bytes, statistics_bytes
 from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.errors import OutOfMemoryError
+from attnseg.runtime.geometry import shape_of
 from attnseg.runtime.options import Plan
 from attnseg.runtime.steps.windows import importance_map
 
 
 def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequirements:
     """Memory requirements of a volume."""
-    floating = any(channel.floating for channel in upload.channels)
-    schemes = plan.preprocessing.normalisation
+    scan, schemes = upload.scan, plan.preprocessing.normalisation
+    floating = scan is not None or any(channel.floating for channel in upload.channels)
     percentiles = max(scheme.percentile_count for scheme in schemes)
-    filled = any(scheme.foreground == "filled" for scheme in schemes)
+    filled = scan is None and any(scheme.foreground == "filled" for scheme in schemes)
     return MemoryRequirements(
-        shape=upload.shape,
-        channels=len(upload.channels),
+        shape=shape_of(scan.image.shape[1:]) if scan else upload.shape,
+        result=scan.result_box.shape if scan else None,
+        channels=len(plan.task.channels),
         classes=plan.decision.channels,
         windows=plan.windows,
         transforms=plan.transforms,

@@ -15,7 +15,7 @@ class Step(StrEnum):
     """Processing steps of one volume in order, with their names in reports.
 
     The host pipeline has no `upload`, `windows` (part of `blend`) or `download`; the CUDA pipeline
-    has no `resample`, and fuses passes as part of `blend`.
+    resamples outputs and fuses passes as part of `blend`.
     """
 
     CHECK = "check"

@@ -25,6 +25,7 @@ from attnseg.runtime.cuda.kernels import (
     SCANNED,
     SOURCE,
     SPREAD,
+    BlendArgs,
     DecisionArg,
     Extent,
     LayoutArg,
@@ -32,15 +33,18 @@ from attnseg.runtime.cuda.kernels import (
     TransformArg,
     blend_kernel,
     groups_along_z,
+    resample_kernel,
 )
 from attnseg.runtime.cuda.upload import memory_order
 from attnseg.runtime.errors import EngineError
-from attnseg.runtime.geometry import AxisTransform, Box, Layout, shape_of
+from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
 from attnseg.runtime.pipelines.sliding_window import sliding_window
 from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.decide import Decision, argmax_classes
 from attnseg.runtime.steps.foreground import filled_foreground
-from attnseg.runtime.steps.resample import Quantity
+from attnseg.runtime.steps.preprocess import Preprocessed
+from attnseg.runtime.steps.resample import Grid, Quantity
+from attnseg.runtime.steps.restore import restored
 from attnseg.runtime.steps.tta import PASSES, Fusion
 from attnseg.runtime.steps.windows import (
     Blending,
@@ -402,6 +406,7 @@ class Blender:
             places,
             self.scores if self.passes > 1 else None,
             self.classes,
+            None,
             self.not_finite,
             Extent.of(self.classes.shape),
             tiling(self._device, plan),
@@ -511,6 +516,51 @@ def test_thresholds_are_on_probabilities_where_these_are_decided_on(
     on_probabilities = DecisionArg.of(decision, "probabilities")
     assert on_probabilities.activation == (2 if activation == "sigmoid" else 1)
     np.testing.assert_allclose(on_probabilities.thresholds[:2], limits, rtol=1e-6)
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    grid=st.tuples(*[st.integers(2, 9)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+    channels=st.sampled_from([1, 3, 8, 9]),
+    half=st.booleans(),
+)
+def test_values_are_resampled_as_numpy_resamples_them(
+    host: HostDevice, shape: Shape, grid: Shape, seed: int, channels: int, half: bool
+) -> None:
+    """To the bit, from a part of a grid, with zeros around it."""
+    rng = np.random.default_rng(seed)
+    start = shape_of([int(rng.integers(0, size)) for size in grid])
+    box = Box(
+        start, shape_of([int(rng.integers(a + 1, n + 1)) for a, n in zip(start, grid, strict=True)])
+    )
+    values = rng.standard_normal((channels, *box.shape)).astype(np.float32)
+    sampling = Grid(shape=grid).sampling(shape, (1.0, 1.0, 1.0))
+    scan = Preprocessed(values, box, True, grid, shape, sampling, "logits")
+    expected = np.concatenate(list(restored([values], scan, half)), axis=1)
+    taps = [sampling.inverse().taps(axis) for axis in range(3)]
+    first, second, share = (np.concatenate(own) for own in zip(*taps, strict=True))
+    scores, finite = np.zeros((channels, *shape), np.float32), np.zeros(1, np.int32)
+    arrays = [values, first.astype(np.int32), second.astype(np.int32), share, scores, finite]
+    buffers = [host.allocate(array.nbytes) for array in arrays]
+    for array, buffer in zip(arrays, buffers, strict=True):
+        host.upload(array, buffer)
+    pointers = [buffer.pointer for buffer in buffers]
+    result = BlendArgs(  # the first of two passes writes the values as scores
+        scores=pointers[4],
+        not_finite=pointers[5],
+        shape=Extent.of(shape),
+        count=channels,
+        which=0,
+        passes=2,
+    )
+    args = kernels.ResampleArgs(
+        *pointers[:4], Extent.of(box.shape), Extent.of(start), int(half), result
+    )
+    host.launch(resample_kernel(channels), int(np.prod(shape)), args)
+    host.download(buffers[4], scores)
+    np.testing.assert_array_equal(scores, expected)
 
 
 def test_half_logits_are_blended_in_fp32(device: Device) -> None:
@@ -712,7 +762,7 @@ def test_every_kernel_has_its_arguments_a_reference_and_its_bytes() -> None:
     assert names == list(ARGUMENTS)
     for name, structure in ARGUMENTS.items():
         assert f"KERNEL({name}, {structure.__name__})" in text
-    one_comment = {re.sub(r"^blend_\d+$", "blend", name) for name in names}
+    one_comment = {re.sub(r"^(blend|resample)_\d+$", r"\1", name) for name in names}
     assert text.count(" B: ") == len(one_comment)
 
 

@@ -24,7 +24,6 @@ from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.engines.onnxruntime import OnnxSession
 from attnseg.runtime.errors import (
     BundleError,
-    ConfigError,
     EngineError,
     OutOfMemoryError,
     VolumeError,
@@ -49,7 +48,7 @@ from attnseg.runtime.steps.normalise import (
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.resample import Grid, Quantity
 from attnseg.runtime.steps.tta import PASSES
-from attnseg.runtime.steps.windows import Blending, WindowOptions, pad_image
+from attnseg.runtime.steps.windows import Accumulate, Blending, WindowOptions, pad_image
 from attnseg.runtime.task import Channel, Label, Output, Task
 from attnseg.synthetic import SyntheticCase, make_case
 from tests.conftest import LinearEngine
@@ -389,7 +388,7 @@ def test_a_channel_without_content_on_the_device_is_refused(
         segment([channels[1] * kind(0)] * 4)
 
 
-def test_a_scan_of_another_voxel_size_takes_the_host_steps(device: Device, volume: Volume) -> None:
+def test_a_scan_of_another_voxel_size_is_resampled(device: Device, volume: Volume) -> None:
     thick = Volume([c[:, :, ::2] for c in volume.channels], volume.affine @ np.diag([1, 1, 2, 1]))
     engine = Through(device, LINEAR)
     result, expected = (
@@ -397,11 +396,9 @@ def test_a_scan_of_another_voxel_size_takes_the_host_steps(device: Device, volum
     )
     np.testing.assert_array_equal(result.labels, expected.labels)
     assert result.resampled_to_mm == expected.resampled_to_mm == (1, 1, 1)
-    assert result.warnings == expected.warnings
-    with pytest.raises(
-        ConfigError, match="labels stay on a GPU only for scans with the voxel size"
-    ):
-        Segmenter(BUNDLE, SegmentOptions(), engine).segment(thick, on_device=True)
+    assert result.warnings == expected.warnings and result.memory
+    stays = Segmenter(BUNDLE, SegmentOptions(), engine).segment(thick, on_device=True)
+    assert isinstance(stays.labels, DeviceArray) and stays.volumes_ml == expected.volumes_ml
 
 
 def many_classes() -> Bundle:
@@ -467,18 +464,61 @@ def test_a_scan_on_the_models_grid_is_segmented_on_the_device(
     np.testing.assert_array_equal(result.labels, expected.labels)
 
 
-def test_a_scan_on_another_grid_takes_the_host_steps(host: HostDevice, volume: Volume) -> None:
-    small = on_grid(Grid(shape=(40, 40, 40)))
-    coarse = on_grid(Grid(spacing_mm=(2.0, 2.0, 2.0)), order=("crop", "normalise", "resample"))
-    for bundle in (small, coarse):
-        result, expected = (
-            Segmenter(bundle, SegmentOptions(), own).segment(volume)
-            for own in (Through(host, LINEAR), LINEAR)
-        )
-        assert not result.memory
-        np.testing.assert_array_equal(result.labels, expected.labels)
-        elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
-        segmenter = Segmenter(bundle, SegmentOptions(), Through(HostArrays(host._launcher), LINEAR))
+NNUNET_ORDER = ("crop", "normalise", "resample")
+
+
+@pytest.mark.parametrize("tta", ["none", "paper"])
+@pytest.mark.parametrize("decide", ["argmax", "threshold"])
+@pytest.mark.parametrize(
+    ("grid", "fields", "accumulate"),
+    [
+        (Grid(shape=(40, 48, 44)), {}, "single"),
+        (Grid(spacing_mm=(2.0, 1.5, 1.2), alignment="centres", back="probabilities"), {}, "single"),
+        (
+            Grid(spacing_mm=(0.9, 1.1, 3.5), order=3, separate_above=3.0),
+            {"order": NNUNET_ORDER, "axes": (2, 1, 0), "orientation": None},
+            "half",
+        ),
+    ],
+    ids=["shape", "monai", "nnunet"],
+)
+def test_outputs_are_resampled_to_the_scans_grid_as_the_host_does(
+    device: Device,
+    volume: Volume,
+    grid: Grid,
+    fields: dict[str, Any],
+    accumulate: Accumulate,
+    decide: Decide,
+    tta: str,
+) -> None:
+    near = decide == "threshold" and accumulate == "half"  # fp16 logits are often at a threshold
+    manifest = replace(
+        with_inference(accumulate=accumulate, min_voxels=0 if near else 5).manifest,
+        preprocessing=replace(BUNDLE.manifest.preprocessing, grid=grid, **fields),
+    )
+    bundle, chosen = replace(BUNDLE, manifest=manifest), SegmentOptions(tta=tta, decide=decide)
+    engine = Through(device, LINEAR)
+    result, expected = (
+        Segmenter(bundle, chosen, own).segment(volume.oriented("SAL")) for own in (engine, LINEAR)
+    )
+    assert result.memory and len(np.unique(expected.labels)) > 2
+    assert "resample" not in result.elapsed_ms and result.elapsed_ms["preprocess"] > 0
+    if near:  # equal, but for the rounding of `exp`
+        differ = result.labels != expected.labels
+        chosen = replace(chosen, probabilities=True)
+        found = Segmenter(bundle, chosen, LINEAR).segment(volume.oriented("SAL")).probabilities
+        assert found is not None and (np.abs(found[:, differ] - 0.5).min(axis=0) < 1e-6).all()
+        return
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    assert result.components_removed == expected.components_removed > 0
+    assert result.volumes_ml == expected.volumes_ml
+
+
+def test_arrays_on_a_device_are_not_resampled_to_a_grid(host: HostDevice, volume: Volume) -> None:
+    elsewhere: Any = [Elsewhere(np.asarray(c, np.int16)) for c in volume.channels]
+    engine = Through(HostArrays(host._launcher), LINEAR)
+    for grid in (Grid(shape=(40, 40, 40)), Grid(spacing_mm=(2.0, 2.0, 2.0))):
+        segmenter = Segmenter(on_grid(grid), SegmentOptions(), engine)
         with pytest.raises(VolumeError, match="channels on a GPU are not resampled to the grid"):
             segmenter.segment(Volume(elsewhere, volume.affine))
 
@@ -580,6 +620,7 @@ def requirements_of(
 ) -> MemoryRequirements:
     return MemoryRequirements(
         shape=shape,
+        result=None,
         channels=4,
         classes=classes,
         windows=windows,
