@@ -66,6 +66,11 @@ class Upload:
     scan: Preprocessed | None = None
     image: DeviceBuffer | None = None
 
+    @property
+    def resampled(self) -> bool:
+        """Whether the image was resampled, so that its outputs are resampled back."""
+        return self.scan is not None and self.scan.resampled
+
 
 def memory_order(layout: Layout) -> tuple[AxisTransform, Shape] | None:
     """Transform from contiguous memory to a volume, and the shape of that memory.

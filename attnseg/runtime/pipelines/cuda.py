@@ -128,7 +128,7 @@ class CudaPipeline:
     def stage(self, volume: Volume) -> Staged:
         """See `Pipeline.stage`. Arrays on the device are neither copied nor checked there.
 
-        A volume that is resampled is preprocessed on the host, and its image is uploaded.
+        The host preprocesses a volume that is resampled, or may be, and its image is uploaded.
 
         Raises:
             VolumeError: Arrays on the device would have to be resampled.
@@ -170,12 +170,16 @@ class CudaPipeline:
 
     def _is_resampled(self, checked: Checked) -> bool:
         """Whether a volume is not on the grid of the model, or on one that depends on its box."""
-        grid = checked.preprocessing.grid
-        if grid is None or grid.shape is not None:
-            return grid is not None
-        transform, volume = self._transform(checked.volume), checked.volume
-        spacing_mm = [volume.spacing_mm[axis] for axis in transform.axes]
-        return grid.sampling(transform.shape(volume.shape), spacing_mm).changes
+        preprocessing, volume = checked.preprocessing, checked.volume
+        grid = preprocessing.grid
+        if grid is None:
+            return False
+        if grid.shape is not None or (grid.alignment == "centres" and preprocessing.crop != "all"):
+            return True
+        turn = self._transform(volume)
+        shape, affine = turn.shape(volume.shape), volume.affine @ turn.matrix(volume.shape)
+        spacing_mm = [volume.spacing_mm[axis] for axis in turn.axes]
+        return grid.sampling(shape, spacing_mm, affine).changes
 
     def submit(
         self, staged: Staged, progress: Progress | None = None, on_device: bool = False

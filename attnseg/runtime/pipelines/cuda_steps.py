@@ -320,10 +320,10 @@ class DeviceSteps:
         """
         grid = self._plan.preprocessing.grid
         back: Quantity = "logits" if grid is None else grid.back
-        scan = self._upload.scan
-        quantity: Quantity = back if scan is not None or passes == 1 else "probabilities"
+        resampled = self._upload.resampled
+        quantity: Quantity = back if resampled or passes == 1 else "probabilities"
         decision = DecisionArg.of(self._plan.decision, quantity)
-        if scan is not None and back == "logits":
+        if resampled and back == "logits":
             decision.activation = 0  # the kernel that resamples them computes probabilities
         args = self._fusing(index, passes, decision, self._box)
         args.logits = self._region("logits").pointer
@@ -332,11 +332,12 @@ class DeviceSteps:
         args.tiling, args.transform = one.tiling, TransformArg.of(one.transform)
         args.half = int(self._memory.half_logits)
         args.half_sums = int(one.plan.blending.accumulate == "half")
-        if scan is not None:
+        if resampled:
             args.blended = self._region("blended").pointer
         kernel, voxels = kernels.blend_kernel(self._outputs)
         turned = one.transform.shape(self._box.shape)
         self._device.launch(kernel, kernels.groups_along_z(turned, voxels), args)
+        scan = self._upload.scan
         if scan is not None and scan.sampling is not None:
             self._resample(index, passes, back, scan.sampling.inverse())
 

@@ -29,7 +29,7 @@ def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequ
     filled = scan is None and any(scheme.foreground == "filled" for scheme in schemes)
     return MemoryRequirements(
         shape=shape_of(scan.image.shape[1:]) if scan else upload.shape,
-        result=scan.result_box.shape if scan else None,
+        result=scan.result_box.shape if scan and scan.resampled else None,
         channels=len(plan.task.channels),
         classes=plan.decision.channels,
         windows=plan.windows,

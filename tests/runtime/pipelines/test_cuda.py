@@ -464,6 +464,32 @@ def test_a_scan_on_the_models_grid_is_segmented_on_the_device(
     np.testing.assert_array_equal(result.labels, expected.labels)
 
 
+@pytest.mark.parametrize("tta", ["none", "paper"])
+@pytest.mark.parametrize(
+    ("grid", "crop", "order"),
+    [
+        (Grid(shape=(80, 88, 72)), "nonzero", ("resample", "crop", "normalise")),
+        (Grid(shape=(80, 88, 72)), "all", ("crop", "normalise", "resample")),
+        (
+            Grid(spacing_mm=(1.0, 1.0, 1.0), alignment="centres", back="probabilities"),
+            "nonzero",
+            ("crop", "normalise", "resample"),
+        ),
+    ],
+    ids=["whole", "box", "monai"],
+)
+def test_a_scan_that_only_its_box_shows_to_be_on_the_grid_is_not_resampled(
+    device: Device, volume: Volume, grid: Grid, crop: Crop, order: Any, tta: str
+) -> None:
+    """The host has preprocessed it all the same."""
+    bundle, chosen = on_grid(grid, crop=crop, order=order), SegmentOptions(tta=tta)
+    result, expected = (
+        Segmenter(bundle, chosen, own).segment(volume) for own in (Through(device, LINEAR), LINEAR)
+    )
+    assert result.memory and len(np.unique(expected.labels)) > 2
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
 NNUNET_ORDER = ("crop", "normalise", "resample")
 
 
