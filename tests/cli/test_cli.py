@@ -509,6 +509,8 @@ def check_evaluation(data: Path, folder: Path) -> None:
         "cases.csv",
         "summary.md",
         "boxes.png",
+        "confusion.csv",
+        "confusion.png",
         "worst",
     }
     again = ("-o", folder / "again", "--against", folder / "evaluation", "--cases", "all")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
@@ -193,20 +194,34 @@ def test_ended_cases_are_timed_and_failed_ones_are_not(capsys: pytest.CaptureFix
     assert re.fullmatch(r"1/2 a: done, 0\.\d s\n2/2 b: failed\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
-def test_every_command_takes_the_options_on_messages_and_names_its_choices(name: str) -> None:
-    text = call(name, "--help").stdout
+def leaves(group: click.Group, *before: str) -> dict[tuple[str, ...], click.Command]:
+    """Every command, by the words that call it; a group is none."""
+    found: dict[tuple[str, ...], click.Command] = {}
+    for name, command in sorted(group.commands.items()):
+        inner = isinstance(command, click.Group)
+        found |= leaves(command, *before, name) if inner else {(*before, name): command}
+    return found
+
+
+COMMANDS = leaves(main)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_takes_the_options_on_messages_and_names_its_choices(
+    words: tuple[str, ...],
+) -> None:
+    text = call(*words, "--help").stdout
     assert all(option in text for option in ("--quiet", "--verbose", "--debug"))
-    words = re.findall(r"--[\w-]+ (?:TEXT|INTEGER|FLOAT)\b", text)
-    assert set(words) <= {"--name TEXT", "--description TEXT", "--intended-use TEXT"}
+    types = re.findall(r"--[\w-]+ (?:TEXT|INTEGER|FLOAT)\b", text)
+    assert set(types) <= {"--name TEXT", "--description TEXT", "--intended-use TEXT"}
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
-def test_no_path_may_be_empty(name: str) -> None:
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_path_may_be_empty(words: tuple[str, ...]) -> None:
     """An unset variable of the shell would otherwise be the current folder."""
-    kinds = {p.name: p for p in main.commands[name].params if "Path" in type(p.type).__name__}
+    kinds = {p.name: p for p in COMMANDS[words].params if "Path" in type(p.type).__name__}
     for parameter in kinds.values():
         given = [max(parameter.opts, key=len), ""] if parameter.opts[0][0] == "-" else [""]
-        result = call(name, *given)
+        result = call(*words, *given)
         assert result.exit_code == 2
         assert "the path is empty; give . for the current folder" in result.stderr, given
