@@ -201,7 +201,9 @@ def write_bundle(folder: Path, config: Json, described: Json, seed: int = 0) -> 
 def build(config: Json, seed: int) -> torch.nn.Module:
     """Network of a config with random weights and statistics of norms, and balanced outputs."""
     torch.manual_seed(seed)
-    given = dict(ConfigParser(config).get_parsed_content("network_def", instantiate=False).config)
+    parser = ConfigParser(config)
+    given = dict(parser.get_parsed_content("network_def", instantiate=False).config)
+    window = parser.get_parsed_content("inferer").roi_size
     network = getattr(monai.networks.nets, given.pop("_target_"))(**given).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
@@ -210,7 +212,7 @@ def build(config: Json, seed: int) -> torch.nn.Module:
     *_, last = (m for m in network.modules() if isinstance(m, torch.nn.Conv3d))
     with torch.no_grad():
         last.bias.zero_()
-        image = torch.randn(1, given["in_channels"], 32, 32, 32)
+        image = torch.randn(1, given["in_channels"], *window)
         logits = network(image)
         last.weight /= logits.std()
         network_mean = network(image).mean((0, 2, 3, 4))

@@ -29,6 +29,8 @@ from tests.imports.monai_bundles import (
 Json = dict[str, Any]
 BEFORE = "preprocessing__transforms"
 AFTER = "postprocessing__transforms"
+KEYS = {"keys": "image"}
+PRED = {"keys": "pred"}
 
 
 def spleen(name: str, step: Json, index: int | None = None) -> Json:
@@ -146,6 +148,15 @@ def test_expressions(tmp_path: Path) -> None:
     assert record.task.output_channels == 3
 
 
+def test_sections_may_be_references_and_outputs_may_be_converted(tmp_path: Path) -> None:
+    built = SPLEEN["network_def"]
+    steps = [{"_target_": "EnsureTyped", **PRED}, *SPLEEN["postprocessing"]["transforms"]]
+    config = changed(SPLEEN, unet=built, network_def="@unet", **{AFTER: steps})
+    write_bundle(tmp_path, changed(config, network_def=built), SPLEEN_METADATA)
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(config))
+    assert read_monai(tmp_path).origin["network"] == "UNet"
+
+
 def test_one_region_is_label_1(tmp_path: Path) -> None:
     config = changed(
         BRATS, network_def__out_channels=1, **{AFTER: BRATS["postprocessing"]["transforms"][:3]}
@@ -214,8 +225,6 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         read_monai(tmp_path)
 
 
-KEYS = {"keys": "image"}
-PRED = {"keys": "pred"}
 INVERT = SPLEEN["postprocessing"]["transforms"][1]
 SOFTMAX, _, ARGMAX, SAVE = SPLEEN["postprocessing"]["transforms"]
 REFUSED: dict[str, tuple[Json, str]] = {
@@ -538,7 +547,9 @@ def test_folders_that_are_no_bundle_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_of_a_bundle_that_is_refused(tmp_path: Path) -> None:
-    write_bundle(tmp_path / "model", changed(SPLEEN, patch=[30, 30, 30]), SPLEEN_METADATA)
+    folder = write_bundle(tmp_path / "model", SPLEEN, SPLEEN_METADATA)
+    config = changed(SPLEEN, patch=[30, 30, 30])
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="roi_size"):
         import_monai(tmp_path / "model", tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -78,6 +80,22 @@ def test_norms_of_other_tensors_stay_as_they_are() -> None:
     assert openvino.__version__  # the engine that the clips are for
 
 
+def test_constants_may_be_nodes_and_names_are_new() -> None:
+    exact = model()
+    (scale,) = (i for i in exact.graph.initializer if i.name == "scale")
+    exact.graph.initializer.remove(scale)
+    exact.graph.node.insert(0, helper.make_node("Constant", [], ["scale"], value=scale))
+    for node in exact.graph.node:  # as the first value that the rewrite would write
+        for names in (node.input, node.output):
+            names[:] = ["norm_1_mean_4" if name == "a" else name for name in names]
+    image = mostly_background(8)
+    expected = open_engine("onnxruntime", File(exact), "fp32", 1).infer(image)
+    assert spell_out_norms(exact) == 2
+    onnx.checker.check_model(exact, full_check=True)
+    found = open_engine("onnxruntime", File(exact), "fp32", 1).infer(image)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def group_norm() -> nn.Module:
     torch.manual_seed(0)
     norm = nn.GroupNorm(2, 4)
@@ -131,18 +149,29 @@ def test_the_reshapes_of_a_group_norm_are_replaced(dynamic: bool) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def grouped(split: list[int], shape: list[int], first: str = "Reshape") -> onnx.ModelProto:
-    """A norm of two groups of four channels, between nodes that are not those of PyTorch."""
+def grouped(
+    split: list[int],
+    shape: list[int],
+    first: str = "Reshape",
+    last: str = "Reshape",
+    counted: str = "",
+    end: Mapping[str, int] = MappingProxyType({"end": 5}),
+    channels: int | str = 4,
+) -> onnx.ModelProto:
+    """A norm of two groups between nodes; `counted` is a tensor whose shape the result takes."""
     sizes = {"split": split, "shape": shape}
     constants = [numpy_helper.from_array(np.array(v, np.int64), k) for k, v in sizes.items()]
     constants += [numpy_helper.from_array(np.ones(2, np.float32), k) for k in ("scale", "bias")]
     nodes = [
         helper.make_node(first, ["image", "split"], ["groups"]),
         helper.make_node("InstanceNormalization", ["groups", "scale", "bias"], ["normed"]),
-        helper.make_node("Reshape", ["normed", "shape"], ["out"]),
+        helper.make_node(last, ["normed", "shape"], ["out"]),
     ]
+    if counted:
+        nodes.insert(0, helper.make_node("Shape", [counted], ["counted"], **end))
+        nodes[-1].input[1] = "counted"
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 2, 2, 2])
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels, 2, 2, 2])
         for name in ("image", "out")
     ]
     graph = helper.make_graph(nodes, "norm", ends[:1], ends[1:], constants)
@@ -155,6 +184,10 @@ def grouped(split: list[int], shape: list[int], first: str = "Reshape") -> onnx.
         grouped([0, 2, 16], [1, 4, 2, 2, 2]),  # not the reshape of a group norm
         grouped([0, 2, -1], [1, 2, 2, 2, 4]),  # another shape behind the norm
         grouped([1, 2, 16], [1, 4, 2, 2, 2], "Expand"),
+        grouped([0, 2, -1], [1, 2, 16], last="Expand"),
+        grouped([0, 2, -1], [1, 4, 2, 2, 2], counted="image"),  # may be a part
+        grouped([0, 2, -1], [1, 4, 2, 2, 2], counted="split"),
+        grouped([0, 2, -1], [1, 4, 2, 2, 2], counted="image", end={}, channels="n"),
     ],
 )
 def test_other_norms_of_groups_stay_as_they_are(other: onnx.ModelProto) -> None:
