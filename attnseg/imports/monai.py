@@ -29,7 +29,6 @@ from attnseg.runtime.steps.preprocess import Preprocessing, PreprocessingStep
 from attnseg.runtime.steps.resample import Grid, Quantity, Spacing
 from attnseg.runtime.task import BRATS_CHANNELS, Activation, Channel, Label, Output, Task
 
-_UNKNOWN_SPACING_MM = (1.0, 1.0, 1.0)
 _READERS = (None, "NibabelReader", "ITKReader", "nibabelreader", "itkreader")
 _AXIS_LABELS = [["L", "R"], ["P", "A"], ["I", "S"]]
 _MOST_LABELS = 255
@@ -106,7 +105,7 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> MonaiModel:
         description=str(metadata.get("description") or f"MONAI bundle {name}"),
         intended_use=str(metadata.get("intended_use") or "research use only, not for clinical use"),
         task=task,
-        spacing_mm=before.spacing_mm or _UNKNOWN_SPACING_MM,
+        spacing_mm=before.spacing_mm,
         preprocessing=preprocessing,
         inference=inference,
     )

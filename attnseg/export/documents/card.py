@@ -61,7 +61,7 @@ def model_card(manifest: Manifest, report: ParityReport) -> str:
     """
     channels = ", ".join(manifest.task.channel_names)
     labels = [(str(label.value), label.name) for label in manifest.task.labels]
-    spacing = " x ".join(f"{s:g}" for s in manifest.spacing_mm)
+    spacing = " x ".join(f"{s:g}" for s in manifest.spacing_mm or ()) or "any"
     budget = report.budget
     cases = sorted({drift.case for m in report.measured for drift in m.drifts})
     return "\n".join(

@@ -102,7 +102,7 @@ def synthetic_sample(manifest: Manifest) -> Sample:
     rng = np.random.default_rng(0)
     place = [manifest.preprocessing.axes.index(axis) for axis in range(3)]
     window = [manifest.inference.window[axis] for axis in place]
-    spacing_mm = [manifest.spacing_mm[axis] for axis in place]
+    spacing_mm = [(manifest.spacing_mm or (1.0, 1.0, 1.0))[axis] for axis in place]
     noise = rng.standard_normal((len(manifest.task.channels), *window))
     smooth = ndimage.gaussian_filter(noise, (0, 4, 4, 4))
     mixed = smooth / smooth.std() + 0.2 * noise

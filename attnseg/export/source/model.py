@@ -92,7 +92,7 @@ def _with_metadata(graph: Graph, record: ModelRecord) -> Graph:
         "channels": ", ".join(task.channel_names),
         "labels": ", ".join(f"{label.value} {label.name}" for label in task.labels),
         "orientation": record.preprocessing.orientation or "as stored",
-        "spacing_mm": " x ".join(f"{s:g}" for s in record.spacing_mm),
+        "spacing_mm": " x ".join(f"{s:g}" for s in record.spacing_mm or ()) or "any",
         "window": " x ".join(str(edge) for edge in record.inference.window),
     }
     del model.metadata_props[:]

@@ -98,7 +98,8 @@ class ModelRecord:
         description: Purpose and training data of the model.
         intended_use: Permitted users and uses.
         task: Channels, labels and regions.
-        spacing_mm: Voxel size of the training data along X, Y and Z.
+        spacing_mm: Voxel size of the training data along X, Y and Z; None if it is unknown, and
+            scans of any voxel size are taken as they are.
         preprocessing: Preprocessing of volumes.
         inference: Default inference options.
         foreground_ml: Largest foreground among the training cases, which have a background of 0
@@ -109,14 +110,15 @@ class ModelRecord:
     description: str
     intended_use: str
     task: Task
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float] | None
     preprocessing: Preprocessing
     inference: Inference
     foreground_ml: float | None = None
 
     def __post_init__(self) -> None:
-        fits = len(self.spacing_mm) == 3 and all(0 < s < float("inf") for s in self.spacing_mm)
-        _require(fits, "spacing_mm must be three positive numbers", self.spacing_mm)
+        spacing_mm = (1.0, 1.0, 1.0) if self.spacing_mm is None else self.spacing_mm
+        fits = len(spacing_mm) == 3 and all(0 < s < float("inf") for s in spacing_mm)
+        _require(fits, "spacing_mm must be three positive numbers", spacing_mm)
         largest_ml = self.foreground_ml
         known = largest_ml is None or 0 < largest_ml < float("inf")
         _require(known, "foreground_ml must be a positive number", largest_ml)

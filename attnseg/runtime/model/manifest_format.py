@@ -227,7 +227,7 @@ class ModelJson(_CommonJson):
     outputs: tuple[Output, ...]
     orientation: str | None
     axes: str
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float] | None
     order: tuple[PreprocessingStep, ...]
     crop: Crop
     grid: Grid | None

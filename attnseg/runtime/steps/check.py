@@ -43,7 +43,8 @@ class InputRules:
     Attributes:
         task: Task of the model.
         preprocessing: Preprocessing of the model.
-        spacing_mm: Voxel size of the training data along X, Y and Z.
+        spacing_mm: Voxel size of the training data along X, Y and Z; None if it is unknown, and
+            scans of any voxel size are taken as they are.
         foreground_ml: Largest foreground of the training cases, whose background was 0; None if
             their background is unknown.
         resample: Treatment of scans with another voxel size.
@@ -52,7 +53,7 @@ class InputRules:
 
     task: Task
     preprocessing: Preprocessing
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float] | None
     foreground_ml: float | None = None
     resample: Resample = "auto"
     strict: bool = False
@@ -135,6 +136,8 @@ def choose_grid(volume: Volume, rules: InputRules) -> tuple[Preprocessing, tuple
         )
     target = preprocessing.orientation_of_image(volume)
     turn = AxisTransform.between(volume.orientation, target)
+    if rules.spacing_mm is None:
+        return preprocessing, ()
     spacing = np.array([volume.spacing_mm[axis] for axis in turn.axes])
     wanted = np.array(rules.spacing_mm)
     said = (

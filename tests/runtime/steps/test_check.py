@@ -9,6 +9,8 @@ import pytest
 from attnseg import Volume
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.steps.check import InputRules, check_input
+from attnseg.runtime.steps.normalise import ClipZScore, ZScore
+from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import PLAIN
@@ -121,3 +123,32 @@ def test_any_number_of_threads_finds_the_same(volume: Volume) -> None:
     for threads in (1, 3):
         with pytest.raises(VolumeError, match="t2: is constant"):  # the first of two errors
             check_input(replace(volume, channels=channels), RULES, threads)
+
+
+def test_a_model_of_unknown_voxel_size_takes_any(volume: Volume) -> None:
+    rules = replace(RULES, spacing_mm=None, foreground_ml=None)
+    checked = check_input(spaced(volume, 3, 0.02, 5), rules)
+    assert (checked.preprocessing.grid, checked.warnings) == (None, ())
+
+
+def for_ct(low: float) -> InputRules:
+    schemes = (ClipZScore(low, 300.0, 50.0, 80.0),) * 4
+    return InputRules(TASK, Preprocessing("LPS", None, "all", schemes), (1.0, 1.0, 1.0))
+
+
+def test_scans_of_another_modality_are_warned_of(volume: Volume) -> None:
+    mri = [np.asarray(channel).astype(np.int16) for channel in volume.channels]
+    ct = [np.where(channel == 0, -1000 - n, channel) for n, channel in enumerate(mri)]
+    of_mri, of_ct = replace(volume, channels=mri), replace(volume, channels=ct)
+    by_statistics = Preprocessing("LPS", None, "all", (ZScore("all"),) * 4)
+    for_mri = InputRules(TASK, by_statistics, (1.0, 1.0, 1.0))
+    found = check_input(of_ct, for_mri).warnings
+    assert [w.split(",")[0] for w in found] == [
+        f"{name}: has values down to {low}"
+        for name, low in zip(TASK.channel_names, (-1000, -1001, -1002, -1003), strict=True)
+    ]
+    found = check_input(of_mri, for_ct(-200.0)).warnings
+    assert len(found) == 4
+    assert all("no value is below 0, the model is for CT" in w for w in found)
+    for doubtless in ((of_mri, for_mri), (of_ct, for_ct(-200.0)), (of_mri, for_ct(0.0))):
+        assert check_input(*doubtless).warnings == ()
