@@ -104,7 +104,7 @@ def test_logits_are_resampled_back_as_by_nnunet(
     found = np.concatenate(list(restored(parts, scan, half=True)), axis=1)
     step = np.spacing(np.abs(expected)).astype(np.float32)
     assert (np.abs(found - expected.astype(np.float32)) <= step).all()
-    assert np.count_nonzero(found != expected) <= max(1, 0.01 * found.size)
+    assert np.count_nonzero(found != expected) <= max(4, 0.01 * found.size)
 
 
 @settings(max_examples=300, deadline=None)
