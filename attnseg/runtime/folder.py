@@ -67,7 +67,7 @@ def _load(case: Case, segmenter: Segmenter) -> _Loaded:
     return _Loaded(segmenter.stage(volume), clock.elapsed_ms["load"])
 
 
-def _check_output(case: Case, output: Path) -> None:
+def _check_output(case: Case, output: Path, probabilities: bool) -> None:
     """Reject the scan's own folder, where `CASE_seg.nii.gz` is the name of expert labels.
 
     A name that is too long for a result is also rejected, before any work.
@@ -77,7 +77,7 @@ def _check_output(case: Case, output: Path) -> None:
             f"{output}: is the folder of case {case.name}, whose label file could be overwritten",
             "choose another output folder",
         )
-    longest = max(len(name.encode()) for name in output_names(case.name, True).values())
+    longest = max(len(name.encode()) for name in output_names(case.name, probabilities).values())
     if longest > LONGEST_NAME:
         raise OutputError(
             f"the name of the case is {len(case.name.encode())} bytes long, too long for a result",
@@ -137,7 +137,7 @@ def _failed(case: Case, error: Exception) -> CaseResult:
 def _earlier(case: Case, segmenter: Segmenter, output: Path) -> CaseResult | None:
     """Result of an earlier run: `skipped`, `failed` if it conflicts, None if unfinished."""
     try:
-        _check_output(case, output)
+        _check_output(case, output, segmenter.plan.probabilities)
         report = earlier_report(output, case, segmenter.provenance)
     except Exception as error:  # whatever it is, the other cases go on
         return _failed(case, error)
@@ -182,7 +182,7 @@ def _results(
         for case, ahead in _loaded_ahead(cases, segmenter):
             listener.case_started(case.name)
             try:
-                _check_output(case, output)
+                _check_output(case, output, segmenter.plan.probabilities)
                 loaded = ahead.result()
                 pending = segmenter.submit(loaded.staged, listener.case_advanced)
             except Exception as error:  # whatever it is, the other cases go on

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -277,7 +278,7 @@ def test_probabilities_of_regions_are_sums_of_those_of_labels(tta: str, rule: st
 
 @pytest.mark.parametrize("tta", ["none", "paper"])
 def test_probabilities_have_a_largest_size(tta: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 4 * 3 * 70 * 64 * 64
+    size = 4 * 3 * math.prod(BLOCK.shape)
     chosen = SegmentOptions(tta=tta, probabilities=True)
     monkeypatch.setattr(decide, "LARGEST_PROBABILITIES", size)
     assert Segmenter(options=chosen, engine=Undecided()).segment(BLOCK).probabilities is not None
