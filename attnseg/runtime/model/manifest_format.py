@@ -270,41 +270,41 @@ class ModelJson(_CommonJson):
         }
 
 
-_OWN = ("created_with", "network", "training", "validation", "budget", "files")
+class _FilesJson(_Record):
+    """Fields of manifests beside those of the model, in all versions."""
+
+    format: Literal["attnseg-bundle"]
+    created_with: str
+    network: dict[str, Any]
+    training: Training | None
+    validation: Validation | None
+    budget: Budget | None
+    files: dict[str, FileEntry]
+
+    def own(self) -> dict[str, Any]:
+        """Constructor arguments of a `Manifest` that a `ModelRecord` does not have."""
+        names = ("created_with", "network", "training", "validation", "budget", "files")
+        return {name: getattr(self, name) for name in names}
 
 
-class _OldManifestJson(_OldModelJson):
+class _OldManifestJson(_FilesJson, _OldModelJson):
     """`manifest.json`, version 2."""
 
-    format: Literal["attnseg-bundle"]
     format_version: Literal[2]
-    created_with: str
-    network: dict[str, Any]
-    training: Training | None
-    validation: Validation | None
-    budget: Budget | None
-    files: dict[str, FileEntry]
 
     def manifest(self) -> Manifest:
         """Convert to a `Manifest`."""
-        return Manifest(**self.record(), **{name: getattr(self, name) for name in _OWN})
+        return Manifest(**self.record(), **self.own())
 
 
-class ManifestJson(ModelJson):
+class ManifestJson(_FilesJson, ModelJson):
     """`manifest.json`, version 3."""
 
-    format: Literal["attnseg-bundle"]
     format_version: Literal[3]
-    created_with: str
-    network: dict[str, Any]
-    training: Training | None
-    validation: Validation | None
-    budget: Budget | None
-    files: dict[str, FileEntry]
 
     def manifest(self) -> Manifest:
         """Convert to a `Manifest`."""
-        return Manifest(**self.record(), **{name: getattr(self, name) for name in _OWN})
+        return Manifest(**self.record(), **self.own())
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
