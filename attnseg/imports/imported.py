@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from attnseg.export.export import Exported, ExportOptions, ExportProgress, export_source
 from attnseg.export.gate.samples import SampleSource
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.foreign import read_spec
 from attnseg.export.source.model import Source, graph_reference, make_source
 from attnseg.imports.monai import read_monai
-from attnseg.imports.networks import network_graph
+from attnseg.imports.networks import ImportedModel, network_graph
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.imports.torchscript import (
     check_same_function,
@@ -27,14 +25,11 @@ from attnseg.runtime.model.manifest import ModelRecord
 from attnseg.trainer.engine import TorchEngine
 
 
-def _network_source(
-    record: ModelRecord, network: nn.Module, origin: dict[str, Any], options: ExportOptions
-) -> Source:
+def _network_source(found: ImportedModel, options: ExportOptions) -> Source:
     """Source of a network, whose reference is the network itself in PyTorch."""
-    words: dict[str, Any] = dict(options.words)
-    record = replace(record, **words)
-    graph = network_graph(network, len(record.task.channels), record.inference.window)
-    return _source(record, graph, TorchEngine(network), origin, options)
+    channels, window = len(found.record.task.channels), found.record.inference.window
+    graph = network_graph(found.network, channels, window)
+    return _source(found.record, graph, TorchEngine(found.network), found.origin, options)
 
 
 def _source(
@@ -44,8 +39,9 @@ def _source(
     origin: dict[str, Any],
     options: ExportOptions,
 ) -> Source:
+    words: dict[str, Any] = dict(options.words)
     return make_source(
-        record,
+        replace(record, **words),
         graph,
         None,
         reference,
@@ -81,8 +77,7 @@ def import_nnunet(
     """
 
     def read(given: ExportOptions) -> Source:
-        found = read_nnunet(model, folds, checkpoint)
-        return _network_source(found.record, found.network, found.origin, given)
+        return _network_source(read_nnunet(model, folds, checkpoint), given)
 
     return export_source(model, read, folder, options, samples, progress)
 
@@ -114,13 +109,12 @@ def import_torchscript(
         spec = read_spec(spec_file)
         network = read_torchscript(model)
         graph, notes = scripted_graph(model, network, spec)
-        words: dict[str, Any] = dict(given.words)
         reference: Engine = TorchEngine(network)
         if notes:  # the network gives probabilities, and the bundle's graph logits
             reference = graph_reference(model, graph)
             check_same_function(model, network, reference, spec)
         origin = {"torchscript": model.name}
-        source = _source(replace(spec, **words), graph, reference, origin, given)
+        source = _source(spec, graph, reference, origin, given)
         return replace(source, notes=notes)
 
     return export_source(model, read, folder, options, samples, progress)
@@ -147,7 +141,6 @@ def import_monai(
     """
 
     def read(given: ExportOptions) -> Source:
-        found = read_monai(model)
-        return _network_source(found.record, found.network, found.origin, given)
+        return _network_source(read_monai(model), given)
 
     return export_source(model, read, folder, options, samples, progress)

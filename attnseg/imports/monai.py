@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from attnseg.imports.folder import read_json, read_weights
 from attnseg.imports.monai_config import Component, Config, is_number
 from attnseg.imports.monai_networks import BuiltNetwork, build_monai
-from attnseg.imports.networks import load_weights
+from attnseg.imports.networks import ImportedModel, load_weights
 from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.geometry import shape_of
 from attnseg.runtime.model.manifest import Inference, ModelRecord
@@ -40,22 +38,7 @@ _BRATS_LABELS = {
 """Regions of BraTS, each within the one before, and the label of what the next leaves of it."""
 
 
-@dataclass(frozen=True)
-class MonaiModel:
-    """A MONAI bundle.
-
-    Attributes:
-        record: Channels, labels and steps.
-        network: The network, in evaluation mode.
-        origin: Name and version of the bundle and its network, for the manifest.
-    """
-
-    record: ModelRecord
-    network: nn.Module
-    origin: dict[str, Any]
-
-
-def read_monai(folder: Path) -> MonaiModel:
+def read_monai(folder: Path) -> ImportedModel:
     """Read a MONAI bundle.
 
     Args:
@@ -88,7 +71,7 @@ def _config_file(folder: Path) -> Path:
     )
 
 
-def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> MonaiModel:
+def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedModel:
     component = config.component("network_def", "network")
     kind = component.name
     built = build_monai(component)
@@ -115,7 +98,7 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> MonaiModel:
         "version": str(metadata.get("version", "")),
         "network": kind,
     }
-    return MonaiModel(record, network, origin)
+    return ImportedModel(record, network, origin)
 
 
 def _state(stored: Mapping[str, Any]) -> Mapping[str, Any]:

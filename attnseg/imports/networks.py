@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,24 @@ from attnseg.export.graphs.norms import spell_out_norms
 from attnseg.export.source.onnx import INPUT, OPSET, OUTPUT, tidy
 from attnseg.runtime.errors import ExportError
 from attnseg.runtime.geometry import Shape
+from attnseg.runtime.model.manifest import ModelRecord
 
 _LARGEST_GRAPH = (1 << 31) - (1 << 20)  # bytes; a protobuf message has less than 2 GiB
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model of another framework.
+
+    Attributes:
+        record: Channels, labels and steps.
+        network: The network, in evaluation mode; its output are logits.
+        origin: Names, versions and files of the model, for the manifest.
+    """
+
+    record: ModelRecord
+    network: nn.Module
+    origin: dict[str, Any]
 
 
 class Ensemble(nn.Module):

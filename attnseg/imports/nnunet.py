@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from attnseg.imports.architectures import build_nnunet, strides_of
 from attnseg.imports.folder import read_json, read_weights
-from attnseg.imports.networks import Ensemble, load_weights
+from attnseg.imports.networks import Ensemble, ImportedModel, load_weights
 from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.geometry import Shape, shape_of
 from attnseg.runtime.model.manifest import Inference, ModelRecord
@@ -40,22 +37,7 @@ _TRAINERS = re.compile(
 """nnU-Net's own trainers; they differ in training only, or in the plans' network."""
 
 
-@dataclass(frozen=True)
-class NnUNetModel:
-    """A model folder of nnU-Net.
-
-    Attributes:
-        record: Channels, labels and steps.
-        network: Mean of the logits of the folds, in evaluation mode.
-        origin: Plans, trainer, configuration, folds and checkpoint, for the manifest.
-    """
-
-    record: ModelRecord
-    network: nn.Module
-    origin: dict[str, Any]
-
-
-def read_nnunet(folder: Path, folds: Sequence[str], checkpoint: str = "final") -> NnUNetModel:
+def read_nnunet(folder: Path, folds: Sequence[str], checkpoint: str = "final") -> ImportedModel:
     """Read a model folder, `nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION`.
 
     Args:
@@ -82,7 +64,7 @@ def read_nnunet(folder: Path, folds: Sequence[str], checkpoint: str = "final") -
 
 def _read(
     folder: Path, plans: dict[str, Any], dataset: dict[str, Any], files: Mapping[str, Path]
-) -> NnUNetModel:
+) -> ImportedModel:
     stored = {fold: read_weights(path) for fold, path in files.items()}
     first = next(iter(stored.values()))
     trainer, name = str(first["trainer_name"]), str(first["init_args"]["configuration"])
@@ -94,7 +76,7 @@ def _read(
     settings = _configuration(folder, plans, name)
     task = _task(dataset)
     mirror_axes = first.get("inference_allowed_mirroring_axes") or ()
-    record = _record(plans, settings, dataset, task, shape_of_axes(mirror_axes))
+    record = _record(plans, settings, dataset, task, tuple(int(axis) for axis in mirror_axes))
     network = Ensemble(
         load_weights(
             files[fold],
@@ -112,12 +94,7 @@ def _read(
         "folds": list(files),
         "checkpoint": next(iter(files.values())).name,
     }
-    return NnUNetModel(record, network.eval(), origin)
-
-
-def shape_of_axes(axes: Sequence[int]) -> tuple[int, ...]:
-    """Axes of an image as plain integers."""
-    return tuple(int(axis) for axis in axes)
+    return ImportedModel(record, network.eval(), origin)
 
 
 def _read_plans(folder: Path) -> dict[str, Any]:
