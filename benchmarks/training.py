@@ -25,8 +25,8 @@ from torch import Tensor
 
 from attnseg.data.labelled import find_labelled_cases
 from attnseg.runtime.options import available_threads
-from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.schemes import ZScore
 from attnseg.synthetic import make_case, write_case
 from attnseg.trainer.augment import augment, margin_voxels
 from attnseg.trainer.config import TrainConfig

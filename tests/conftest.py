@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from attnseg.runtime.engines.base import EngineInfo
 from attnseg.runtime.model.bundle import default_folder
-from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.schemes import ZScore
 from attnseg.synthetic import SyntheticCase, make_case, write_case
 
 # The machines that run the tests are shared, so a slow example is not a failure.

@@ -12,7 +12,7 @@ from attnseg.export.gate.samples import SampleSource
 from attnseg.export.graphs.graph import Graph
 from attnseg.export.source.foreign import read_spec
 from attnseg.export.source.model import Source, graph_reference, make_source
-from attnseg.imports.monai import read_monai
+from attnseg.imports.monai.bundle import read_monai
 from attnseg.imports.networks import ImportedModel, network_graph
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.imports.torchscript import (

@@ -19,9 +19,9 @@ from attnseg.imports.networks import Ensemble, ImportedModel, load_weights
 from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.geometry import Shape, shape_of
 from attnseg.runtime.model.manifest import Inference, ModelRecord
-from attnseg.runtime.steps.normalise import ClipZScore, Range, Scheme, SingleZScore, Unchanged
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
+from attnseg.runtime.steps.schemes import ClipZScore, Range, Scheme, SingleZScore, Unchanged
 from attnseg.runtime.task import Channel, Label, Output, Task
 
 _OVERLAP = 0.5  # nnUNetPredictor's `tile_step_size`

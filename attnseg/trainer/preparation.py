@@ -16,18 +16,13 @@ from attnseg.data.task import BRATS, LabelledTask
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError, TrainingError, TrainingSetting
-from attnseg.runtime.model.manifest_format import NormalisationJson, encode_normalisation
+from attnseg.runtime.model.schemes_format import NormalisationJson, encode_normalisation
 from attnseg.runtime.steps.check import InputRules, clean_channels
 from attnseg.runtime.steps.foreground import Crop
-from attnseg.runtime.steps.normalise import (
-    DECILES,
-    LandmarkMatching,
-    Scheme,
-    ZScore,
-    z_score_percentiles,
-)
+from attnseg.runtime.steps.normalise import DECILES, z_score_percentiles
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample_volume
+from attnseg.runtime.steps.schemes import LandmarkMatching, Scheme, ZScore
 from attnseg.runtime.task import Channel, Label, Task
 from attnseg.trainer.config import TrainConfig
 

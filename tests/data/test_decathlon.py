@@ -16,8 +16,8 @@ from attnseg.export.export import export_bundle
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.schemes import ZScore
 from attnseg.runtime.task import Channel, Label
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data_set import DataSet, open_data_set

@@ -18,8 +18,8 @@ from attnseg.runtime.errors import BundleError, TrainingError
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.golden import Golden, encode_golden, read_golden
 from attnseg.runtime.model.manifest import Budget
-from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.schemes import ZScore
 from attnseg.synthetic import make_case, write_case
 from tests.bundles import write_bundle
 from tests.conftest import WEIGHTS

@@ -21,9 +21,9 @@ from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import MANIFEST, Manifest
 from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
 from attnseg.runtime.model.verdict import over_budget, read_verdicts
-from attnseg.runtime.steps.normalise import ClipZScore, Range, SingleZScore, Unchanged
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
+from attnseg.runtime.steps.schemes import ClipZScore, Range, SingleZScore, Unchanged
 from attnseg.runtime.task import Output
 from tests.hostile.drive import SilentlyWrongError
 from tests.hostile.model import open_tiny, scan, tiny_bundle

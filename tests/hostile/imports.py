@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from numpy.random import Generator
 
-from attnseg.imports.monai import read_monai
+from attnseg.imports.monai.bundle import read_monai
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.runtime.options import SegmentOptions, resolve
 from tests.hostile.drive import SilentlyWrongError

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from attnseg.imports.imported import import_monai
-from attnseg.imports.monai import read_monai
-from attnseg.imports.monai_config import Config
-from attnseg.imports.monai_networks import build_monai
+from attnseg.imports.monai.bundle import read_monai
+from attnseg.imports.monai.config import Config
+from attnseg.imports.monai.networks import build_monai
 from attnseg.runtime.errors import ExportError
-from attnseg.runtime.steps.normalise import Range, Unchanged, ZScore
+from attnseg.runtime.steps.schemes import Range, Unchanged, ZScore
 from tests.imports.monai_bundles import (
     BRATS,
     BRATS_METADATA,

@@ -21,10 +21,11 @@ from monai.transforms import (
 
 from attnseg import Volume
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.steps.normalise import Range, ZScore, normalise
+from attnseg.runtime.steps.normalise import normalise
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.steps.restore import restored
+from attnseg.runtime.steps.schemes import Range, ZScore
 from tests.imports.monai_bundles import affine_of, tilted
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -15,7 +15,7 @@ import torch
 from attnseg.imports.imported import import_nnunet
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.runtime.errors import ExportError
-from attnseg.runtime.steps.normalise import ClipZScore, SingleZScore
+from attnseg.runtime.steps.schemes import ClipZScore, SingleZScore
 from attnseg.runtime.task import Output
 from tests.imports.models import CT, REGIONS, NnUNetFolder
 

@@ -15,9 +15,10 @@ from attnseg.data.task import BRATS
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.errors import TrainingError
 from attnseg.runtime.steps.foreground import foreground_box
-from attnseg.runtime.steps.normalise import Scheme, ZScore, normalise
+from attnseg.runtime.steps.normalise import normalise
 from attnseg.runtime.steps.preprocess import preprocess
 from attnseg.runtime.steps.resample import Grid, resample
+from attnseg.runtime.steps.schemes import Scheme, ZScore
 from attnseg.synthetic import make_case
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases

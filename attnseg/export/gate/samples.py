@@ -23,8 +23,8 @@ from attnseg.runtime.model.golden import Golden
 from attnseg.runtime.model.manifest import Manifest
 from attnseg.runtime.options import SegmentOptions, resolve
 from attnseg.runtime.steps.decide import Decision
-from attnseg.runtime.steps.normalise import ClipZScore, Range, Scheme, Unchanged
 from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.schemes import ClipZScore, Range, Scheme, Unchanged
 from attnseg.runtime.steps.windows import pad_image
 from attnseg.runtime.task import Task
 from attnseg.synthetic import MODALITIES, make_case

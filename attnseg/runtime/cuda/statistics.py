@@ -24,14 +24,9 @@ from attnseg.runtime.cuda.kernels import Extent, LayoutArg
 from attnseg.runtime.cuda.upload import DeviceChannel
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.geometry import Box, shape_of
-from attnseg.runtime.steps.normalise import (
-    Counts,
-    Scheme,
-    constant,
-    naming_channel,
-    only_zeros,
-    refuses_constant,
-)
+from attnseg.runtime.steps.histogram import Counts, constant, only_zeros
+from attnseg.runtime.steps.normalise import naming_channel
+from attnseg.runtime.steps.schemes import Scheme, refuses_constant
 
 HALF = 1 << 16
 """Number of values of int16, and of half the key of a float32."""
@@ -356,7 +351,7 @@ class FloatStatistics:
         return lower
 
     def percentiles(self, percent: Sequence[float]) -> NDArray[np.float64]:
-        """Percentiles, see `attnseg.runtime.steps.normalise.Histogram.percentiles`."""
+        """Percentiles, see `attnseg.runtime.steps.histogram.Histogram.percentiles`."""
         rank = np.asarray(percent) / 100 * (self.total - 1)
         below = np.floor(rank).astype(np.int64)
         above = np.minimum(below + 1, self.total - 1)

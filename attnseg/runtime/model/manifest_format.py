@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.model.manifest import (
@@ -24,17 +24,13 @@ from attnseg.runtime.model.manifest import (
     Training,
     Validation,
 )
-from attnseg.runtime.steps.foreground import Crop, Foreground
-from attnseg.runtime.steps.normalise import (
-    ClipZScore,
-    LandmarkMatching,
-    Range,
-    Scheme,
-    SingleZScore,
-    Statistics,
-    Unchanged,
-    ZScore,
+from attnseg.runtime.model.schemes_format import (
+    JsonRecord,
+    NormalisationJson,
+    SchemeJson,
+    encode_scheme,
 )
+from attnseg.runtime.steps.foreground import Crop
 from attnseg.runtime.steps.preprocess import Preprocessing, PreprocessingStep
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Activation, Channel, Label, Output, Task
@@ -43,143 +39,7 @@ from attnseg.runtime.user_json import parse_json
 FORMAT_VERSION: Literal[3] = 3
 
 
-class _Record(BaseModel):
-    """Base class of JSON objects; unknown fields are rejected."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LandmarksJson(_Record):
-    """Landmarks of all channels; `values[c][p]` is the z-score of channel c at percentile p."""
-
-    percentiles: tuple[float, ...]
-    values: tuple[tuple[float, ...], ...]
-
-
-class NormalisationJson(_Record):
-    """Normalisation of all channels in versions 1 and 2; all fields are required."""
-
-    foreground: Crop
-    landmarks: LandmarksJson | None
-
-    def schemes(self, channels: int) -> tuple[Scheme, ...]:
-        """Normalisation scheme of each channel."""
-        if self.landmarks is None:
-            return (ZScore(self.foreground),) * channels
-        percentiles = self.landmarks.percentiles
-        return tuple(
-            LandmarkMatching(percentiles, row, self.foreground) for row in self.landmarks.values
-        )
-
-
-def encode_normalisation(schemes: tuple[Scheme, ...]) -> dict[str, Any]:
-    """Convert schemes of one kind to JSON values of version 2, which checkpoints store.
-
-    Raises:
-        ConfigError: Version 2 cannot represent the schemes.
-    """
-    first = schemes[0]
-    landmarks = None
-    if isinstance(first, LandmarkMatching):
-        rows = [s.values for s in schemes if isinstance(s, LandmarkMatching)]
-        landmarks = {"percentiles": first.percentiles, "values": rows}
-    record = {"foreground": first.foreground, "landmarks": landmarks}
-    if NormalisationJson.model_validate(record).schemes(len(schemes)) != schemes:
-        raise ConfigError("normalisation: a checkpoint has one scheme for all channels")
-    return record
-
-
-class ZScoreJson(_Record):
-    """Zero mean and unit variance of a region."""
-
-    scheme: Literal["zscore"]
-    region: Foreground = "nonzero"
-    statistics: Statistics = "double"
-
-    def decode(self) -> Scheme:
-        """The scheme."""
-        return (SingleZScore if self.statistics == "single" else ZScore)(self.region)
-
-
-class LandmarkJson(_Record):
-    """Histogram matching: the z-score of the training set at each percentile."""
-
-    scheme: Literal["landmarks"]
-    region: Crop = "nonzero"
-    percentiles: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def decode(self) -> Scheme:
-        """The scheme."""
-        return LandmarkMatching(self.percentiles, self.values, self.region)
-
-
-class ClipZScoreJson(_Record):
-    """Clipping, and a fixed mean and standard deviation, for CT."""
-
-    scheme: Literal["clip-zscore"]
-    low: float
-    high: float
-    mean: float
-    std: float
-
-    def decode(self) -> Scheme:
-        """The scheme."""
-        return ClipZScore(self.low, self.high, self.mean, self.std)
-
-
-class RangeJson(_Record):
-    """Linear map of a range of intensities, or of percentiles."""
-
-    scheme: Literal["range"]
-    source: tuple[float, float] | None = None
-    percentiles: tuple[float, float] | None = None
-    target: tuple[float, float] = (0.0, 1.0)
-    clip: bool = False
-    moments: tuple[float, float] | None = None
-
-    def decode(self) -> Scheme:
-        """The scheme."""
-        return Range(self.source, self.percentiles, self.target, self.clip, self.moments)
-
-
-class NoneJson(_Record):
-    """No normalisation."""
-
-    scheme: Literal["none"]
-
-    def decode(self) -> Scheme:
-        """The scheme."""
-        return Unchanged()
-
-
-SchemeJson = Annotated[
-    ZScoreJson | LandmarkJson | ClipZScoreJson | RangeJson | NoneJson,
-    Field(discriminator="scheme"),
-]
-
-
-def _encode_scheme(scheme: Scheme) -> SchemeJson:
-    if isinstance(scheme, LandmarkMatching):
-        return LandmarkJson(
-            scheme="landmarks",
-            region=scheme.foreground,
-            percentiles=scheme.percentiles,
-            values=scheme.values,
-        )
-    if isinstance(scheme, ClipZScore):
-        numbers = {name: getattr(scheme, name) for name in ("low", "high", "mean", "std")}
-        return ClipZScoreJson(scheme="clip-zscore", **numbers)
-    if isinstance(scheme, Range):
-        names = ("source", "percentiles", "target", "clip", "moments")
-        return RangeJson(scheme="range", **{name: getattr(scheme, name) for name in names})
-    if isinstance(scheme, Unchanged):
-        return NoneJson(scheme="none")
-    statistics: Statistics = "single" if isinstance(scheme, SingleZScore) else "double"
-    return ZScoreJson(scheme="zscore", region=scheme.foreground, statistics=statistics)
-
-
-class _CommonJson(_Record):
+class _CommonJson(JsonRecord):
     """Fields that all versions share."""
 
     name: str
@@ -270,7 +130,7 @@ class ModelJson(_CommonJson):
         }
 
 
-class _FilesJson(_Record):
+class _FilesJson(JsonRecord):
     """Fields of manifests beside those of the model, in all versions."""
 
     format: Literal["attnseg-bundle"]
@@ -325,7 +185,7 @@ class ManifestJson(_FilesJson, ModelJson):
             order=preprocessing.order,
             crop=preprocessing.crop,
             grid=preprocessing.grid,
-            normalisation=tuple(_encode_scheme(s) for s in preprocessing.normalisation),
+            normalisation=tuple(encode_scheme(s) for s in preprocessing.normalisation),
             **given,
         )
 
@@ -430,7 +290,7 @@ def _for_every_channel(record: dict[str, Any], crop: object) -> dict[str, Any]:
             f"crop: is {crop}, and normalisation.foreground {old.foreground}",
             "give the normalisation as a scheme",
         )
-    schemes = [_encode_scheme(scheme) for scheme in old.schemes(len(channels))]
+    schemes = [encode_scheme(scheme) for scheme in old.schemes(len(channels))]
     return {**record, "normalisation": schemes, "crop": old.foreground}
 
 

@@ -34,7 +34,8 @@ from attnseg.runtime.pipelines.base import (
     resampled_to_mm,
     volumes_ml,
 )
-from attnseg.runtime.pipelines.cuda_steps import DeviceSteps, Outcome, Results
+from attnseg.runtime.pipelines.cuda_results import Outcome, Results
+from attnseg.runtime.pipelines.cuda_steps import DeviceSteps
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.check import (
     Checked,
@@ -45,8 +46,8 @@ from attnseg.runtime.steps.check import (
     choose_grid,
 )
 from attnseg.runtime.steps.clock import StageClock, Step
-from attnseg.runtime.steps.normalise import Range
 from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.schemes import Range
 
 
 def missing_kernel(plan: Plan) -> str | None:

@@ -17,9 +17,9 @@ from attnseg.runtime.geometry import AxisTransform, format_size
 from attnseg.runtime.steps.background import clean_background
 from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
-from attnseg.runtime.steps.normalise import ClipZScore, LandmarkMatching, Scheme, ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
+from attnseg.runtime.steps.schemes import ClipZScore, LandmarkMatching, Scheme, ZScore
 from attnseg.runtime.task import Task
 from attnseg.runtime.threads import Each, mapping
 

@@ -13,8 +13,9 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.geometry import Box, Shape, check_orientation, shape_of
 from attnseg.runtime.steps.foreground import Crop, foreground_box
-from attnseg.runtime.steps.normalise import Scheme, normalise
+from attnseg.runtime.steps.normalise import normalise
 from attnseg.runtime.steps.resample import Grid, Quantity, Sampling, resample_image
+from attnseg.runtime.steps.schemes import Scheme
 from attnseg.runtime.threads import in_threads
 
 PreprocessingStep = Literal["resample", "crop", "normalise"]

@@ -12,7 +12,9 @@ from attnseg import Bundle
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.model.manifest import Inference, Manifest, ModelRecord
 from attnseg.runtime.model.manifest_format import decode_manifest, decode_spec, encode_manifest
-from attnseg.runtime.steps.normalise import (
+from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.resample import Grid
+from attnseg.runtime.steps.schemes import (
     ClipZScore,
     LandmarkMatching,
     Range,
@@ -21,8 +23,6 @@ from attnseg.runtime.steps.normalise import (
     Unchanged,
     ZScore,
 )
-from attnseg.runtime.steps.preprocess import Preprocessing
-from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.task import Channel, Label, Output, Task
 
 SCHEMES: list[tuple[Scheme, dict[str, Any]]] = [

@@ -35,7 +35,10 @@ from attnseg.runtime.pipelines.base import Segmentation
 from attnseg.runtime.pipelines.cuda import CudaPipeline
 from attnseg.runtime.steps.decide import Decide
 from attnseg.runtime.steps.foreground import Crop
-from attnseg.runtime.steps.normalise import (
+from attnseg.runtime.steps.normalise import normalise
+from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
+from attnseg.runtime.steps.resample import Grid, Quantity
+from attnseg.runtime.steps.schemes import (
     ClipZScore,
     LandmarkMatching,
     Range,
@@ -43,10 +46,7 @@ from attnseg.runtime.steps.normalise import (
     SingleZScore,
     Unchanged,
     ZScore,
-    normalise,
 )
-from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
-from attnseg.runtime.steps.resample import Grid, Quantity
 from attnseg.runtime.steps.tta import PASSES
 from attnseg.runtime.steps.windows import Accumulate, Blending, WindowOptions, pad_image
 from attnseg.runtime.task import Channel, Label, Output, Task

@@ -9,8 +9,8 @@ import pytest
 from attnseg import Volume
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.steps.check import InputRules, check_input
-from attnseg.runtime.steps.normalise import ClipZScore, ZScore
 from attnseg.runtime.steps.preprocess import Preprocessing
+from attnseg.runtime.steps.schemes import ClipZScore, ZScore
 from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import PLAIN

@@ -31,16 +31,18 @@ from nnunetv2.preprocessing.resampling.default_resampling import (  # noqa: E402
 from attnseg.runtime.geometry import Box  # noqa: E402
 from attnseg.runtime.steps.foreground import filled_foreground, foreground_box  # noqa: E402
 from attnseg.runtime.steps.normalise import (  # noqa: E402
-    ClipZScore,
-    Range,
-    Scheme,
-    SingleZScore,
-    Unchanged,
     normalise,
 )
 from attnseg.runtime.steps.preprocess import Preprocessed  # noqa: E402
 from attnseg.runtime.steps.resample import Grid, resample_image  # noqa: E402
 from attnseg.runtime.steps.restore import restored  # noqa: E402
+from attnseg.runtime.steps.schemes import (  # noqa: E402
+    ClipZScore,
+    Range,
+    Scheme,
+    SingleZScore,
+    Unchanged,
+)
 from attnseg.runtime.steps.windows import importance_map, plan_windows  # noqa: E402
 
 shapes = st.tuples(*(st.integers(2, 24),) * 3)

@@ -9,18 +9,16 @@ from hypothesis.extra import numpy as hnp
 from attnseg.runtime.errors import ConfigError, VolumeError
 from attnseg.runtime.geometry import Box
 from attnseg.runtime.steps.foreground import foreground_box
-from attnseg.runtime.steps.normalise import (
-    DECILES,
+from attnseg.runtime.steps.histogram import Histogram
+from attnseg.runtime.steps.normalise import DECILES, normalise, z_score_percentiles
+from attnseg.runtime.steps.schemes import (
     ClipZScore,
-    Histogram,
     LandmarkMatching,
     Range,
     Scheme,
     SingleZScore,
     Unchanged,
     ZScore,
-    normalise,
-    z_score_percentiles,
 )
 
 LANDMARKS = LandmarkMatching(DECILES, tuple(np.linspace(-2, 3, len(DECILES)).tolist()))

@@ -20,10 +20,10 @@ from attnseg.runtime.geometry import Box, Shape
 from attnseg.runtime.model.bundle import file_entry
 from attnseg.runtime.model.manifest import Inference, Manifest
 from attnseg.runtime.pipelines.base import Segmentation
-from attnseg.runtime.steps.normalise import ZScore
 from attnseg.runtime.steps.preprocess import Preprocessed, Preprocessing
 from attnseg.runtime.steps.resample import Grid, resample, resample_volume
 from attnseg.runtime.steps.restore import restored
+from attnseg.runtime.steps.schemes import ZScore
 from attnseg.runtime.task import Channel, Label, Task
 from tests.bundles import small_graph, write_bundle
 from tests.conftest import LinearEngine

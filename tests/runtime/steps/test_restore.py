@@ -9,10 +9,10 @@ import pytest
 
 from attnseg import Volume
 from attnseg.runtime.geometry import Box, Shape
-from attnseg.runtime.steps.normalise import Unchanged
 from attnseg.runtime.steps.preprocess import Preprocessed, Preprocessing, preprocess
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.steps.restore import restored
+from attnseg.runtime.steps.schemes import Unchanged
 
 
 def column(values: list[float], axis: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from attnseg.imports.monai_config import Component
+from attnseg.imports.monai.config import Component
 from attnseg.runtime.geometry import Shape, along_axes, shape_of
 
 _WITHOUT_EFFECT = {"SwinUNETR": ("img_size",)}

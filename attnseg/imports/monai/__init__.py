@@ -1,0 +1,1 @@
+"""Import of MONAI bundles: configuration, transforms, inferer and network."""
