@@ -29,52 +29,11 @@ from attnseg.runtime.cuda.upload import Upload
 from attnseg.runtime.engines.device import DeviceEngine
 from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
 from attnseg.runtime.options import Plan
+from attnseg.runtime.pipelines.cuda_results import COUNTS, NOT_FINITE, REMOVED, Results
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
 from attnseg.runtime.steps.foreground import no_foreground
 from attnseg.runtime.steps.resample import Quantity, Sampling
 from attnseg.runtime.steps.windows import WindowPlan
-
-_NOT_FINITE, _REMOVED, _COUNTS = 0, 1, 2  # indices in `Results.numbers`, which are int32
-_NUMBERS = _COUNTS + kernels.MOST_CLASSES
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Numbers that are downloaded with the labels of a volume.
-
-    Attributes:
-        finite: Whether every logit was finite.
-        components_removed: Number of components that the clean-up removed.
-        voxels: `(K,)` number of voxels of each class index; 0 for background, never counted.
-    """
-
-    finite: bool
-    components_removed: int
-    voxels: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, content: NDArray[np.uint8], classes: int) -> Outcome:
-        """Parse the bytes of `Results.numbers` for a number of classes."""
-        numbers = content.view(np.int32)
-        counts = numbers[_COUNTS:][:classes].astype(np.int64)
-        return cls(not numbers[_NOT_FINITE], int(numbers[_REMOVED]), counts)
-
-
-@dataclass(frozen=True)
-class Results:
-    """Device memory of a volume's results, which may be downloaded while the next volume runs.
-
-    Attributes:
-        labels: Region of the labels, one byte per voxel.
-        numbers: Region of the numbers of `Outcome`.
-    """
-
-    labels: Region
-    numbers: Region
-
-    def number(self, index: int) -> int:
-        """Device address of one of the numbers."""
-        return self.numbers.pointer + 4 * index
 
 
 @dataclass(frozen=True)
@@ -119,14 +78,7 @@ class DeviceSteps:
         self._box = Box.whole(upload.shape)  # of the image in the volume, or in its grid
         self._result = self._box
         self._image: Region | None = None
-        self._results = self._allocate_results()
-
-    def _allocate_results(self) -> Results:
-        voxels = prod(self._upload.shape)
-        given = self._device.allocate(aligned(voxels) + 4 * _NUMBERS)
-        self._device.clear(given)
-        numbers = Region.of(given, aligned(voxels), 4 * _NUMBERS)
-        return Results(Region.of(given, 0, voxels), numbers)
+        self._results = Results.allocate(self._device, prod(upload.shape))
 
     def _region(self, name: str) -> Region:
         return self._workspace.region(name)
@@ -346,7 +298,7 @@ class DeviceSteps:
         return BlendArgs(
             scores=self._region("scores").pointer if passes > 1 else None,
             classes=self._region("classes").pointer,
-            not_finite=self._results.number(_NOT_FINITE),
+            not_finite=self._results.number(NOT_FINITE),
             shape=Extent.of(box.shape),
             decision=decision,
             count=self._outputs,
@@ -387,7 +339,7 @@ class DeviceSteps:
             classes=self._region("classes").pointer,
             parents=self._region("parents").pointer,
             sizes=self._region("sizes").pointer,
-            removed=self._results.number(_REMOVED),
+            removed=self._results.number(REMOVED),
             shape=Extent.of(self._result.shape),
             min_voxels=self._plan.min_voxels,
         )
@@ -403,7 +355,7 @@ class DeviceSteps:
         args = kernels.RestoreArgs(
             classes=self._region("classes").pointer,
             labels=self._results.labels.pointer,
-            counts=self._results.number(_COUNTS),
+            counts=self._results.number(COUNTS),
             layout=LayoutArg.of(layout),
             shape=Extent.of(self._result.shape),
             origin=Extent.of(self._result.start),
