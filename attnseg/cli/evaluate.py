@@ -25,11 +25,11 @@ from attnseg.cli.parameters import (
     option,
     output_option,
     overwrite_option,
-    segment_options,
     trained_option,
 )
 from attnseg.cli.progress import case_progress, ended_cases, keeping, loading, stage_progress
 from attnseg.cli.run import model_record, print_refusals
+from attnseg.cli.segment_options import segment_options
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.extras import require
 from attnseg.runtime.model.bundle import Bundle

@@ -9,16 +9,13 @@ from typing import Any
 
 import click
 
+from attnseg.cli.bundle_options import build_options, content_options, gate_options, word_options
 from attnseg.cli.console import in_one_line, note, print_document, print_table, show
 from attnseg.cli.parameters import (
     PATH,
-    build_options,
     command,
-    content_options,
-    gate_options,
     option,
     output_option,
-    word_options,
 )
 from attnseg.cli.progress import keeping, loading, stage_progress
 from attnseg.runtime.extras import require

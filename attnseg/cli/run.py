@@ -30,9 +30,9 @@ from attnseg.cli.parameters import (
     output_option,
     overwrite_option,
     parse_pairs,
-    segment_options,
 )
 from attnseg.cli.progress import case_progress, keeping
+from attnseg.cli.segment_options import segment_options
 from attnseg.demo import make_demo_scan, score_demo
 from attnseg.runtime.case.scans import Case, find_cases, find_scans
 from attnseg.runtime.errors import ScanError

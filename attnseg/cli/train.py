@@ -9,13 +9,30 @@ from typing import Any
 from rich.markdown import Markdown
 
 from attnseg.cli.console import console, print_document, print_table, show
-from attnseg.cli.parameters import PATH, command, option, output_option, training_options
+from attnseg.cli.parameters import PATH, command, option, output_option, parse_pairs, together
 from attnseg.cli.progress import keeping, loading
 from attnseg.runtime.extras import require
 
+_training_options = together(
+    option("--data", type=PATH, required=True, help="Folder of labelled cases."),
+    option(
+        "--split",
+        type=PATH,
+        help="JSON file with lists train and validation of case names.  [default: a random split]",
+    ),
+    option(
+        "--set",
+        "settings",
+        multiple=True,
+        callback=parse_pairs("FIELD=VALUE, such as learning_rate=1e-3", empty=True),
+        metavar="FIELD=VALUE",
+        help="Change a training setting, such as epochs=30 (docs/training.md); may be repeated.",
+    ),
+)
+
 
 @command()
-@training_options
+@_training_options
 @output_option(None, "Folder for the run.")
 @option("--resume", is_flag=True, help="Resume the run in OUTPUT from its last.pt.")
 @option(
@@ -71,7 +88,7 @@ def _kept_of_run(output: Path) -> str:
 
 
 @command()
-@training_options
+@_training_options
 @output_option(None, "Folder for the four runs.")
 @option("--preset", metavar="[paper|wide16]", help="Size of the network.  [default: paper]")
 def ablate(
