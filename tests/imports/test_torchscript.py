@@ -91,7 +91,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes | None, message:
 
 
 def test_deepbet_gives_the_probabilities_of_its_own_torchscript(tmp_path: Path) -> None:
-    file = Path(deepbet.utils.DATA_PATH) / "models" / "model.pt"
+    file = Path(deepbet.utils.DATA_PATH) / "models" / "bbox_model.pt"
     bundle = import_torchscript(file, ROOT / "docs" / "deepbet.json", tmp_path / "deepbet").bundle
     head = _head((96, 112, 104))
     segmenter = Segmenter(bundle, SegmentOptions(precision="fp32"))
