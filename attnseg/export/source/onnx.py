@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from itertools import pairwise
 
 import onnx
 import torch
@@ -30,7 +31,10 @@ def _slice_norm(norm: nn.BatchNorm3d, start: int, stop: int) -> nn.BatchNorm3d:
 
 
 def fold_batch_norms(network: Network) -> Network:
-    """A copy for inference in which every batch norm is folded into the preceding convolution."""
+    """A copy for inference in which batch norms are folded into the convolutions before them.
+
+    Batch norms that follow no convolution, as before the units of a residual U-Net, remain.
+    """
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         if isinstance(module, ResidualBlock):
@@ -46,7 +50,19 @@ def fold_batch_norms(network: Network) -> Network:
                 part = _slice_norm(module.norm, index * half, (index + 1) * half)
                 module.branches[index] = fuse_conv_bn_eval(branch, part)
             module.norm = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(module, nn.Sequential):
+            _fold_pairs(module)
     return folded
+
+
+def _fold_pairs(layers: nn.Sequential) -> None:
+    """Fold each batch norm that directly follows a convolution, or begins a nested sequence."""
+    for index, (conv, after) in enumerate(pairwise(layers)):
+        sequence, place = (after, 0) if isinstance(after, nn.Sequential) else (layers, index + 1)
+        norm = sequence[place] if place < len(sequence) else None
+        if isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d):
+            layers[index] = fuse_conv_bn_eval(conv, norm)
+            sequence[place] = nn.Identity()
 
 
 def tidy(model: onnx.ModelProto) -> None:
