@@ -68,7 +68,9 @@ def ours(classes: int, grid: tuple[int, ...], shape: tuple[int, ...]) -> NDArray
         back="logits",
     )
     found = np.empty(shape, np.uint8)
-    for index, part in enumerate(restored(planes(classes, grid), scan, half=True)):
+    for index, part in enumerate(
+        restored(planes(classes, grid), scan, np.zeros(classes, np.float32), half=True)
+    ):
         found[index : index + 1] = argmax_classes(part)
     return found
 

@@ -91,8 +91,8 @@ def _logits(
 
     try:
         plan = windows.plan(case.image.shape[1:])
-        classes = config.network.classes
-        return sliding_window(case.image.astype(np.float32), engine, plan, classes, look)
+        background = np.zeros(config.network.classes, np.float32)  # argmax gives class 0
+        return sliding_window(case.image.astype(np.float32), engine, plan, background, look)
     except EngineError as error:
         raise TrainingError(
             f"case {case.name}: the logits of the validation are not finite in {config.precision}",

@@ -15,7 +15,7 @@ from attnseg.cli.app import main
 from attnseg.runtime.errors import ConfigError
 from attnseg.runtime.steps import decide
 from attnseg.runtime.steps.preprocess import preprocess
-from attnseg.runtime.task import Output, Task
+from attnseg.runtime.task import Activation, Output, Task
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import LinearEngine
 
@@ -27,12 +27,27 @@ def volume(small_synthetic: SyntheticCase) -> Volume:
     return Volume(small_synthetic.images, small_synthetic.affine)
 
 
-def segmenter(options: SegmentOptions, task: Task | None = None) -> Segmenter:
-    """The shipped model with a linear network and without clean-up."""
+class Constant(LinearEngine):
+    """A network that returns the same logits for each voxel."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__(MATRIX[: len(logits)])
+        self._logits = np.array(logits, np.float32)[None, :, None, None, None]
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        """See `Engine.infer`."""
+        shape = (len(batch), self._logits.shape[1], *batch.shape[2:])
+        return np.broadcast_to(self._logits, shape).copy()
+
+
+def segmenter(
+    options: SegmentOptions, task: Task | None = None, engine: LinearEngine | None = None
+) -> Segmenter:
+    """The shipped model with a linear network, unless another is given, and without clean-up."""
     bundle = Bundle.default()
     manifest = replace(bundle.manifest, task=task or bundle.manifest.task)
     options = replace(options, min_voxels=0)
-    return Segmenter(replace(bundle, manifest=manifest), options, LinearEngine(MATRIX))
+    return Segmenter(replace(bundle, manifest=manifest), options, engine or LinearEngine(MATRIX))
 
 
 def expected_probabilities(volume: Volume) -> np.ndarray:
@@ -43,8 +58,36 @@ def expected_probabilities(volume: Volume) -> np.ndarray:
     regions = np.stack([softmax[1:].sum(0), softmax[1] + softmax[3], softmax[3]])
     whole = np.zeros((3, *scan.shape))
     whole[(slice(None), *scan.box.slices())] = regions
-    # A window without foreground is background: its logits are 0, and so are all of them there.
     return whole
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("spacing_mm", [1.0, 2.0])
+@pytest.mark.parametrize("tta", ["none", "mirror8"])
+def test_what_no_window_covers_is_background(
+    tta: str, spacing_mm: float, activation: Activation
+) -> None:
+    """A network that is sure of background everywhere finds no region, and its probability is 0.
+
+    The image has two small bodies at its ends, so that windows between them are skipped; at 2 mm
+    it is resampled, so that a grid surrounds its box.
+    """
+    image = np.zeros((160, 40, 40), np.float32)
+    for start in (4, 140):
+        body = np.random.default_rng(start).uniform(50, 100, (12, 12, 12))
+        image[start : start + 12, 10:22, 10:22] = body
+    channels = [
+        image + c * np.random.default_rng(c).random(image.shape) * (image > 0) for c in range(4)
+    ]
+    volume = Volume(channels, np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0]))
+    if activation == "softmax":
+        engine, task, decide = Constant([20, 0, 0, 0]), None, "threshold"
+    else:
+        engine, task, decide = Constant([-20, -20, -20]), sigmoid_task(), None
+    options = SegmentOptions(probabilities=True, tta=tta, decide=decide)
+    result = segmenter(options, task, engine).segment(volume)
+    assert result.probabilities is not None
+    assert result.probabilities.max() < 1e-6 and not result.labels.any()
 
 
 def inside(volume: Volume) -> np.ndarray:

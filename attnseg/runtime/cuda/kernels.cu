@@ -491,7 +491,7 @@ KERNEL(average, AverageArgs) {
 }
 
 const int MOST_CLASSES = 32;
-const float LEAST_WEIGHT = 1.17549435e-38f;  // the smallest normal number: uncovered voxels stay 0
+const float LEAST_WEIGHT = 1.17549435e-38f;  // the smallest normal number
 
 template <int N> FUNCTION int first_largest(const float (&scores)[N], int count) {
     int best = 0;
@@ -562,6 +562,7 @@ struct BlendArgs {
     Decision decision;
     int count, half, half_sums;  // `count` channels of the logits; `half_sums`: sums are rounded to fp16
     int vote, which, passes;     // number of the pass, and of all
+    float background[MOST_CLASSES];  // outputs of a voxel in no window, or outside the image
 };
 FUNCTION float as_float(float value) { return value; }
 FUNCTION float as_float(unsigned short bits) { return half_value(bits); }
@@ -628,6 +629,8 @@ FUNCTION void mean_logits(const BlendArgs &a, float (&sums)[N][G], Extent at) {
             if (k < count) sums[k][g] /= weight;
         for (int k = 0; k < N; ++k)
             if (k < count && a.half_sums) sums[k][g] = half_value(half_bits(sums[k][g]));
+        for (int k = 0; k < N; ++k)
+            if (k < count && weights[g] == 0) sums[k][g] = a.background[k];
     }
 }
 // Class of a voxel, or -1 if a later pass decides; `voxel` is its element in the image.
@@ -694,25 +697,26 @@ struct Taps {
 struct ResampleArgs {
     const float *values;  // (K, X, Y, Z) of the image
     Taps taps;
-    Extent image, start;  // shape of the image, and its place in its grid, which is 0 elsewhere
+    Extent image, start;  // shape of the image, and its place in its grid, which is background elsewhere
     int half;             // results are rounded to fp16
     BlendArgs result;     // of the result: scores, classes, shape, decision and passes
 };
-FUNCTION double value_at(const ResampleArgs &a, const float *values, Extent at) {
+FUNCTION double value_at(const ResampleArgs &a, int channel, Extent at) {
     Extent own = minus(at, a.start);
-    return inside(own, a.image) ? (double)values[index(own, a.image)] : 0.0;
+    if (!inside(own, a.image)) return a.result.background[channel];
+    return a.values[channel * voxels_of(a.image) + index(own, a.image)];
 }
 FUNCTION double between(double low, double high, double share) { return (high - low) * share + low; }
 // One value of a channel between the voxels `low` and `high`, at these shares of the second.
-FUNCTION float resampled(const ResampleArgs &a, const float *values, Extent low, Extent high,
+FUNCTION float resampled(const ResampleArgs &a, int channel, Extent low, Extent high,
                          const double (&share)[3]) {
     double planes[2];
     for (int p = 0; p < 2; ++p) {
         int x = p ? high.x : low.x;
-        double near = between(value_at(a, values, Extent{x, low.y, low.z}),
-                              value_at(a, values, Extent{x, high.y, low.z}), share[1]);
-        double far = between(value_at(a, values, Extent{x, low.y, high.z}),
-                             value_at(a, values, Extent{x, high.y, high.z}), share[1]);
+        double near = between(value_at(a, channel, Extent{x, low.y, low.z}),
+                              value_at(a, channel, Extent{x, high.y, low.z}), share[1]);
+        double far = between(value_at(a, channel, Extent{x, low.y, high.z}),
+                             value_at(a, channel, Extent{x, high.y, high.z}), share[1]);
         planes[p] = between(near, far, share[2]);
     }
     double mixed = share[0] != 0 ? planes[0] * (1 - share[0]) + planes[1] * share[0] : planes[0];
@@ -725,10 +729,9 @@ template <int N> FUNCTION void resample_index(const ResampleArgs &a, unsigned i)
     Extent low = {a.taps.first[x], a.taps.first[y], a.taps.first[z]};
     Extent high = {a.taps.second[x], a.taps.second[y], a.taps.second[z]};
     double share[3] = {a.taps.share[x], a.taps.share[y], a.taps.share[z]};
-    long long voxels = voxels_of(a.image);
     float values[N];
     UNROLLED for (int k = 0; k < N; ++k)  // a constant index keeps `values` in registers
-        values[k] = k < r.count ? resampled(a, a.values + k * voxels, low, high, share) : 0.0f;
+        values[k] = k < r.count ? resampled(a, k, low, high, share) : 0.0f;
     int found = class_of(r, values, r.count, i);
     if (found >= 0) r.classes[i] = (unsigned char)found;
 }

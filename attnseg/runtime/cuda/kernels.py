@@ -249,6 +249,7 @@ class BlendArgs(ctypes.Structure):
         ("transform", TransformArg),
         ("decision", DecisionArg),
         *_ints("count half half_sums vote which passes"),
+        ("background", ctypes.c_float * MOST_CLASSES),
     )
 
 

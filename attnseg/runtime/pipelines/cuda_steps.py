@@ -277,7 +277,7 @@ class DeviceSteps:
         decision = DecisionArg.of(self._plan.decision, quantity)
         if resampled and back == "logits":
             decision.activation = 0  # the kernel that resamples them computes probabilities
-        args = self._fusing(index, passes, decision, self._box)
+        args = self._fusing(index, passes, decision, self._box, "logits")
         args.logits = self._region("logits").pointer
         args.importance = self._region("importance").pointer
         args.places = one.places.pointer
@@ -293,7 +293,9 @@ class DeviceSteps:
         if scan is not None and scan.sampling is not None:
             self._resample(index, passes, back, scan.sampling.inverse())
 
-    def _fusing(self, index: int, passes: int, decision: DecisionArg, box: Box) -> BlendArgs:
+    def _fusing(
+        self, index: int, passes: int, decision: DecisionArg, box: Box, given: Quantity
+    ) -> BlendArgs:
         """Arguments of a pass that combine its result with those of the previous passes."""
         return BlendArgs(
             scores=self._region("scores").pointer if passes > 1 else None,
@@ -305,6 +307,9 @@ class DeviceSteps:
             vote=int(passes > 1 and self._plan.fuse == "vote"),
             which=index,
             passes=passes,
+            background=(ctypes.c_float * kernels.MOST_CLASSES)(
+                *self._plan.decision.background(given)
+            ),
         )
 
     def _resample(self, index: int, passes: int, back: Quantity, sampling: Sampling) -> None:
@@ -327,7 +332,7 @@ class DeviceSteps:
             image=Extent.of(self._box.shape),
             start=Extent.of(self._box.start),
             half=int(self._plan.windows.blending.accumulate == "half"),
-            result=self._fusing(index, passes, decision, self._result),
+            result=self._fusing(index, passes, decision, self._result, back),
         )
         self._launch(kernels.resample_kernel(self._outputs), args)
 

@@ -107,7 +107,9 @@ class HostPipeline:
                     progress((index + share) / len(passes))
 
             turned = passes[index].apply(scan.image)
-            return sweep(turned, self._engine, windows[index], channels, advance, clock)
+            return sweep(
+                turned, self._engine, windows[index], plan.decision.background(), advance, clock
+            )
 
         count = len(windows[0].windows)
         if len(passes) == 1:
@@ -128,10 +130,11 @@ class HostPipeline:
 
     def _on_scan(self, parts: Iterable[NDArray[np.float32]], scan: Preprocessed) -> Planes:
         """Logits, or probabilities if the model resamples these, of the scan's result box."""
+        decision = self._plan.decision
         if scan.back == "probabilities":
-            parts = (self._plan.decision.activate(part) for part in parts)
+            parts = (decision.activate(part) for part in parts)
         half = self._plan.windows.blending.accumulate == "half"
-        return restored(parts, scan, half)
+        return restored(parts, scan, decision.background(scan.back), half)
 
     def _decided_in_parts(
         self,

@@ -22,9 +22,10 @@ class _Sums:
     Only the planes from `first` on along X that a window may cover are held.
     """
 
-    def __init__(self, channels: int, plan: WindowPlan) -> None:
+    def __init__(self, background: NDArray[np.float32], plan: WindowPlan) -> None:
         kind, (_, y, z) = _SUM_TYPE[plan.blending.accumulate], plan.padded_shape
         self._plan, self._weights = plan, importance_map(plan.window, plan.blending.weights)
+        channels, self._background = len(background), background
         self._logits = np.zeros((channels, plan.window[0], y, z), kind)
         self._total = np.zeros((plan.window[0], y, z), kind)
         self._weighted = np.empty((channels, *plan.window), np.float32)
@@ -44,15 +45,21 @@ class _Sums:
         self._total[:, y, z] = self._total[:, y, z].astype(np.float32) + self._weights
 
     def take(self, until: int) -> NDArray[np.float32]:
-        """Mean logits of the image's part of the planes `first` to `until`, which are dropped."""
+        """Mean logits of the image's part of the planes `first` to `until`, which are dropped.
+
+        Voxels without a window have the logits of background.
+        """
         count = until - self.first
         before, (_, y, z) = self._plan.pad_before[0], self._plan.inner
         skipped = max(0, before - self.first)
         size = min(until, before + self._plan.shape[0]) - self.first
         logits: NDArray[np.float32] = self._logits[:, skipped:size, y, z].astype(np.float32)
         total = self._total[skipped:size, y, z].astype(np.float32)
+        uncovered = total == 0
         np.maximum(total, np.finfo(np.float32).tiny, out=total)
         np.divide(logits, total, out=logits)
+        if uncovered.any():
+            logits[:, uncovered] = self._background[:, None]
         if self._logits.dtype == np.float16:
             logits = np.asarray(logits.astype(np.float16), np.float32)
         self._drop(count)
@@ -87,7 +94,7 @@ def sweep(
     image: NDArray[np.float32],
     engine: Engine,
     plan: WindowPlan,
-    channels: int,
+    background: NDArray[np.float32],
     progress: Progress | None = None,
     clock: StageClock | None = None,
 ) -> Iterator[NDArray[np.float32]]:
@@ -100,13 +107,12 @@ def sweep(
         image: `(C, X, Y, Z)` float32, normalised.
         engine: Engine that runs the network.
         plan: Windows for an image of this shape.
-        channels: Number of channels K that the network returns.
+        background: `(K,)` logits of a voxel in none of the windows that are run.
         progress: Callback for the completed fraction of the windows.
         clock: Clock that times the steps `network` and `blend`.
 
     Yields:
-        Consecutive parts `(K, x, Y, Z)` of the logits `(K, X, Y, Z)`, float32. Voxels that no
-        window covers are 0 in all channels, which argmax reads as background.
+        Consecutive parts `(K, x, Y, Z)` of the logits `(K, X, Y, Z)`, float32.
 
     Raises:
         BundleError: The network returns another number of channels.
@@ -114,7 +120,7 @@ def sweep(
     """
     clock = clock or StageClock()
     with clock.stage(Step.BLEND):
-        padded, sums = pad_image(image, plan), _Sums(channels, plan)
+        padded, sums = pad_image(image, plan), _Sums(background, plan)
         batch = np.empty((1, image.shape[0], *plan.window), np.float32)
     for done, window in enumerate(plan.windows, start=1):
         if window.start[0] > sums.first:
@@ -129,7 +135,7 @@ def sweep(
             with clock.stage(Step.NETWORK):
                 logits = _infer(engine, batch, plan)
             with clock.stage(Step.BLEND):
-                check_channels(len(logits), channels)
+                check_channels(len(logits), len(background))
                 if not np.isfinite(logits).all():
                     raise not_finite(engine.info)
                 sums.add(logits, window)
@@ -144,13 +150,13 @@ def sliding_window(
     image: NDArray[np.float32],
     engine: Engine,
     plan: WindowPlan,
-    channels: int,
+    background: NDArray[np.float32],
     progress: Progress | None = None,
     clock: StageClock | None = None,
 ) -> NDArray[np.float32]:
     """Logits `(K, X, Y, Z)` of an image; see `sweep`."""
-    parts = sweep(image, engine, plan, channels, progress, clock)
-    return collected(parts, channels, image.shape[1:])
+    parts = sweep(image, engine, plan, background, progress, clock)
+    return collected(parts, len(background), image.shape[1:])
 
 
 def collected(

@@ -21,6 +21,7 @@ from attnseg.runtime.task import Activation, Output, Task
 
 Decide = Literal["argmax", "threshold"]
 """Decision of a voxel: the class of the largest output, or thresholds on regions."""
+_CERTAIN_LOGIT = 16.0  # of a probability that differs from 1 by 1e-7
 LARGEST_PROBABILITIES = 1 << 32
 """Largest size of the probabilities of all regions of a scan, in bytes."""
 
@@ -95,6 +96,15 @@ class Decision:
             )
         outputs = own or (nested_outputs(task) if decide == "threshold" else ())
         return cls(task.activation, outputs, task.label_values, channels)
+
+    def background(self, quantity: Quantity = "logits") -> NDArray[np.float32]:
+        """Outputs `(K,)` of a voxel that is background, since the network did not see it."""
+        outputs = np.zeros(self.channels, np.float32)
+        if self.activation == "softmax":
+            outputs[0] = _CERTAIN_LOGIT if quantity == "logits" else 1
+        elif quantity == "logits":
+            outputs[:] = -_CERTAIN_LOGIT
+        return outputs
 
     def activate(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities of logits `(K, X, Y, Z)`."""

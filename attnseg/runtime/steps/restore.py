@@ -19,36 +19,41 @@ Planes = Iterable[NDArray[np.float32]]
 """Consecutive parts `(K, x, Y, Z)` of an array `(K, X, Y, Z)`."""
 
 
-def restored(planes: Planes, scan: Preprocessed, half: bool = False) -> Planes:
+def restored(
+    planes: Planes, scan: Preprocessed, background: NDArray[np.float32], half: bool = False
+) -> Planes:
     """Restore the outputs of an image.
 
     Args:
         planes: Outputs of the image, float32.
         scan: Position of the image in the volume.
+        background: `(K,)` outputs of a voxel outside the image.
         half: Whether resampled values are rounded to float16, as nnU-Net stores them.
 
     Returns:
-        Outputs of the `result_box` of the volume, float32. Outside the image they are 0.
+        Outputs of the `result_box` of the volume, float32.
     """
     if scan.sampling is None:
         return planes
     if scan.box_on_grid:
-        planes = _surrounded(planes, scan.box, scan.grid_shape)
+        planes = _surrounded(planes, scan.box, scan.grid_shape, background)
     return _resampled(planes, scan.sampling.inverse(), half)
 
 
-def _surrounded(planes: Planes, box: Box, shape: Shape) -> Planes:
-    """Outputs of a grid of `shape`, 0 outside the box."""
+def _surrounded(planes: Planes, box: Box, shape: Shape, background: NDArray[np.float32]) -> Planes:
+    """Outputs of a grid of `shape`; those of background outside the box."""
+
+    def empty(count: int) -> NDArray[np.float32]:
+        outputs = background[:, None, None, None]
+        return np.broadcast_to(outputs, (len(background), count, *shape[1:]))
+
     _, y, z = box.slices()
+    yield empty(box.start[0])
     for part in planes:
-        whole = np.zeros((part.shape[0], part.shape[1], *shape[1:]), np.float32)
+        whole = empty(part.shape[1]).copy()
         whole[:, :, y, z] = part
-        if box.start[0]:
-            yield np.zeros((whole.shape[0], box.start[0], *shape[1:]), np.float32)
-            box = Box((0, *box.start[1:]), box.stop)  # yielded once
         yield whole
-    if (behind := shape[0] - box.stop[0]) > 0:
-        yield np.zeros((whole.shape[0], behind, *shape[1:]), np.float32)
+    yield empty(shape[0] - box.stop[0])
 
 
 def _one_by_one(planes: Planes) -> Iterator[NDArray[np.float32]]:

@@ -365,6 +365,11 @@ def test_logits_of_mirror_images_are_averaged_as_numpy_does(
     np.testing.assert_array_equal(mean, (total / np.float32(len(mirrors))).astype(kept))
 
 
+def floats(values: np.ndarray) -> ctypes.Array[ctypes.c_float]:
+    """Values of the first channels, as a kernel takes them."""
+    return (ctypes.c_float * kernels.MOST_CLASSES)(*values)
+
+
 class Blender:
     """Blends passes by the kernel; `scores` if there are several."""
 
@@ -381,6 +386,7 @@ class Blender:
         argmax = Decision("softmax", (), tuple(range(classes)), classes)
         quantity: Quantity = "logits" if passes == 1 else "probabilities"
         self.decision = DecisionArg.of(decision or argmax, quantity)
+        self.background = (decision or argmax).background()
         self.scores = np.zeros((classes, *shape), np.float32)
         self.classes = np.empty(shape, np.uint8)
         self.not_finite = np.zeros(1, np.int32)
@@ -418,6 +424,7 @@ class Blender:
             int(vote and self.passes > 1),
             self.done,
             self.passes,
+            floats(self.background),
         )
         self.done += 1
 
@@ -440,7 +447,7 @@ def test_blending_is_the_numpy_pipelines(
     plan = WindowOptions((8, 8, 8), overlap, placement=placement).plan(image.shape[1:])
     batch = gathered(device, image, IDENTITY, plan, half=False)
     logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
-    expected = sliding_window(image, ENGINE, plan, 4)
+    expected = sliding_window(image, ENGINE, plan, np.zeros(4))
     single, first = (Blender(device, image.shape[1:], 4, passes) for passes in (1, 2))
     single.add(logits, plan, IDENTITY, vote=True)
     np.testing.assert_array_equal(single.classes, argmax_classes(expected))
@@ -462,7 +469,7 @@ def test_sums_in_fp16_are_rounded_where_numpy_rounds_them(device: Device, weight
         logits = np.concatenate([close.infer(window[None]) for window in batch])
         blender = Blender(device, image.shape[1:], 4, 1)
         blender.add(logits, plan, IDENTITY, vote=False)
-        expected = argmax_classes(sliding_window(image, close, plan, 4))
+        expected = argmax_classes(sliding_window(image, close, plan, np.zeros(4)))
         np.testing.assert_array_equal(blender.classes, expected)
         found[accumulate] = expected
     assert np.mean(found["single"] != found["half"]) > 0.02
@@ -495,7 +502,7 @@ def test_regions_are_decided_as_numpy_decides_them(
         batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([engine.infer(window[None]) for window in batch])
         blender.add(logits, plan, transform, vote=False)
-        values = transform.invert(sliding_window(turned, engine, plan, channels))
+        values = transform.invert(sliding_window(turned, engine, plan, np.zeros(channels)))
         fusion.add(values)
     expected = decision.classes(values) if passes == 1 else fusion.classes()
     assert len(np.unique(expected)) > (channels + 1) // 2
@@ -529,7 +536,7 @@ def test_thresholds_are_on_probabilities_where_these_are_decided_on(
 def test_values_are_resampled_as_numpy_resamples_them(
     host: HostDevice, shape: Shape, grid: Shape, seed: int, channels: int, half: bool
 ) -> None:
-    """To the bit, from a part of a grid, with zeros around it."""
+    """To the bit, from a part of a grid, with other values around it."""
     rng = np.random.default_rng(seed)
     start = shape_of([int(rng.integers(0, size)) for size in grid])
     box = Box(
@@ -538,7 +545,8 @@ def test_values_are_resampled_as_numpy_resamples_them(
     values = rng.standard_normal((channels, *box.shape)).astype(np.float32)
     sampling = Grid(shape=grid).sampling(shape, (1.0, 1.0, 1.0))
     scan = Preprocessed(values, box, True, grid, shape, sampling, "logits")
-    expected = np.concatenate(list(restored([values], scan, half)), axis=1)
+    around = rng.standard_normal(channels).astype(np.float32)
+    expected = np.concatenate(list(restored([values], scan, around, half)), axis=1)
     taps = [sampling.inverse().taps(axis) for axis in range(3)]
     first, second, share = (np.concatenate(own) for own in zip(*taps, strict=True))
     scores, finite = np.zeros((channels, *shape), np.float32), np.zeros(1, np.int32)
@@ -554,6 +562,7 @@ def test_values_are_resampled_as_numpy_resamples_them(
         count=channels,
         which=0,
         passes=2,
+        background=floats(around),
     )
     args = kernels.ResampleArgs(
         *pointers[:4], Extent.of(box.shape), Extent.of(start), int(half), result
@@ -603,15 +612,21 @@ def test_passes_are_joined_as_numpy_joins_them(device: Device, scheme: str, mode
         batch = gathered(device, image, transform, plan, half=False)
         logits = np.concatenate([ENGINE.infer(window[None]) for window in batch])
         blender.add(logits, plan, transform, mode == "vote")
-        blended = sliding_window(np.ascontiguousarray(turned), ENGINE, plan, 4)
+        blended = sliding_window(np.ascontiguousarray(turned), ENGINE, plan, np.zeros(4))
         fusion.add(transform.invert(blended))
     np.testing.assert_array_equal(blender.classes, fusion.classes())
 
 
-def test_a_voxel_that_no_window_covers_is_background(device: Device) -> None:
+@pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])
+def test_a_voxel_that_no_window_covers_is_background(
+    device: Device, activation: Activation | None
+) -> None:
+    """By argmax, and by thresholds, which a probability of 1/3 or 1/2 would exceed."""
     plan = WindowOptions((8, 8, 8), 0.25).plan((8, 8, 8))
     logits = np.ones((1, 3, 8, 8, 8), np.float32) * np.array([0, 1, 2]).reshape(1, 3, 1, 1, 1)
-    blender = Blender(device, (8, 8, 8), 3, 1)
+    outputs = (Output("all", 1, (1, 2), 0.3),)
+    decision = Decision(activation, outputs, (0, 1, 2), 3) if activation else None
+    blender = Blender(device, (8, 8, 8), 3, 1, decision)
     nowhere = np.array([-1], np.int64)
     blender.add(logits.astype(np.float32), plan, IDENTITY, vote=True, places=nowhere)
     assert not blender.classes.any()

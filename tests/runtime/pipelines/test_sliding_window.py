@@ -14,6 +14,8 @@ from attnseg.trainer.model import AttentionResNetUNet, NetworkConfig
 from tests.conftest import LinearEngine
 
 IDENTITY = np.eye(2, dtype=np.float32)
+BACKGROUND = np.array([16, 0, 0, 0], np.float32)
+"""Logits of a voxel in none of the windows that are run."""
 
 
 class Placed(LinearEngine):
@@ -44,7 +46,7 @@ def test_blended_logits_are_those_of_monai(shape: tuple[int, ...], overlap: floa
         )
     engine = TorchEngine(network, torch.device("cpu"), "fp32")
     plan = WindowOptions((32, 32, 32), overlap, network.config.stride).plan(shape)
-    result = sliding_window(image[0].numpy(), engine, plan, 4)
+    result = sliding_window(image[0].numpy(), engine, plan, BACKGROUND[:4])
     assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(result, expected[0].numpy(), atol=1e-4)
 
@@ -64,7 +66,7 @@ def test_constant_weights_blend_as_monai_does(shape: tuple[int, int, int]) -> No
     plan = plan_windows(shape, (16,) * 3, 0.25, blending=Blending("constant", empty_windows="run"))
     assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(
-        sliding_window(image, engine, plan, 2), expected[0].numpy(), atol=1e-5
+        sliding_window(image, engine, plan, BACKGROUND[:2]), expected[0].numpy(), atol=1e-5
     )
 
 
@@ -76,7 +78,7 @@ def test_planes_come_as_soon_as_no_window_reaches_them(
     image = np.random.default_rng(2).standard_normal((2, *shape)).astype(np.float32)
     plan = plan_windows(shape, (16,) * 3, 0.5, placement)
     engine, calls, parts = Placed(), [], []
-    for part in sweep(image, engine, plan, 2):
+    for part in sweep(image, engine, plan, BACKGROUND[:2]):
         parts.append(part)
         calls.append(engine.calls)
     starts = sorted({box.start[0] for box in plan.windows})
@@ -86,7 +88,7 @@ def test_planes_come_as_soon_as_no_window_reaches_them(
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     assert [part.shape[1] for part in parts] == (sizes if shape[0] >= 16 else [shape[0]])
     np.testing.assert_array_equal(
-        np.concatenate(parts, axis=1), sliding_window(image, engine, plan, 2)
+        np.concatenate(parts, axis=1), sliding_window(image, engine, plan, BACKGROUND[:2])
     )
 
 
@@ -96,7 +98,7 @@ def test_mirrored_windows_are_averaged(axes: tuple[int, ...]) -> None:
     image = np.ones((2, 8, 8, 8), np.float32)
     engine = Placed()
     plan = plan_windows((8, 8, 8), (8, 8, 8), blending=Blending(mirror_axes=axes))
-    logits = sliding_window(image, engine, plan, 2)
+    logits = sliding_window(image, engine, plan, BACKGROUND[:2])
     assert engine.calls == 2 ** len(axes)
     weights = (1, 10, 100)
     place = np.indices((8, 8, 8), np.float32)
@@ -108,7 +110,7 @@ def test_a_mirrored_window_is_given_the_mirrored_image() -> None:
     """The network copies the image, so that its logits are turned back to the image itself."""
     image = np.random.default_rng(3).standard_normal((2, 9, 8, 8)).astype(np.float32)
     plan = plan_windows((9, 8, 8), (8, 8, 8), blending=Blending(mirror_axes=(0, 2)))
-    result = sliding_window(image, LinearEngine(IDENTITY), plan, 2)
+    result = sliding_window(image, LinearEngine(IDENTITY), plan, BACKGROUND[:2])
     np.testing.assert_allclose(result, image, atol=1e-6)
 
 
@@ -119,7 +121,7 @@ def test_sums_in_half_are_rounded_to_float16() -> None:
     for accumulate in ("single", "half"):
         blending = Blending("constant", accumulate=accumulate)  # type: ignore[arg-type]
         plan = plan_windows((8, 8, 8), (8, 8, 8), blending=blending)
-        found[accumulate] = sliding_window(image, LinearEngine(IDENTITY), plan, 2)
+        found[accumulate] = sliding_window(image, LinearEngine(IDENTITY), plan, BACKGROUND[:2])
     assert (found["single"] == 2049).all() and (found["half"] == 2048).all()
     assert found["half"].dtype == np.float32
 
@@ -129,7 +131,7 @@ def test_windows_without_brain_are_run_where_the_model_says_so() -> None:
     image[1, :4] = 1
     engine = Placed()
     plan = plan_windows((64, 16, 16), (16,) * 3, 0, blending=Blending(empty_windows="run"))
-    result = sliding_window(image, engine, plan, 2)
+    result = sliding_window(image, engine, plan, BACKGROUND[:2])
     assert engine.calls == 4
     np.testing.assert_allclose(result[0, 16:32], result[0, 48:], rtol=1e-6)
     assert result[:, 16:].any()
@@ -138,13 +140,15 @@ def test_windows_without_brain_are_run_where_the_model_says_so() -> None:
 def test_a_network_of_other_channels_is_refused() -> None:
     image = np.ones((2, 16, 16, 16), np.float32)
     with pytest.raises(BundleError, match="returns 2 channels, its manifest names 3 outputs"):
-        sliding_window(image, LinearEngine(IDENTITY), plan_windows((16,) * 3, (16,) * 3), 3)
+        sliding_window(
+            image, LinearEngine(IDENTITY), plan_windows((16,) * 3, (16,) * 3), BACKGROUND[:3]
+        )
 
 
 def test_a_linear_network_is_not_changed_by_windows() -> None:
     image = np.random.default_rng(0).standard_normal((2, 50, 41, 23)).astype(np.float32)
     plan = plan_windows((50, 41, 23), (16,) * 3)
-    result = sliding_window(image, LinearEngine(IDENTITY), plan, 2)
+    result = sliding_window(image, LinearEngine(IDENTITY), plan, BACKGROUND[:2])
     np.testing.assert_allclose(result, image, atol=1e-5)
 
 
@@ -152,21 +156,24 @@ def test_windows_without_brain_are_skipped_and_give_background() -> None:
     image = np.zeros((2, 64, 16, 16), np.float32)
     image[1, :4] = 1
     engine = LinearEngine(IDENTITY)
-    result = sliding_window(image, engine, plan_windows((64, 16, 16), (16,) * 3, 0), 2)
+    result = sliding_window(image, engine, plan_windows((64, 16, 16), (16,) * 3, 0), BACKGROUND[:2])
     assert engine.calls == 1
-    assert np.all(result[:, 16:] == 0)
-    assert np.all(result.argmax(axis=0)[4:] == 0)
+    assert np.all(result[0, 16:] == 16) and np.all(result[1, 16:] == 0)
+    assert np.all(result[:, 4:16] == 0)
     assert np.all(result.argmax(axis=0)[:4] == 1)
 
 
 def test_an_image_of_zeros_runs_no_window() -> None:
     engine = LinearEngine(IDENTITY)
     result = sliding_window(
-        np.zeros((2, 9, 9, 9), np.float32), engine, WindowOptions(None).plan((9, 9, 9)), 2
+        np.zeros((2, 9, 9, 9), np.float32),
+        engine,
+        WindowOptions(None).plan((9, 9, 9)),
+        BACKGROUND[:2],
     )
     assert engine.calls == 0
     assert result.shape == (2, 9, 9, 9)
-    assert not result.any()
+    assert np.all(result[0] == 16) and not result[1].any()
 
 
 def test_the_full_window_is_one_pass_over_the_padded_image() -> None:
@@ -174,7 +181,9 @@ def test_the_full_window_is_one_pass_over_the_padded_image() -> None:
     engine = LinearEngine(IDENTITY)
     plan = WindowOptions(None, window_multiple=16).plan(image.shape[1:])
     assert plan.padded_shape == (48, 16, 16)
-    np.testing.assert_allclose(sliding_window(image, engine, plan, 2), image, atol=1e-6)
+    np.testing.assert_allclose(
+        sliding_window(image, engine, plan, BACKGROUND[:2]), image, atol=1e-6
+    )
     assert engine.calls == 1
 
 
@@ -183,7 +192,7 @@ def test_progress_and_clock_are_told() -> None:
     clock = StageClock()
     image = np.ones((2, 32, 16, 16), np.float32)
     plan = plan_windows((32, 16, 16), (16,) * 3, 0)
-    sliding_window(image, LinearEngine(IDENTITY), plan, 2, shares.append, clock)
+    sliding_window(image, LinearEngine(IDENTITY), plan, BACKGROUND[:2], shares.append, clock)
     assert shares == [0.5, 1]
     assert set(clock.elapsed_ms) == {"network", "blend"}
 
@@ -192,4 +201,4 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     engine = LinearEngine(np.array([[np.inf, 0], [0, 1]], np.float32))
     image = np.ones((2, 16, 16, 16), np.float32)
     with pytest.raises(EngineError, match="returned logits that are not finite in fp32"):
-        sliding_window(image, engine, plan_windows((16,) * 3, (16,) * 3), 2)
+        sliding_window(image, engine, plan_windows((16,) * 3, (16,) * 3), BACKGROUND[:2])

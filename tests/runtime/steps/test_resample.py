@@ -160,7 +160,10 @@ def put_back(
         sampling=Grid(shape=grid_shape).sampling(shape, (1.0, 1.0, 1.0)),
         back="logits",
     )
-    whole = np.concatenate(list(restored(np.split(logits, parts, axis=1), scan)), axis=1)
+    whole = np.concatenate(
+        list(restored(np.split(logits, parts, axis=1), scan, np.zeros(len(logits), np.float32))),
+        axis=1,
+    )
     assert whole.dtype == np.float32
     assert scan.result_box == Box.whole(shape)
     return whole

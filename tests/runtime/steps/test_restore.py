@@ -14,6 +14,9 @@ from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.steps.restore import restored
 from attnseg.runtime.steps.schemes import Unchanged
 
+OUTSIDE = np.array([-2], np.float32)
+"""Output of a voxel outside the image."""
+
 
 def column(values: list[float], axis: int) -> np.ndarray:
     """One channel of voxels along an axis, `(1, X, Y, Z)`."""
@@ -31,7 +34,7 @@ def there(values: list[float], spacing_mm: float, grid: Grid, axis: int = 0) -> 
 
 
 def back(planes: np.ndarray, scan: Preprocessed, half: bool = False) -> list[float]:
-    found = np.concatenate(list(restored([planes], scan, half)), axis=1)
+    found = np.concatenate(list(restored([planes], scan, OUTSIDE, half)), axis=1)
     assert (found.shape[1:], found.dtype) == (scan.result_box.shape, np.float32)
     values: list[float] = found.ravel().tolist()
     return values
@@ -99,7 +102,7 @@ def test_a_crop_on_the_grid_is_surrounded_before_and_one_of_the_scan_after() -> 
     channel = np.array([0, 0, 0, 0, 6, 6, 6, 6], np.float32).reshape(8, 1, 1)
     first = parts_of(channel, ("resample", "crop", "normalise"))
     assert (first.box, first.result_box) == (Box((2, 0, 0), (4, 1, 1)), Box.whole((8, 1, 1)))
-    assert back(column([4, 8], 0), first) == [0, 0, 0, 1, 3, 5, 7, 8]
+    assert back(column([4, 8], 0), first) == [-2, -2, -2, -0.5, 2.5, 5, 7, 8]
     last = parts_of(channel, ("crop", "normalise", "resample"))
     assert last.box == last.result_box == Box((4, 0, 0), (8, 1, 1))
     assert back(column([4, 8, 4, 8], 0), last) == [4, 8, 4, 8]
@@ -115,7 +118,7 @@ def test_planes_are_read_as_they_are_needed() -> None:
             read.append(index)
             yield column([float(index)], 0)
 
-    given = [(len(read), plane.item()) for plane in restored(planes(), scan)]
+    given = [(len(read), plane.item()) for plane in restored(planes(), scan, OUTSIDE)]
     # Planes 2 i + 1 and 2 i + 2 of the scan lie between planes i and i + 1 of the grid.
     assert [value for _, value in given[:4]] == [0, 0.25, 0.75, 1.25]
     assert [count for count, _ in given] == [2, *(2 + i // 2 for i in range(14)), 8]
