@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 for _name in ("raw", "preprocessed", "results"):
@@ -190,6 +191,7 @@ def write_scan(
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     orientation: str = "LPS",
     ct: bool = False,
+    oblique: bool = False,
     seed: int = 0,
 ) -> None:
     """Write a scan with smooth structures, `NAME_0000.nii.gz` and so on; MRI has a background."""
@@ -207,6 +209,8 @@ def write_scan(
         inside &= ~((abs(index - centre) < 2).all(0))  # a hole, which the mask fills
         stored[:, ~inside] = 0
     affine = _affine(orientation, spacing_mm)
+    if oblique:  # so that float32 rounds the norm of an axis of 3 mm to more than 3
+        affine[:3, :3] = Rotation.from_euler("xyz", (0.05, -0.2, 0.1)).as_matrix() @ affine[:3, :3]
     for channel, array in enumerate(stored):
         image = nib.Nifti1Image(array, affine)
         nib.save(image, folder / f"{name}_{channel:04d}.nii.gz")

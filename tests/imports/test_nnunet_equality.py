@@ -39,6 +39,14 @@ CASES: dict[str, tuple[NnUNetFolder, dict[str, Any]]] = {
         NnUNetFolder(residual=True, **CT, **SPLIT),
         {"ct": True, "spacing_mm": (0.8, 0.8, 5.0), "shape": (40, 44, 9)},
     ),
+    "oblique, at the limit of a separate axis": (
+        NnUNetFolder(spacing=(1.0, 1.0, 1.0)),
+        {"oblique": True, "spacing_mm": (1.0, 1.0, 3.0), "shape": (36, 30, 12)},
+    ),
+    "oblique, half a voxel": (
+        NnUNetFolder(spacing=(1.0, 1.0, 1.0)),
+        {"oblique": True, "spacing_mm": (1.5, 1.5, 1.5), "shape": (26, 24, 22)},
+    ),
     "regions, resampled": (
         NnUNetFolder(labels=REGIONS, order=(1, 2), spacing=(1.2, 0.8, 0.8)),
         {"spacing_mm": (1.0, 1.0, 1.0)},

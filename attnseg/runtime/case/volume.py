@@ -19,6 +19,7 @@ Affine = NDArray[np.float64]
 """`(4, 4)` float64 matrix from voxel to world coordinates in mm, RAS+ as in NIfTI."""
 _LARGEST_AFFINE = 1e9  # mm, after a conversion from metres
 _LEAST_DETERMINANT = 1e-3  # of axes of length 1: those of a volume are nearly at right angles
+_ROUNDING = 1e-6  # of the norm of an axis, whose numbers are float32
 _REPAIR = "repair the header"
 Channels = Sequence[NDArray[Any]] | NDArray[Any]
 """C arrays `(X, Y, Z)`, or one array `(C, X, Y, Z)`."""
@@ -66,8 +67,17 @@ class Volume:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along X, Y and Z in millimetres."""
-        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        """Voxel size along X, Y and Z in millimetres.
+
+        NIfTI rounds the affine to single precision. A size of the affine that the header states
+        (`pixdim`) up to that rounding is taken as stated, as SimpleITK and nnU-Net take it.
+        """
+        sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
+        if self.header is not None:
+            stated = np.asarray(self.header["pixdim"][1:4], np.float64)
+            nearest = stated[np.abs(stated[:, None] - sizes).argmin(axis=0)]
+            sizes = np.where(np.abs(nearest - sizes) <= _ROUNDING * sizes, nearest, sizes)
+        x, y, z = sizes.tolist()
         return x, y, z
 
     @property

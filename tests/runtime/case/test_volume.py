@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,29 @@ def test_trailing_axes_of_one_are_dropped_from_a_4d_file(save_image: SaveImage) 
 def test_a_volume_without_channels_is_refused(channels: Any) -> None:
     with pytest.raises(VolumeError, match=r"channels: expected arrays \(X, Y, Z\)"):
         Volume(channels, np.eye(4))
+
+
+@pytest.mark.parametrize("edges", [(1.0, 1.0, 3.0), (3.2, 3.2, 0.8), (1.5, 0.9765625, 1.5)])
+def test_voxel_sizes_of_oblique_scans_are_those_of_the_header(
+    tmp_path: Path, edges: tuple[float, float, float]
+) -> None:
+    """The affine holds float32, so that the norm of an axis is 3.00000004, for example."""
+    rng, norms = np.random.default_rng(0), []
+    for index in range(8):
+        turn, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+        affine = np.eye(4)
+        affine[:3, :3] = turn * np.array(edges)
+        file = tmp_path / f"{index}.nii"
+        image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
+        nib.save(image, file)
+        volume = read_volume([file])
+        norms.append(np.linalg.norm(volume.affine[:3, :3], axis=0))
+        assert volume.spacing_mm == tuple(np.float32(edge) for edge in edges)
+        turned = volume.oriented("RAS")
+        assert sorted(turned.spacing_mm) == sorted(np.float32(edge) for edge in edges)
+    assert any(tuple(own) != edges for own in norms)
+    scaled = replace(volume, affine=volume.affine @ np.diag([2.0, 2.0, 2.0, 1.0]))
+    np.testing.assert_allclose(scaled.spacing_mm, 2 * np.array(edges), rtol=1e-6)
 
 
 def test_an_affine_may_be_a_list_and_must_hold_numbers() -> None:
