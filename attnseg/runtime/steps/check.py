@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from attnseg.runtime.steps.extremes import replace_extremes
 from attnseg.runtime.steps.foreground import background_value
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
-from attnseg.runtime.steps.schemes import ClipZScore, LandmarkMatching, Scheme, ZScore
+from attnseg.runtime.steps.schemes import ClipZScore, LandmarkMatching, Range, Scheme, ZScore
 from attnseg.runtime.task import Task
 from attnseg.runtime.threads import Each, mapping
 
@@ -186,7 +187,8 @@ def clean_channels(
     names = channel_labels(volume, rules.task)
     channels: list[NDArray[Any]] = list(volume.channels)
     deque(each(_check_varies, names, channels), maxlen=0)
-    channels, extremes = replace_extremes(channels, names, each)
+    known = rules.foreground_ml is not None  # otherwise, another framework preprocessed its data
+    channels, extremes = replace_extremes(channels, names, each, replace=known)
     if extremes:
         deque(each(_check_varies, names, channels), maxlen=0)
     channels, doubts = _check_background(channels, names, volume, rules, each)
@@ -238,19 +240,32 @@ def _other_modality(
     warnings = []
     for channel, label, name, scheme in zip(channels, labels, names, schemes, strict=True):
         lowest = float(channel[::2, ::2, ::2].min())
-        for_ct = isinstance(scheme, ClipZScore) and scheme.low < 0
-        if for_ct and lowest >= 0:
+        if _for_ct(scheme) and lowest >= 0:
             warnings.append(
                 f"{label}: no value is below 0, the model is for CT in Hounsfield units, in which "
                 "air is -1000: the result is likely wrong"
             )
-        by_statistics = isinstance(scheme, ZScore | LandmarkMatching)
-        if by_statistics and lowest < _LEAST_MRI and "ct" not in name.lower():
+        named_ct = re.search(r"\bct\b", name.lower()) is not None
+        if _by_statistics(scheme) and lowest < _LEAST_MRI and not named_ct:
             warnings.append(
                 f"{label}: has values down to {lowest:g}, as CT has; the model is for intensities "
                 "of MRI: the result is likely wrong"
             )
     return tuple(warnings)
+
+
+def _for_ct(scheme: Scheme) -> bool:
+    """Whether a scheme maps a fixed range of intensities that begins below 0."""
+    if isinstance(scheme, Range):
+        return scheme.source is not None and scheme.source[0] < 0
+    return isinstance(scheme, ClipZScore) and scheme.low < 0
+
+
+def _by_statistics(scheme: Scheme) -> bool:
+    """Whether a scheme maps intensities by the statistics of the scan, as is usual for MRI."""
+    if isinstance(scheme, Range):
+        return scheme.source is None
+    return isinstance(scheme, ZScore | LandmarkMatching)
 
 
 def _check_varies(name: str, channel: NDArray[Any]) -> None:

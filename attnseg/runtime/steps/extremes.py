@@ -20,14 +20,18 @@ _FARTHEST = 10.0  # distance from the percentiles, as a multiple of their distan
 
 
 def replace_extremes(
-    channels: Sequence[NDArray[Any]], names: Sequence[str], each: Each = map
+    channels: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    each: Each = map,
+    replace: bool = True,
 ) -> tuple[list[NDArray[Any]], tuple[str, ...]]:
-    """Replace values far beyond all others.
+    """Replace values far beyond all others, or only warn of them.
 
     Args:
         channels: C arrays `(X, Y, Z)`, any real dtype, finite.
         names: Name of each channel, for warnings.
         each: Function that calls another with each channel.
+        replace: Whether the values are replaced.
 
     Returns:
         The channels, those without extreme values as given, and warnings.
@@ -38,9 +42,11 @@ def replace_extremes(
         if within:
             continue
         extreme = (channel < limits[0]) | (channel > limits[1])
-        warnings.append(
-            f"{name}: {_describe(channel, extreme)}; replaced by {low:.3g} to {high:.3g}"
-        )
+        said = f"{name}: {_describe(channel, extreme)}"
+        if not replace:
+            warnings.append(f"{said}; kept, since other frameworks do not replace them")
+            continue
+        warnings.append(f"{said}; replaced by {low:.3g} to {high:.3g}")
         others = [other for other in channels if other is not channel]
         tissue = np.logical_or.reduce([other != 0 for other in others]) if others else extreme
         kind = channel.dtype.type

@@ -10,8 +10,8 @@ from attnseg import Volume
 from attnseg.runtime.errors import VolumeError
 from attnseg.runtime.steps.check import InputRules, check_input
 from attnseg.runtime.steps.preprocess import Preprocessing
-from attnseg.runtime.steps.schemes import ClipZScore, ZScore
-from attnseg.runtime.task import BRATS_CHANNELS, Label, Task
+from attnseg.runtime.steps.schemes import ClipZScore, Range, Scheme, ZScore
+from attnseg.runtime.task import BRATS_CHANNELS, Channel, Label, Task
 from attnseg.synthetic import SyntheticCase
 from tests.conftest import PLAIN
 
@@ -131,24 +131,48 @@ def test_a_model_of_unknown_voxel_size_takes_any(volume: Volume) -> None:
     assert (checked.preprocessing.grid, checked.warnings) == (None, ())
 
 
-def for_ct(low: float) -> InputRules:
-    schemes = (ClipZScore(low, 300.0, 50.0, 80.0),) * 4
-    return InputRules(TASK, Preprocessing("LPS", None, "all", schemes), (1.0, 1.0, 1.0))
+def test_a_model_of_another_framework_gets_the_voxels_of_the_scan(volume: Volume) -> None:
+    channels = [np.array(c, np.float32) for c in volume.channels]
+    channels[1][40, 40, 40] = 1e6
+    for rules, kept in ((UNKNOWN, True), (RULES, False)):
+        checked = check_input(replace(volume, channels=channels), rules)
+        assert "1 voxel lies far beyond all others" in checked.warnings[0]
+        assert (checked.volume.channels[1][40, 40, 40] == 1e6) == kept
 
 
-def test_scans_of_another_modality_are_warned_of(volume: Volume) -> None:
+def with_scheme(scheme: Scheme) -> InputRules:
+    return InputRules(TASK, Preprocessing("LPS", None, "all", (scheme,) * 4), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("by_statistics", "for_ct"),
+    [
+        (ZScore("all"), ClipZScore(-200.0, 300.0, 50.0, 80.0)),
+        (Range(percentiles=(0.5, 99.5)), Range(source=(-57.0, 164.0))),
+    ],
+)
+def test_scans_of_another_modality_are_warned_of(
+    volume: Volume, by_statistics: Scheme, for_ct: Scheme
+) -> None:
     mri = [np.asarray(channel).astype(np.int16) for channel in volume.channels]
     ct = [np.where(channel == 0, -1000 - n, channel) for n, channel in enumerate(mri)]
     of_mri, of_ct = replace(volume, channels=mri), replace(volume, channels=ct)
-    by_statistics = Preprocessing("LPS", None, "all", (ZScore("all"),) * 4)
-    for_mri = InputRules(TASK, by_statistics, (1.0, 1.0, 1.0))
-    found = check_input(of_ct, for_mri).warnings
+    found = check_input(of_ct, with_scheme(by_statistics)).warnings
     assert [w.split(",")[0] for w in found] == [
         f"{name}: has values down to {low}"
         for name, low in zip(TASK.channel_names, (-1000, -1001, -1002, -1003), strict=True)
     ]
-    found = check_input(of_mri, for_ct(-200.0)).warnings
+    found = check_input(of_mri, with_scheme(for_ct)).warnings
     assert len(found) == 4
     assert all("no value is below 0, the model is for CT" in w for w in found)
-    for doubtless in ((of_mri, for_mri), (of_ct, for_ct(-200.0)), (of_mri, for_ct(0.0))):
-        assert check_input(*doubtless).warnings == ()
+    from_0 = ClipZScore(0.0, 300.0, 50.0, 80.0)
+    for doubtless, scheme in ((of_mri, by_statistics), (of_ct, for_ct), (of_mri, from_0)):
+        assert check_input(doubtless, with_scheme(scheme)).warnings == ()
+
+
+@pytest.mark.parametrize(("name", "warned"), [("T2 correction", 1), ("CT", 0), ("low-dose ct", 0)])
+def test_a_channel_is_of_ct_where_a_word_of_its_name_is(name: str, warned: int) -> None:
+    task = Task((Channel(name, ("",)),), TASK.labels, TASK.regions, (name,))
+    rules = InputRules(task, Preprocessing("LPS", None, "all", (ZScore("all"),)), (1.0, 1.0, 1.0))
+    values = np.random.default_rng(0).integers(-1000, 400, (16, 16, 16)).astype(np.int16)
+    assert len(check_input(Volume([values], np.eye(4)), rules).warnings) == warned

@@ -43,6 +43,14 @@ def test_a_voxel_far_beyond_all_others_becomes_a_percentile_with_a_warning(
     assert "the first at (3, 4, 5)" in warning
 
 
+def test_a_voxel_far_beyond_all_others_may_be_kept_with_a_warning() -> None:
+    channel = VALUES.astype(np.int32)
+    channel[3, 4, 5] = 2_000_000_000
+    (found,), (warning,) = replace_extremes([channel], ["t1"], replace=False)
+    assert found is channel
+    assert "up to 2e+09" in warning and "kept" in warning
+
+
 def test_a_voxel_in_the_background_of_the_other_channels_becomes_0() -> None:
     channel, other = VALUES.astype(np.int32), VALUES.astype(np.int32)
     channel[:5] = other[:5] = 0
