@@ -15,6 +15,7 @@ from attnseg.runtime.pipelines.base import Pending, Progress, Segmentation, Stag
 from attnseg.runtime.pipelines.open import open_pipeline
 from attnseg.runtime.results.provenance import Provenance
 from attnseg.runtime.steps.check import check_channel_count
+from attnseg.runtime.steps.clock import StageClock, Step
 from attnseg.runtime.strip import SkullStripper, mask_channel
 
 
@@ -99,11 +100,16 @@ class Segmenter:
         if not isinstance(volume, Volume):
             kind = type(volume).__name__
             raise VolumeError(f"expected a Volume, got {kind}", "give Volume(channels, affine)")
-        if self._stripper is not None:
-            check_channel_count(volume, self.plan.task)
-            check_volume(volume)
+        if self._stripper is None:
+            return self._pipeline.stage(volume)
+        check_channel_count(volume, self.plan.task)
+        check_volume(volume)
+        clock = StageClock()
+        with clock.stage(Step.STRIP):
             volume = self._stripper.strip(volume)
-        return self._pipeline.stage(volume)
+        staged = self._pipeline.stage(volume)
+        staged.clock.precede(clock)
+        return staged
 
     def submit(
         self, staged: Staged, progress: Progress | None = None, on_device: bool = False

@@ -6,6 +6,7 @@ largest component of the second model's foreground, with its holes filled.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from attnseg.runtime.case.volume import Volume
 from attnseg.runtime.errors import ConfigError, VolumeError
 from attnseg.runtime.pipelines.base import Segmentation
 from attnseg.runtime.task import Task
+
+log = logging.getLogger(__name__)
 
 _PLAUSIBLE_ML = (700.0, 2200.0)
 """Volume of adult brains with margin; a mask outside this range is doubtful."""
@@ -68,7 +71,9 @@ class SkullStripper:
         self._one_at_a_time = threading.Lock()
 
     def strip(self, volume: Volume) -> Volume:
-        """Volume whose voxels outside the brain are 0 in all channels, with a warning.
+        """Volume whose voxels outside the brain are 0 in all channels.
+
+        It has a warning if the volume of the brain is implausible.
 
         Raises:
             VolumeError: No brain is found.
@@ -83,12 +88,13 @@ class SkullStripper:
         if not size_ml:
             raise VolumeError(f"{self._name} finds no brain", "check that the right file was given")
         channels = [np.where(brain, channel, channel.dtype.type(0)) for channel in volume.channels]
-        warnings = (*volume.warnings, *found.warnings, *self._words(size_ml))
+        warnings = (*volume.warnings, *found.warnings, *self._doubts(size_ml))
         return replace(volume, channels=channels, warnings=warnings)
 
-    def _words(self, size_ml: float) -> Sequence[str]:
+    def _doubts(self, size_ml: float) -> Sequence[str]:
         said = f"skull-stripped by {self._name}: the brain has {size_ml:.0f} ml"
         low, high = _PLAUSIBLE_ML
         if low <= size_ml <= high:
-            return (said,)
+            log.info("%s", said)
+            return ()
         return (f"{said}, which is implausible for an adult; check the mask in the picture",)

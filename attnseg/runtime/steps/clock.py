@@ -18,6 +18,7 @@ class Step(StrEnum):
     resamples outputs and fuses passes as part of `blend`.
     """
 
+    STRIP = "skull-strip"
     CHECK = "check"
     UPLOAD = "upload"
     PREPROCESS = "preprocess"
@@ -53,6 +54,13 @@ class StageClock:
             elapsed_ms = (time.perf_counter() - began) * 1000
             self.elapsed_ms[str(name)] += elapsed_ms - self._within_ms.pop()
             self._within_ms[-1] += elapsed_ms
+
+    def precede(self, earlier: StageClock) -> None:
+        """Put the stages of another clock before those of this one."""
+        own = self.elapsed_ms
+        self.elapsed_ms = dict(earlier.elapsed_ms)
+        for name, elapsed_ms in own.items():
+            self.elapsed_ms[name] = self.elapsed_ms.get(name, 0.0) + elapsed_ms
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Items of an iterable; the time to compute each counts for the stage `name`."""
