@@ -15,11 +15,12 @@ from attnseg.runtime.pipelines.cuda import CudaPipeline, CudaStaged, LostBeforeE
 class FallbackPipeline:
     """Segments on a GPU until it is lost, and on the CPU afterwards.
 
-    The volume that is segmented while the GPU is lost fails; later volumes are segmented on the
-    CPU. The loss may be found by several threads; the second pipeline is opened once.
+    The volume that is processed on the GPU while it is lost fails; later volumes are segmented on
+    the CPU, as is a volume that was processed on the host, whose network alone ran on the GPU. The
+    loss may be found by several threads; the second pipeline is opened once.
     """
 
-    def __init__(self, first: CudaPipeline, open_second: Callable[[], Pipeline]) -> None:
+    def __init__(self, first: Pipeline, open_second: Callable[[], Pipeline]) -> None:
         """Use `first` until its GPU is lost, and then the result of `open_second`."""
         self._current: Pipeline = first
         self._open_second, self._lock = open_second, threading.Lock()
@@ -52,8 +53,9 @@ class FallbackPipeline:
         current = self._current
         try:
             return _submit(current, staged, progress, on_device)
-        except LostBeforeError:
-            pass
+        except DeviceLostError as error:
+            if isinstance(current, CudaPipeline) and not isinstance(error, LostBeforeError):
+                raise
         return _submit(self._after(current), staged, progress, on_device)
 
 

@@ -80,10 +80,19 @@ def _pipeline(engine: Engine, plan: Plan, open_second: Callable[[], Pipeline]) -
     if on_device.classes is not None:
         check_channels(on_device.classes, plan.task.output_channels)
     missing = missing_kernel(plan)
-    if missing is not None:
+    pipeline: Pipeline
+    if missing is None:
+        pipeline = CudaPipeline(on_device, plan)
+    elif plan.engine.max_memory_bytes is not None:
+        raise ConfigError(
+            "a limit of device memory is for volumes that are processed on the GPU, and no kernel "
+            f"supports {missing}",
+            "leave {} out",
+            Setting("max_memory_bytes"),
+        )
+    else:
         log.info("only the network runs on the GPU, as no kernel supports %s", missing)
-        return HostPipeline(engine, plan)
-    pipeline = CudaPipeline(on_device, plan)
+        pipeline = HostPipeline(engine, plan)
     if plan.fallback is None:
         return pipeline
     from attnseg.runtime.pipelines.fallback import FallbackPipeline

@@ -7,8 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from attnseg import Volume
+from attnseg.runtime.errors import DeviceLostError
 from attnseg.runtime.pipelines.cuda import LostBeforeError
 from attnseg.runtime.pipelines.fallback import FallbackPipeline
+
+
+def test_a_volume_that_is_processed_on_the_host_is_segmented_again() -> None:
+    """Its network alone ran on the GPU, so nothing of it is lost."""
+
+    class OnHost:
+        def submit(self, *given: Any) -> Any:
+            raise DeviceLostError("gone")
+
+    class Second:
+        def submit(self, staged: Any, *given: Any) -> str:
+            return f"segmented {staged}"
+
+    first: Any = OnHost()
+    second: Any = Second()
+    staged: Any = "volume"
+    assert FallbackPipeline(first, lambda: second).submit(staged) == "segmented volume"  # type: ignore[comparison-overlap]
 
 
 def test_two_threads_that_find_the_loss_open_one_second_pipeline() -> None:
