@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import combinations, product
 from typing import Literal
 
@@ -217,7 +217,7 @@ def importance_map(window: Sequence[int], weights: Weights = "gaussian") -> NDAr
     return _nnunet_map(shape_of(window)) if weights == "gaussian-nnunet" else _monai_map(window)
 
 
-@cache
+@lru_cache(maxsize=2)  # a full window has another size in every case
 def _nnunet_map(window: Shape) -> NDArray[np.float32]:
     """nnU-Net's `compute_gaussian`: a filtered point; zeros are raised to the least weight."""
     from scipy import ndimage
