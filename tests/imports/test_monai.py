@@ -400,11 +400,36 @@ REFUSED: dict[str, tuple[Json, str]] = {
     ),
     "network": (
         changed(SPLEEN, network_def={"_target_": "scripts.unest.UNesT"}),
-        r"network_def \(UNesT\) is the network scripts.unest.UNesT; import bundles with BasicUNet",
+        "network_def names scripts.unest.UNesT, which is no class of MONAI; import bundles that "
+        "use MONAI's own classes",
     ),
-    "network of another module": (
+    "network of the same name": (
         changed(SPLEEN, network_def___target_="os.UNet"),
-        "is the network os.UNet",
+        "network_def names os.UNet, which is no class of MONAI",
+    ),
+    "network of a module that begins alike": (
+        changed(SPLEEN, network_def___target_="monai_own.UNet"),
+        "network_def names monai_own.UNet, which is no class of MONAI",
+    ),
+    "network that is not listed": (
+        changed(SPLEEN, network_def___target_="monai.networks.nets.AHNet"),
+        r"network_def \(AHNet\) is the network monai.networks.nets.AHNet; import bundles with Bas",
+    ),
+    "transform of the same name": (
+        changed(SPLEEN, scaling__1___target_="scripts.my_transforms.ScaleIntensityRanged"),
+        r"preprocessing.transforms\[4\] names scripts.my_transforms.ScaleIntensityRanged, which",
+    ),
+    "compose of the same name": (
+        changed(SPLEEN, preprocessing___target_="scripts.Compose"),
+        "preprocessing names scripts.Compose, which is no class of MONAI",
+    ),
+    "decision of the same name": (
+        changed(SPLEEN, **{f"{AFTER}__2___target_": "scripts.AsDiscreted"}),
+        r"postprocessing.transforms\[2\] names scripts.AsDiscreted, which is no class of MONAI",
+    ),
+    "inferer of the same name": (
+        changed(SPLEEN, inferer___target_="scripts.my.SlidingWindowInferer"),
+        "inferer names scripts.my.SlidingWindowInferer, which is no class of MONAI",
     ),
     "argument that is a class": (
         changed(SPLEEN, network_def__act={"_target_": "os.system"}),

@@ -192,6 +192,8 @@ def _arithmetic(sign: ast.operator, left: Any, right: Any) -> Any:
 class Component:
     """A class of MONAI that a config names, and its arguments, each of which must be understood.
 
+    A class of another module is refused, whatever its name is.
+
     Attributes:
         name: Name of the class without its module; that of a dictionary transform ends in `d`.
         module: Module that is named; empty if none is.
@@ -203,6 +205,11 @@ class Component:
             raise ExportError(f"{config.path}: {field} names no class")
         self._config, self.field = config, field
         self.module, _, name = raw["_target_"].rpartition(".")
+        if self.module.split(".")[0] not in ("", "monai"):
+            raise ExportError(
+                f"{config.path}: {field} names {raw['_target_']}, which is no class of MONAI",
+                "import bundles that use MONAI's own classes",
+            )
         self.name = re.sub(r"(?<=[a-z])(D|Dict)$", "d", name)
         described = ("_target_", "_desc_", "_requires_")
         self._arguments = {key: value for key, value in raw.items() if key not in described}
