@@ -102,6 +102,71 @@ def test_weights_may_be_an_entry_of_the_checkpoint(tmp_path: Path, key: str) -> 
     assert all(torch.equal(network.state_dict()[name], own) for name, own in weights.items())
 
 
+ZOO: Json = {
+    "bundle_root": "$os.getcwd()",
+    "ckpt_dir": "$@bundle_root + '/models'",
+    "checkpoint": "$@ckpt_dir + '/model.pt'",
+    "checkpointloader": {
+        "_target_": "CheckpointLoader",
+        "load_path": "$@checkpoint",
+        "load_dict": {"model": "@network"},
+        "map_location": "@device",
+        "strict": "True",
+    },
+    "handlers": [{"_target_": "StatsHandler", "iteration_log": False}],
+    "dataset": {
+        "_target_": "Dataset",
+        "data": "$[{'image': i} for i in @datalist]",
+        "transform": "@preprocessing",
+    },
+    "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
+    "evaluator": {
+        "_target_": "SupervisedEvaluator",
+        "device": "@device",
+        "val_data_loader": "@dataloader",
+        "network": "@network",
+        "inferer": "@inferer",
+        "postprocessing": "$@postprocessing",
+        "val_handlers": "@handlers",
+        "amp": True,
+    },
+    "run": ["$@evaluator.run()"],
+}
+"""The sections of the zoo's bundles that say what is run; some load the weights elsewhere."""
+FULL = {**SPLEEN, **ZOO}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"checkpointloader__load_path": "models/model.pt"},
+        {"checkpointloader__load_path": "models/model.pt", "checkpointloader__load_dict": None},
+        {"checkpointloader__load_path": "$os.path.join(@bundle_root, 'models', 'model.pt')"},
+        {"checkpointloader__load_path": "$@bundle_root + '/models/' + @name", "name": "model.pt"},
+        {"checkpointloader": None, "evaluator__val_handlers": [ZOO["checkpointloader"]]},
+        {"checkpointloader__load_path": "x.pt", "checkpointloader___disabled_": "$not False"},
+        {"evaluator__network": "$@network_def.eval()", "network": "$@network_def.to('cpu').eval()"},
+        {"sliding": SPLEEN["inferer"], "inferer": "@sliding", "evaluator__inferer": "@sliding"},
+    ],
+)
+def test_what_the_zoos_evaluators_run_is_read(tmp_path: Path, values: Json) -> None:
+    write_bundle(tmp_path, SPLEEN, SPLEEN_METADATA)
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(changed(FULL, **values)))
+    assert read_monai(tmp_path).record.inference.window == (32, 32, 16)
+
+
+def test_the_entry_of_the_checkpoint_is_that_of_the_config(tmp_path: Path) -> None:
+    write_bundle(tmp_path, SPLEEN, SPLEEN_METADATA)
+    file = tmp_path / "models" / "model.pt"
+    weights = torch.load(file, weights_only=True)
+    torch.save({"model": {name: w * 0 for name, w in weights.items()}, "ema": weights}, file)
+    config = changed(FULL, checkpointloader__load_dict={"ema": "@network"})
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(config))
+    network = read_monai(tmp_path).network
+    assert all(torch.equal(network.state_dict()[name], own) for name, own in weights.items())
+
+
 @pytest.mark.parametrize(
     ("step", "scheme"),
     [
@@ -489,6 +554,63 @@ REFUSED: dict[str, tuple[Json, str]] = {
             a9=1,
         ),
         "inferer.roi_size has more than 10000 items",
+    ),
+    "other weights": (
+        changed(FULL, checkpoint="$@ckpt_dir + '/model_best.pt'"),
+        r"checkpointloader \(CheckpointLoader\) has load_path \$@checkpoint, not models/model.pt; "
+        "name the weights models/model.pt",
+    ),
+    "other weights of a handler": (
+        changed(FULL, handlers=[{**ZOO["checkpointloader"], "load_path": "models/best/model.pt"}]),
+        r"handlers\[0\] \(CheckpointLoader\) has load_path models/best/model.pt",
+    ),
+    "unknown weights": (
+        changed(FULL, checkpoint="$sorted(os.listdir('models'))[0]"),
+        r"checkpointloader \(CheckpointLoader\) has load_path \$@checkpoint, not models/model.pt",
+    ),
+    "own loader": (
+        changed(FULL, checkpointloader___target_="scripts.CheckpointLoader"),
+        "checkpointloader names scripts.CheckpointLoader, which is no class of MONAI",
+    ),
+    "two entries": (
+        changed(FULL, handlers=[{**ZOO["checkpointloader"], "load_dict": {"ema": "@network"}}]),
+        "CheckpointLoader loads the entries ema, model; one is supported",
+    ),
+    "inferer of the evaluator": (
+        changed(FULL, evaluator__inferer={"_target_": "SimpleInferer"}),
+        r"evaluator \(SupervisedEvaluator\) has inferer {'_target_': 'SimpleInf.*, not @inferer",
+    ),
+    "other inferer": (
+        changed(FULL, simple={"_target_": "SimpleInferer"}, evaluator__inferer="@simple"),
+        "has inferer @simple, not @inferer",
+    ),
+    "other postprocessing": (
+        changed(FULL, evaluator__postprocessing="$scripts.more(@postprocessing)"),
+        r"has postprocessing \$scripts.more\(@postprocessing\), not @postprocessing",
+    ),
+    "no postprocessing": (
+        changed(FULL, evaluator__postprocessing=None),
+        "has postprocessing None, not @postprocessing",
+    ),
+    "other preprocessing": (
+        changed(FULL, dataset__transform={"_target_": "Compose", "transforms": []}),
+        r"dataset of the evaluator \(Dataset\) has transform .*, not @preprocessing",
+    ),
+    "other network": (
+        changed(FULL, evaluator__network="$scripts.wrap(@network)"),
+        r"has network \$scripts.wrap\(@network\), not @network",
+    ),
+    "wrapped network": (
+        changed(FULL, network="$scripts.wrap(@network_def)"),
+        r"network is \$scripts.wrap\(@network_def\), not @network_def",
+    ),
+    "other evaluator": (
+        changed(FULL, evaluator___target_="EnsembleEvaluator"),
+        r"\(EnsembleEvaluator\) is not supported; import bundles with SupervisedEvaluator",
+    ),
+    "own iteration": (
+        changed(FULL, evaluator__iteration_update="$scripts.step"),
+        "has iteration_update, which is not supported",
     ),
     "macro": (changed(SPLEEN, patch="%other.json::patch"), "inferer.roi_size is a macro"),
 }

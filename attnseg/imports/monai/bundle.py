@@ -15,6 +15,7 @@ from typing import Any
 
 from attnseg.imports.folder import read_json, read_weights
 from attnseg.imports.monai.config import Config
+from attnseg.imports.monai.evaluator import WEIGHTS, check_evaluator, weights_key
 from attnseg.imports.monai.metadata import Described
 from attnseg.imports.monai.networks import BuiltNetwork, build_monai
 from attnseg.imports.monai.postprocessing import After
@@ -59,6 +60,7 @@ def _config_file(folder: Path) -> Path:
 
 
 def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedModel:
+    check_evaluator(config)
     component = config.component("network_def", "network")
     kind = component.name
     built = build_monai(component)
@@ -67,8 +69,8 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
     preprocessing = before.preprocessing(after.back)
     inference = _inference(config, built)
     task = Described(folder, metadata, before.image, built).task(after)
-    file = folder / "models" / "model.pt"
-    network = load_weights(file, built.network, _state(read_weights(file)))
+    key, file = weights_key(config), folder.joinpath(*WEIGHTS)
+    network = load_weights(file, built.network, _state(read_weights(file), key))
     name = str(metadata.get("name") or folder.resolve().name)
     record = ModelRecord(
         name=re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower(),
@@ -88,10 +90,10 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
     return ImportedModel(record, network, origin)
 
 
-def _state(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Weights of a checkpoint, of which `CheckpointLoader` takes the entry `model`."""
-    for key in ("model", "state_dict"):
-        if isinstance(own := stored.get(key), Mapping):
+def _state(stored: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+    """Weights of a checkpoint: the entry `key` that the config names, a usual one, or all of it."""
+    for name in (key, "model", "state_dict"):
+        if isinstance(own := stored.get(name), Mapping):
             return own
     return stored
 

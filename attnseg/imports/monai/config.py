@@ -9,7 +9,9 @@ Source: MONAI 1.6.1, `monai.bundle.ConfigParser` and `ReferenceResolver`.
 from __future__ import annotations
 
 import ast
+import copy
 import operator
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ class Config:
 
     Attributes:
         path: The file, for messages.
+        root: Content of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,8 +59,19 @@ class Config:
             ExportError: The file is missing, not JSON, or no object.
         """
         self.path = path
-        self._root = read_json(path)
+        self.root = read_json(path)
         self._items = 0
+        self._unknown: str | None = None
+
+    def lenient(self) -> Config:
+        """The config, in which the value of Python that is not recognised is `?`."""
+        found = copy.copy(self)
+        found._unknown = "?"
+        return found
+
+    def section(self, name: str) -> Any:
+        """A section as it is written; None if it is missing."""
+        return self.root.get(name)
 
     def component(self, *names: str) -> Component:
         """Component of the first of these sections that is there.
@@ -66,9 +80,9 @@ class Config:
             ExportError: There is none, or it names no class.
         """
         for name in names:
-            found = self._root.get(name)
+            found = self.root.get(name)
             if isinstance(found, str) and _REFERENCE.fullmatch(found):
-                found = self._shallow(found, name)
+                found = self.shallow(found, name)
             if isinstance(found, dict):
                 return Component(self, found, name)
         raise ExportError(
@@ -82,11 +96,11 @@ class Config:
             compose.refuse("is no Compose")
         raw = compose.raw("transforms")
         field = f"{name}.transforms"
-        steps = self._shallow(raw, field)
+        steps = self.shallow(raw, field)
         if not isinstance(steps, list):
             compose.refuse("has no list of transforms")
         compose.done()
-        fields = ((self._shallow(step, field), f"{field}[{i}]") for i, step in enumerate(steps))
+        fields = ((self.shallow(step, field), f"{field}[{i}]") for i, step in enumerate(steps))
         found = [Component(self, step, field) for step, field in fields]
         return [step for step in found if not step.flag("_disabled_", False)]
 
@@ -99,15 +113,18 @@ class Config:
         self._items += 1
         if self._items > _MOST_ITEMS:
             raise ExportError(f"{self.path}: {field} has more than {_MOST_ITEMS} items")
-        found = self._shallow(raw, field, depth)
+        found = self.shallow(raw, field, depth)
         if isinstance(found, list | tuple):
             return [self._deep(item, field, depth + 1) for item in found]
         if isinstance(found, dict):
             return {key: self._deep(item, field, depth + 1) for key, item in found.items()}
         return found
 
-    def _shallow(self, raw: Any, field: str, depth: int = 0) -> Any:
-        """Value of which the items of lists and objects are not replaced."""
+    def shallow(self, raw: Any, field: str, depth: int = 0) -> Any:
+        """Value of which the items of lists and objects are not replaced.
+
+        A reference to a list or an object is that of the config itself, not a copy.
+        """
         if depth > _DEEPEST:
             raise ExportError(f"{self.path}: {field} refers to itself")
         if not isinstance(raw, str):
@@ -119,16 +136,16 @@ class Config:
         return self._lookup(raw, field, depth) if _REFERENCE.fullmatch(raw) else raw
 
     def _lookup(self, reference: str, field: str, depth: int) -> Any:
-        found: Any = self._root
+        found: Any = self.root
         for key in re.split("::|#", reference[1:]):
-            found = self._shallow(found, field, depth + 1)
+            found = self.shallow(found, field, depth + 1)
             try:
                 found = found[int(key) if isinstance(found, list) else key]
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise ExportError(
                     f"{self.path}: {field} refers to {reference}, which does not exist"
                 ) from error
-        return self._shallow(found, field, depth + 1)
+        return self.shallow(found, field, depth + 1)
 
     def _expression(self, text: str, field: str, depth: int) -> Any:
         names: dict[str, str] = {}
@@ -154,6 +171,10 @@ class Config:
                     return evaluate(first if evaluate(test) else second)
                 case ast.Call(func=ast.Name(id="len"), args=[value], keywords=[]):
                     return len(evaluate(value))
+                case ast.Call(func=ast.Attribute() as name, args=parts, keywords=[]) if (
+                    ast.unparse(name) == "os.path.join"
+                ):
+                    return posixpath.join(*(evaluate(part) for part in parts))
             raise _UnknownError
 
         try:
@@ -169,6 +190,8 @@ class Config:
             ArithmeticError,
             RecursionError,
         ) as error:
+            if self._unknown is not None:
+                return self._unknown
             self._refuse(field, text, "is Python that is not recognised", error)
 
     def _refuse(
@@ -256,6 +279,19 @@ class Component:
         found = self._single(self.take(argument, allowed[0]))
         if not any(found == value and type(found) is type(value) for value in allowed):
             self.refuse(f"has {argument} {found!r}, which is not supported")
+
+    def expect_section(self, argument: str, name: str = "") -> None:
+        """Refuse an argument that is there, and no reference to the section of this name.
+
+        Without a name, the section has that of the argument.
+        """
+        name = name or argument
+        if argument not in self._arguments:
+            return
+        raw = self.raw(argument)
+        found = self._config.lenient().shallow(raw, f"{self.field}.{argument}")
+        if found is not self._config.lenient().shallow(f"@{name}", self.field):
+            self.refuse(f"has {argument} {str(raw)[:160]}, not @{name}")
 
     def expect_float32(self) -> None:
         """Refuse another `dtype` than float32."""
