@@ -280,7 +280,44 @@ def test_networks(tmp_path: Path, name: str) -> None:
     built = build_monai(Config(path).component("network_def"))
     assert built.window_multiple == multiple
     assert (built.channels, built.outputs) == (1, 3)
-    assert not built.network.training
+    assert {t.device.type for t in built.network.state_dict().values()} == {"meta"}
+    weights = built.make().state_dict()
+    torch.save(weights, tmp_path / "model.pt")
+    network = built.with_weights(tmp_path / "model.pt", weights)
+    assert not network.training
+    tensors = (*network.parameters(), *network.buffers())
+    assert {t.device.type for t in tensors} == {"cpu"}
+    assert all(torch.equal(network.state_dict()[key], own) for key, own in weights.items())
+
+
+def test_networks_larger_than_the_file_of_weights_are_not_built(tmp_path: Path) -> None:
+    write_bundle(tmp_path, SPLEEN, SPLEEN_METADATA)
+    large = changed(
+        SPLEEN,
+        network_def__channels=[4096] * 4,
+        network_def__strides=[1, 1, 1],
+        network_def__kernel_size=7,
+    )
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps(large))
+    with pytest.raises(ExportError, match=r"not those of .* \(\d{11} weights, and the file"):
+        read_monai(tmp_path)
+
+
+def test_references_are_resolved_once(tmp_path: Path) -> None:
+    chain = {f"a{i}": f"$@a{i - 1} + @a{i - 1}" for i in range(1, 20)}  # 2^19 values otherwise
+    config = changed(SPLEEN, a0=0, **chain, classes="$@a19 + 3")
+    path = tmp_path / "inference.json"
+    path.write_text(json.dumps(config))
+    read, resolved = Config(path), list[str]()
+    resolve = read._resolved
+
+    def counted(reference: str, field: str, depth: int) -> Any:
+        resolved.append(reference)
+        return resolve(reference, field, depth)
+
+    read._resolved = counted  # type: ignore[method-assign]
+    assert read.value("@classes", "classes") == 3
+    assert sorted(resolved) == sorted(["@classes", *(f"@a{i}" for i in range(20))])
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -288,6 +325,11 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "models" / "model.pt")
     with pytest.raises(ExportError, match=r"model.pt: its weights are not those of the network"):
         read_monai(tmp_path)
+
+
+def doubled(sign: str) -> Json:
+    """Sections of which each combines the one before with itself."""
+    return {f"a{i}": f"$@a{i - 1} {sign} @a{i - 1}" for i in range(1, 21)}
 
 
 INVERT = SPLEEN["postprocessing"]["transforms"][1]
@@ -546,6 +588,18 @@ REFUSED: dict[str, tuple[Json, str]] = {
         "inferer.roi_size refers to @sizes::0, which does not exist",
     ),
     "circle": (changed(SPLEEN, patch="@patch"), "inferer.roi_size refers to itself"),
+    "list without end": (
+        changed(SPLEEN, a0=[1], **doubled("+"), patch="@a20"),
+        r"inferer.roi_size is Python that is not recognised: \$@a13 \+ @a13",  # 16384 items
+    ),
+    "number without end": (
+        changed(SPLEEN, a0=2, **doubled("*"), patch="@a20"),
+        r"inferer.roi_size is Python that is not recognised: \$@a5 \* @a5",  # 2^64
+    ),
+    "number beyond floats": (
+        changed(SPLEEN, scaling__1__a_max=10**400),
+        r"\(ScaleIntensityRanged\) has a_max 1000*, not a number",
+    ),
     "endless": (
         changed(
             SPLEEN,
@@ -639,6 +693,10 @@ def test_other_steps_are_refused_by_name(tmp_path: Path, name: str) -> None:
         "$lambda x: torch.where(y[[2]] > 0, 4, 0)",
         "$lambda x: torch.where(x[[2]] > 0, 4, os.system('x'))",
         "$lambda x: torch.where(x[[2]] > 0, 4, 0, torch.where(x[[1]] > 0, 4, 0))",
+        f"$lambda x: torch.where(x[[2]] > 0, 0x{'f' * 5000}, 0)",
+        f"$lambda x: torch.where(x[[0x{'f' * 5000}]] > 0, 4, 0)",
+        "$lambda x: torch.where(x[[-1]] > 0, 4, 0)",
+        "$lambda x: torch.where(x[[2]] > 0, 4, 0, out=3)",
         "$lambda x: 0",
         "$print(",
         "$x",

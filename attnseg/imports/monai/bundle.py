@@ -20,7 +20,7 @@ from attnseg.imports.monai.metadata import Described
 from attnseg.imports.monai.networks import BuiltNetwork, build_monai
 from attnseg.imports.monai.postprocessing import After
 from attnseg.imports.monai.preprocessing import Before
-from attnseg.imports.networks import ImportedModel, load_weights
+from attnseg.imports.networks import ImportedModel
 from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.geometry import shape_of
 from attnseg.runtime.model.manifest import Inference, ModelRecord
@@ -70,7 +70,7 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
     inference = _inference(config, built)
     task = Described(folder, metadata, before.image, built).task(after)
     key, file = weights_key(config), folder.joinpath(*WEIGHTS)
-    network = load_weights(file, built.network, _state(read_weights(file), key))
+    network = built.with_weights(file, _state(read_weights(file), key))
     name = str(metadata.get("name") or folder.resolve().name)
     record = ModelRecord(
         name=re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower(),
@@ -92,7 +92,7 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
 
 def _state(stored: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     """Weights of a checkpoint: the entry `key` that the config names, a usual one, or all of it."""
-    for name in (key, "model", "state_dict"):
+    for name in (key or "model", "model", "state_dict"):
         if isinstance(own := stored.get(name), Mapping):
             return own
     return stored

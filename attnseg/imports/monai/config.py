@@ -13,6 +13,7 @@ import copy
 import operator
 import posixpath
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ _NAME = "reference_{}_of_the_config"
 _DEEPEST = 50
 _MOST_ITEMS = 10_000  # of one value, after its references are replaced
 _LONGEST = 1000  # characters of an expression
+_MOST_BITS = 64  # of an integer that is computed
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -61,12 +63,13 @@ class Config:
         self.path = path
         self.root = read_json(path)
         self._items = 0
+        self._known: dict[str, Any] = {}
         self._unknown: str | None = None
 
     def lenient(self) -> Config:
         """The config, in which the value of Python that is not recognised is `?`."""
         found = copy.copy(self)
-        found._unknown = "?"
+        found._unknown, found._known = "?", {}
         return found
 
     def section(self, name: str) -> Any:
@@ -136,6 +139,12 @@ class Config:
         return self._lookup(raw, field, depth) if _REFERENCE.fullmatch(raw) else raw
 
     def _lookup(self, reference: str, field: str, depth: int) -> Any:
+        """Value that a reference leads to; resolved once, or chains would double the time."""
+        if reference not in self._known:
+            self._known[reference] = self._resolved(reference, field, depth)
+        return self._known[reference]
+
+    def _resolved(self, reference: str, field: str, depth: int) -> Any:
         found: Any = self.root
         for key in re.split("::|#", reference[1:]):
             found = self.shallow(found, field, depth + 1)
@@ -174,7 +183,7 @@ class Config:
                 case ast.Call(func=ast.Attribute() as name, args=parts, keywords=[]) if (
                     ast.unparse(name) == "os.path.join"
                 ):
-                    return posixpath.join(*(evaluate(part) for part in parts))
+                    return _bounded(posixpath.join(*(evaluate(part) for part in parts)))
             raise _UnknownError
 
         try:
@@ -209,7 +218,16 @@ def _arithmetic(sign: ast.operator, left: Any, right: Any) -> Any:
     same = type(left) is type(right) and isinstance(left, list | str)
     if not numbers and not (same and isinstance(sign, ast.Add)):
         raise _UnknownError
-    return _ARITHMETIC[type(sign)](left, right)
+    return _bounded(_ARITHMETIC[type(sign)](left, right))
+
+
+def _bounded(value: Any) -> Any:
+    """A result, unless expressions that refer to each other make it grow without bound."""
+    if isinstance(value, list | str) and len(value) > _MOST_ITEMS:
+        raise _UnknownError
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise _UnknownError
+    return value
 
 
 class Component:
@@ -335,7 +353,7 @@ class Component:
 def is_number(value: Any) -> bool:
     """Whether a value is an integer or a finite number, and not a truth value."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and abs(value) < float("inf")
+    return plain and abs(value) <= sys.float_info.max
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from attnseg.imports.monai.config import Component
+from attnseg.imports.networks import load_weights
+from attnseg.runtime.errors import ExportError
 from attnseg.runtime.geometry import Shape, along_axes, shape_of
 
 _WITHOUT_EFFECT = {"SwinUNETR": ("img_size",)}
@@ -24,19 +30,50 @@ _COUNTS = ("blocks_down", "blocks_up", "depths", "num_res_units")  # of layers
 
 @dataclass(frozen=True)
 class BuiltNetwork:
-    """A network with random weights.
+    """A network that a config names, before its weights are read.
 
     Attributes:
-        network: The network, in evaluation mode.
+        network: The network on PyTorch's `meta` device, where tensors have sizes and no memory.
+        make: Function that builds the network in memory.
         channels: Number of input channels.
         outputs: Number of output channels.
         window_multiple: Number of voxels that its input sizes must be a multiple of.
     """
 
     network: nn.Module
+    make: Callable[[], nn.Module]
     channels: int
     outputs: int
     window_multiple: Shape
+
+    def with_weights(self, file: Path, weights: Mapping[str, Any]) -> nn.Module:
+        """The network in evaluation mode with the weights of a file.
+
+        It is built in memory, as some networks compute tensors that are not among the weights, and
+        only if the file can hold its weights.
+
+        Raises:
+            ExportError: The weights are not those of the network.
+        """
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        count, size = sum(tensor.numel() for tensor in tensors), file.stat().st_size
+        if count > size:
+            raise ExportError(
+                f"{file}: its weights are not those of the network that the model names "
+                f"({count} weights, and the file has {size} bytes)",
+                "give the model as it was trained",
+            )
+        return load_weights(file, self.make(), weights).eval()
+
+
+class _LinspaceOnCpu(TorchFunctionMode):
+    """Keeps `torch.linspace` off `meta`: SwinUNETR takes dropout rates from its values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.linspace else kwargs))
 
 
 def _of_strides(strides: Any) -> Shape:
@@ -81,7 +118,8 @@ def build_monai(component: Component) -> BuiltNetwork:
     try:
         bound = inspect.signature(kind).bind(**arguments)
         bound.apply_defaults()
-        network = kind(**arguments).eval()
+        with torch.device("meta"), _LinspaceOnCpu():
+            network = kind(**arguments)
         given = bound.arguments
         multiple = _MULTIPLES[name](network, given)
         channels, outputs = int(given["in_channels"]), int(given["out_channels"])
@@ -90,7 +128,7 @@ def build_monai(component: Component) -> BuiltNetwork:
         component.refuse(f"cannot be built ({type(error).__name__}: {reason})")
     if given["spatial_dims"] != 3:
         component.refuse(f"has spatial_dims {given['spatial_dims']}, not 3")
-    return BuiltNetwork(network, channels, outputs, multiple)
+    return BuiltNetwork(network, lambda: kind(**arguments), channels, outputs, multiple)
 
 
 def _check_size(component: Component, argument: str, value: Any) -> None:

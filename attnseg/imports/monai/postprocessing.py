@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from dataclasses import dataclass
 
 from attnseg.imports.monai.config import Component, Config, is_number
@@ -11,6 +10,8 @@ from attnseg.imports.monai.preprocessing import Before, keep_type
 from attnseg.runtime.errors import ExportError
 from attnseg.runtime.steps.resample import Quantity
 from attnseg.runtime.task import Activation
+
+_LARGEST = 1 << 16  # channel or label of a lambda
 
 
 @dataclass
@@ -141,10 +142,25 @@ def _written(text: str) -> tuple[tuple[int, int], ...] | None:
         return None
     image, node, found = tree.args.args[0].arg, tree.body, list[tuple[int, int]]()
     while not (isinstance(node, ast.Constant) and node.value == 0):
-        pattern = rf"(?:torch|np|numpy)\.where\({image}\[\[(\d+)\]\] > 0, (\d+), (.+)\)"
-        matched = re.fullmatch(pattern, ast.unparse(node))
-        if not (matched and isinstance(node, ast.Call) and len(node.args) == 3):
-            return None
-        found.append((int(matched[1]), int(matched[2])))
-        node = node.args[2]
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="torch" | "np" | "numpy"), attr="where"),
+                args=[
+                    ast.Compare(
+                        left=ast.Subscript(
+                            value=ast.Name(id=name),
+                            slice=ast.List(elts=[ast.Constant(value=int(channel))]),
+                        ),
+                        ops=[ast.Gt()],
+                        comparators=[ast.Constant(value=0)],
+                    ),
+                    ast.Constant(value=int(label)),
+                    otherwise,
+                ],
+                keywords=[],
+            ) if name == image and max(channel, label) <= _LARGEST:
+                found.append((channel, label))
+                node = otherwise
+            case _:
+                return None
     return tuple(reversed(found)) or None
