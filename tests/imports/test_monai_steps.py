@@ -21,6 +21,7 @@ from monai.transforms import (
 
 from attnseg import Volume
 from attnseg.runtime.errors import ConfigError
+from attnseg.runtime.steps.histogram import Histogram
 from attnseg.runtime.steps.normalise import normalise
 from attnseg.runtime.steps.preprocess import Preprocessing, preprocess
 from attnseg.runtime.steps.resample import Grid
@@ -137,3 +138,30 @@ def test_normalisation_is_that_of_monai(name: str, dtype: type) -> None:
     wanted = theirs(torch.tensor(image.astype(np.float32)))
     ours = np.stack(normalise(list(image), (scheme, scheme)))
     np.testing.assert_allclose(ours, np.asarray(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("target", [(0.0, 1.0), (-1.0, 2.0)])
+def test_equal_percentiles_shift_only_as_in_monai(clip: bool, target: tuple[float, float]) -> None:
+    image = np.full((1, 10, 10, 10), 5, np.int16)
+    image[0, 0, 0, :3] = (7, -2, 300)  # 3 of 1000 voxels are beyond the percentiles
+    scheme = Range(percentiles=(1.0, 99.0), target=target, clip=clip)
+    theirs = ScaleIntensityRangePercentiles(1, 99, *target, clip=clip, channel_wise=True)
+    with pytest.warns(Warning, match="Divide by zero"):
+        wanted = np.asarray(theirs(torch.tensor(image.astype(np.float32))))
+    assert wanted[0, 0, 0, :4].tolist() == [
+        2 + target[0],
+        -7 + target[0],
+        295 + target[0],
+        target[0],
+    ]
+    np.testing.assert_array_equal(np.stack(normalise(list(image), (scheme,))), wanted)
+    counted = np.unique(image, return_counts=True)
+    curve = scheme.curve(Histogram.of_counts(*counted, scheme.foreground))
+    np.testing.assert_allclose(curve(image), wanted, rtol=1e-6)
+
+
+def test_equal_percentiles_of_large_intensities_have_a_curve() -> None:
+    counted = np.unique(np.full(4, 1e20), return_counts=True)
+    curve = Range(percentiles=(1.0, 99.0)).curve(Histogram.of_counts(*counted, "all", varied=False))
+    assert curve(np.array([1e20])).tolist() == [0]

@@ -186,6 +186,9 @@ class ClipZScore:
 class Range:
     """Linear map of a range of intensities: MONAI's `ScaleIntensityRange` and its like.
 
+    If both percentiles are the same intensity, this intensity is mapped to the lower end of
+    `target`, and the others are shifted by the same amount, neither scaled nor clipped.
+
     Attributes:
         source: Intensities that are mapped to the ends of `target`; None if percentiles are given.
         percentiles: Percentiles (0 to 100) of all voxels that are mapped to the ends of `target`;
@@ -235,9 +238,12 @@ class Range:
         else:
             low, high = self.source
         first, last = (np.float32(t) for t in self.target)
+        shifted = self.source is None and np.float32(low) == np.float32(high)
         low, span = np.float32(low), max(np.float32(high - low), np.float32(_LEAST_STD))
 
         def scale(values: Single) -> Single:
+            if shifted:
+                return values - low + first
             scaled = (values - low) / span * (last - first) + first
             return np.clip(scaled, first, last) if self.clip else scaled
 
@@ -255,8 +261,11 @@ class Range:
             if self.source is None
             else self.source
         )
-        ends = _apart(low, high)
         target = np.array(self.target)
+        if low == high:
+            step = max(1.0, float(np.spacing(abs(low))))
+            return Curve(np.array([low, low + step]), np.array([target[0], target[0] + step]))
+        ends = _apart(low, high)
         return _clipped(ends, target) if self.clip else Curve(ends, target)
 
 

@@ -185,3 +185,11 @@ def test_normalisation_is_nnunets(name: str, dtype: type) -> None:
             normaliser = kind(masked, PROPERTIES)
             expected = normaliser.run(channel.astype(np.float32), mask[0])
             np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.parametrize("values", [[5, 5], [0, 0], [0, 1e-9], [0, 1e-7]])
+def test_a_range_that_is_nearly_constant_is_scaled_as_in_nnunet(values: list[float]) -> None:
+    image = np.array(values, np.float32).reshape(1, 2, 1, 1)
+    (found,) = normalise(list(image), (Range(percentiles=(0.0, 100.0)),))
+    expected = theirs.RescaleTo01Normalization(False, PROPERTIES).run(image[0].copy(), None)
+    np.testing.assert_array_equal(found, expected)
