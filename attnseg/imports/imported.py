@@ -17,6 +17,7 @@ from attnseg.imports.networks import ImportedModel, network_graph
 from attnseg.imports.nnunet import read_nnunet
 from attnseg.imports.torchscript import (
     check_same_function,
+    logits_network,
     read_torchscript,
     scripted_graph,
 )
@@ -92,6 +93,10 @@ def import_torchscript(
 ) -> Exported:
     """Write a bundle of a TorchScript file.
 
+    The reference of the parity gate is the network in PyTorch, without an activation at its end. If
+    operators that change nothing follow the activation, it is the graph in ONNX Runtime, and its
+    probabilities are compared with those of the network.
+
     Args:
         model: File of `torch.jit.save`.
         spec_file: JSON file that describes the model.
@@ -111,7 +116,8 @@ def import_torchscript(
         graph, notes = scripted_graph(model, network, spec)
         reference: Engine = TorchEngine(network)
         if notes:  # the network gives probabilities, and the bundle's graph logits
-            reference = graph_reference(model, graph)
+            logits = logits_network(network)
+            reference = TorchEngine(logits) if logits else graph_reference(model, graph)
             check_same_function(model, network, reference, spec)
         origin = {"torchscript": model.name}
         source = _source(spec, graph, reference, origin, given)

@@ -15,13 +15,17 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from attnseg import Segmenter, SegmentOptions, Volume
+from attnseg.export.export import Exported
+from attnseg.export.source.foreign import read_spec
 from attnseg.imports.imported import import_torchscript
+from attnseg.imports.torchscript import check_same_function, logits_network, read_torchscript
 from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.errors import ConfigError, ExportError, VolumeError
 from attnseg.runtime.model.bundle import Bundle
 from attnseg.runtime.steps.decide import softmax
 from attnseg.runtime.strip import SkullStripper
 from attnseg.synthetic import SyntheticCase
+from attnseg.trainer.engine import TorchEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 ROOT = Path(__file__).parents[2]
@@ -37,21 +41,27 @@ SPEC: dict[str, Any] = {
 
 
 class Bright(nn.Module):
-    """Class 1 where the mean of the neighbours exceeds a threshold; logits or probabilities."""
+    """Class 1 where the mean of the neighbours exceeds a threshold."""
 
-    def __init__(self, threshold: float, probabilities: bool) -> None:
+    def __init__(self, threshold: float, end: str) -> None:
         super().__init__()
-        self.threshold, self.probabilities = threshold, probabilities
+        self.threshold, self.end = threshold, end
         self.pool = nn.AvgPool3d(3, 1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         difference = self.pool(image) - self.threshold
         logits = torch.cat([torch.zeros_like(difference), difference], dim=1)
-        return torch.softmax(logits, dim=1) if self.probabilities else logits
+        if self.end == "softmax":
+            return torch.softmax(logits, dim=1)
+        if self.end == "softmax and a copy":
+            return torch.softmax(logits, dim=1).contiguous()
+        if self.end == "log-softmax":
+            return torch.log_softmax(logits, dim=1)
+        return torch.sigmoid(difference) if self.end == "sigmoid" else logits
 
 
-def script(path: Path, threshold: float = 50.0, probabilities: bool = False) -> Path:
-    torch.jit.save(torch.jit.script(Bright(threshold, probabilities)), str(path))
+def script(path: Path, threshold: float = 50.0, end: str = "logits") -> Path:
+    torch.jit.save(torch.jit.script(Bright(threshold, end)), str(path))
     return path
 
 
@@ -60,21 +70,74 @@ def write_spec(path: Path, **changes: Any) -> Path:
     return path
 
 
-def imported(tmp_path: Path, threshold: float = 50.0, probabilities: bool = False) -> Bundle:
-    model = script(tmp_path / "model.pt", threshold, probabilities)
-    spec = write_spec(tmp_path / "spec.json")
-    return import_torchscript(model, spec, tmp_path / "bundle").bundle
+def imported(
+    tmp_path: Path, threshold: float = 50.0, end: str = "logits", **changes: Any
+) -> Exported:
+    model = script(tmp_path / "model.pt", threshold, end)
+    spec = write_spec(tmp_path / "spec.json", **changes)
+    return import_torchscript(model, spec, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_a_scripted_network_runs_as_a_bundle(tmp_path: Path, probabilities: bool) -> None:
-    bundle = imported(tmp_path, 0.1, probabilities)
+SIGMOID: dict[str, Any] = {
+    "activation": "sigmoid",
+    "outputs": [{"region": "brain", "label": 1, "channels": [0]}],
+    "regions": {"brain": [1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("end", "reference"),
+    [
+        ("logits", "torch"),
+        ("softmax", "torch"),
+        ("log-softmax", "torch"),
+        ("sigmoid", "torch"),
+        ("softmax and a copy", "onnxruntime"),
+    ],
+)
+def test_a_scripted_network_runs_as_a_bundle(tmp_path: Path, end: str, reference: str) -> None:
+    exported = imported(tmp_path, 0.1, end, **(SIGMOID if end == "sigmoid" else {}))
+    assert exported.report.reference.split()[0] == reference
+    bundle = exported.bundle
     image = np.random.default_rng(0).standard_normal((32, 32, 32)).astype(np.float32)
     segmenter = Segmenter(bundle, SegmentOptions(precision="fp32"))
     labels = segmenter.segment(Volume([image], np.eye(4))).labels
     mean = ndimage.uniform_filter(image.astype(np.float64), 3, mode="constant")
     clear = np.abs(mean - 0.1) > 1e-5
     np.testing.assert_array_equal(labels[clear], (mean > 0.1)[clear])
+
+
+def test_logits_are_those_before_the_activation() -> None:
+    image = torch.full((1, 1, 3, 3, 3), 40.0)
+    network = torch.jit.script(Bright(10.0, "softmax")).eval()
+    logits = logits_network(network)
+    assert logits is not None
+    assert logits(image)[0, :, 1, 1, 1].tolist() == [0, 30]  # their softmax is 0 and 1 in float32
+    assert network(image)[0, :, 1, 1, 1].tolist() == [pytest.approx(9.4e-14, rel=0.01), 1]
+
+
+def test_a_network_that_pytorch_cannot_freeze_gives_no_logits() -> None:
+    assert logits_network(torch.jit.script(Bright(10.0, "softmax")).train()) is None
+
+
+def test_logits_of_a_frozen_file(tmp_path: Path) -> None:
+    frozen = torch.jit.freeze(torch.jit.script(Bright(10.0, "sigmoid")).eval())
+    torch.jit.save(frozen, str(tmp_path / "model.pt"))
+    logits = logits_network(read_torchscript(tmp_path / "model.pt"))
+    assert logits is not None
+    assert logits(torch.full((1, 1, 3, 3, 3), 40.0))[0, 0, 1, 1, 1] == 30
+
+
+def test_probabilities_of_another_function_are_refused(tmp_path: Path) -> None:
+    network, other = (torch.jit.script(Bright(t, "softmax")).eval() for t in (0.0, 1.0))
+    logits = logits_network(other)
+    assert logits is not None
+    spec = read_spec(write_spec(tmp_path / "spec.json"))
+    message = (
+        r"model.pt: without its last activation, it gives probabilities that differ by 2.\de-01"
+    )
+    with pytest.raises(ExportError, match=message):
+        check_same_function(Path("model.pt"), network, TorchEngine(logits), spec)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +201,7 @@ def test_a_scan_with_skull_is_stripped_before_it_is_segmented(
     tmp_path: Path, small_synthetic: SyntheticCase
 ) -> None:
     stripped, raw = with_skull(small_synthetic)
-    folder = imported(tmp_path).folder
+    folder = imported(tmp_path).bundle.folder
     options = SegmentOptions(precision="fp32", skull_strip=folder)
     segmenter = Segmenter(options=options)
     staged = segmenter.stage(raw)
