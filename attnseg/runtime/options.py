@@ -82,7 +82,7 @@ class Plan:
 
     Attributes:
         rules: Requirements of the model on its input.
-        windows: Window, overlap and window multiple.
+        windows: Size, placement, weights, mirror images and sums of the windows.
         tta: Name of the test-time augmentation scheme.
         fuse: Fusion of the passes.
         decision: Decision of a voxel.

@@ -57,7 +57,9 @@ def resampled(
     np.testing.assert_allclose(scan.image, wanted.numpy(), atol=1e-5)
     outputs = noise((3, *scan.image.shape[1:]))
     back = spacing.inverse(MetaTensor(outputs).copy_meta_from(wanted))
-    ours = np.concatenate(list(restored([outputs], scan, np.zeros(len(outputs), np.float32))), axis=1)
+    ours = np.concatenate(
+        list(restored([outputs], scan, np.zeros(len(outputs), np.float32))), axis=1
+    )
     np.testing.assert_allclose(ours, back.numpy(), atol=1e-5)
 
 

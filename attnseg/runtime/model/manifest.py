@@ -125,7 +125,7 @@ class ModelRecord:
         schemes, channels = len(self.preprocessing.normalisation), len(self.task.channels)
         _require(
             schemes == channels,
-            f"normalisation must have landmarks for {channels} channels",
+            f"normalisation must have schemes for {channels} channels",
             schemes,
         )
 

@@ -51,28 +51,45 @@ class _CommonJson(JsonRecord):
     display: tuple[str, ...]
 
 
+class _OldGridJson(JsonRecord):
+    """Grid of versions 1 and 2."""
+
+    shape: tuple[int, int, int] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+
+
+class _OldInferenceJson(JsonRecord):
+    """Inference options of versions 1 and 2."""
+
+    window: tuple[int, int, int]
+    overlap: float
+    window_multiple: int
+    min_voxels: int
+
+
 class _OldModelJson(_CommonJson):
     """Model of versions 1 and 2."""
 
     orientation: str
     spacing_mm: tuple[float, float, float]
-    grid: Grid | None
+    grid: _OldGridJson | None
     normalisation: NormalisationJson
-    inference: Inference
+    inference: _OldInferenceJson
     foreground_ml: float | None = None
 
     def record(self) -> dict[str, Any]:
         """Constructor arguments of a `ModelRecord`."""
         schemes = self.normalisation.schemes(len(self.channels))
         crop = self.normalisation.foreground
+        grid = None if self.grid is None else Grid(self.grid.shape, self.grid.spacing_mm)
         return {
             "name": self.name,
             "description": self.description,
             "intended_use": self.intended_use,
             "task": Task(self.channels, self.labels, self.regions, self.display),
             "spacing_mm": self.spacing_mm,
-            "preprocessing": Preprocessing(self.orientation, self.grid, crop, schemes),
-            "inference": self.inference,
+            "preprocessing": Preprocessing(self.orientation, grid, crop, schemes),
+            "inference": Inference(**self.inference.model_dump()),
             "foreground_ml": self.foreground_ml,
         }
 
@@ -93,7 +110,7 @@ class ModelJson(_CommonJson):
     grid: Grid | None
     normalisation: tuple[SchemeJson, ...]
     inference: Inference
-    foreground_ml: float | None
+    foreground_ml: float | None = None
 
     def record(self) -> dict[str, Any]:
         """Constructor arguments of a `ModelRecord`.

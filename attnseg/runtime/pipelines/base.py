@@ -35,7 +35,7 @@ class Segmentation:
             `DeviceArray` if the labels stay on the GPU.
         volumes_ml: Volume of each region in millilitres.
         elapsed_ms: Time of each step in milliseconds.
-        windows: Number of windows planned per pass; those without foreground were skipped.
+        windows: Number of windows planned per pass; those of zeros may be skipped.
         components_removed: Number of components that the clean-up removed.
         warnings: Warnings for readers of the result.
         engine: Engine that ran.

@@ -27,6 +27,7 @@ from attnseg.runtime.model.golden import read_golden
 from attnseg.runtime.model.manifest import FileEntry
 from attnseg.runtime.model.manifest_format import decode_manifest, encode_manifest
 from attnseg.runtime.model.verdict import read_verdicts
+from attnseg.runtime.steps.resample import Grid
 from tests.bundles import small_graph, write_bundle
 
 
@@ -89,6 +90,26 @@ def test_a_bundle_of_version_1_is_read_as_one_in_fp32(bundle_folder: Path) -> No
     assert kinds == {("onnx", "fp32"), ("weights", None)}
     edit_manifest(bundle_folder, colour="red")
     with pytest.raises(BundleError, match="colour: Extra inputs"):
+        Bundle.load(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("inference__placement", "even"),
+        ("inference__mirror_axes", [0]),
+        ("inference__empty_windows", "run"),
+        ("grid", {"shape": [64, 64, 64], "order": 3}),
+        ("grid", {"shape": [64, 64, 64], "back": "probabilities"}),
+        ("activation", "sigmoid"),
+    ],
+)
+def test_version_2_has_no_field_of_version_3(bundle_folder: Path, field: str, value: Any) -> None:
+    assert json.loads((bundle_folder / "manifest.json").read_text())["format_version"] == 2
+    edit_manifest(bundle_folder, grid={"shape": [64, 64, 64]})
+    assert Bundle.load(bundle_folder).manifest.preprocessing.grid == Grid(shape=(64, 64, 64))
+    edit_manifest(bundle_folder, **{field: value})
+    with pytest.raises(BundleError, match="Extra inputs"):
         Bundle.load(bundle_folder)
 
 
