@@ -9,7 +9,6 @@ that `overwrite_image_reader_writer` names is not used.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from attnseg.data.dataset_json import EXTENSIONS, described_task, load_dataset_j
 from attnseg.data.task import LabelledTask
 from attnseg.runtime.case.scans import Case
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.task import Channel
+from attnseg.runtime.task import Channel, distinct_names
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
 
@@ -39,11 +38,8 @@ def _channels(file: Path, stored: Mapping[str, Any]) -> list[Channel]:
             f"{file}: numbers its {key} {[number for number, _ in entries]}",
             "number them from 0 on, as in the names of the files",
         )
-    count = Counter(name for _, name in entries)  # names of normalisations may repeat
-    return [
-        Channel(name if count[name] == 1 else f"{name} {number}", (f"_{number:04}",))
-        for number, name in entries
-    ]
+    names = distinct_names([name for _, name in entries])  # names of normalisations may repeat
+    return [Channel(name, (f"_{number:04}",)) for number, name in enumerate(names)]
 
 
 def _labels(file: Path, stored: Mapping[str, Any]) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ from attnseg.runtime.model.manifest import Inference, ModelRecord
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.resample import Grid
 from attnseg.runtime.steps.schemes import ClipZScore, Range, Scheme, SingleZScore, Unchanged
-from attnseg.runtime.task import Channel, Label, Output, Task
+from attnseg.runtime.task import Channel, Label, Output, Task, distinct_names
 
 _OVERLAP = 0.5  # nnUNetPredictor's `tile_step_size`
 _SEPARATE_ABOVE = 3.0  # nnU-Net's ANISO_THRESHOLD
@@ -154,9 +154,8 @@ def _configuration(folder: Path, plans: dict[str, Any], name: str) -> dict[str, 
 def _task(dataset: dict[str, Any]) -> Task:
     """Channels, labels and regions of a `dataset.json`."""
     given = dataset.get("channel_names") or dataset["modality"]
-    names = [str(given[key]) for key in sorted(given, key=int)]
-    distinct = [n if names.count(n) == 1 else f"{n} {i}" for i, n in enumerate(names)]
-    channels = tuple(Channel(name, (f"_{i:04d}",)) for i, name in enumerate(distinct))
+    names = distinct_names([str(given[key]) for key in sorted(given, key=int)])
+    channels = tuple(Channel(name, (f"_{i:04d}",)) for i, name in enumerate(names))
     labels = {
         str(name): tuple(int(v) for v in value)
         if isinstance(value, list | tuple)
@@ -178,7 +177,7 @@ def _task(dataset: dict[str, Any]) -> Task:
         channels=channels,
         labels=(Label(background, 0), *named),
         regions=regions,
-        display=(distinct[0],),
+        display=(names[0],),
         activation="sigmoid" if overlap else "softmax",
         outputs=_outputs(dataset, regions) if overlap else (),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,16 @@ class Channel:
 
     name: str
     suffixes: tuple[str, ...]
+
+
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of channels or labels, made distinct: those that repeat get their position."""
+    count = Counter(names)
+    if len(count) == len(names):
+        return tuple(names)
+    # The new name may be that of another channel, which is then numbered, too.
+    numbered = [n if count[n] == 1 else f"{n} {i}" for i, n in enumerate(names)]
+    return distinct_names(numbered)
 
 
 @dataclass(frozen=True)

@@ -740,6 +740,15 @@ def test_more_labels_than_a_byte_holds_are_refused(tmp_path: Path) -> None:
         read_monai(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("named", "folder", "expected"),
+    [("Milz CT", "a", "milz-ct"), ("脾臓", "Spleen CT", "spleen-ct"), ("脾臓", "脾", "model")],
+)
+def test_a_model_has_a_name(tmp_path: Path, named: str, folder: str, expected: str) -> None:
+    write_bundle(tmp_path / folder, SPLEEN, {**SPLEEN_METADATA, "name": named})
+    assert read_monai(tmp_path / folder).record.name == expected
+
+
 def test_folders_that_are_no_bundle_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is not a folder; give the folder of a MONAI bundle"):
         read_monai(tmp_path / "missing")

@@ -9,7 +9,7 @@ import pytest
 
 from attnseg import Bundle
 from attnseg.runtime.errors import ConfigError
-from attnseg.runtime.task import Channel, Label, Output, Task
+from attnseg.runtime.task import Channel, Label, Output, Task, distinct_names
 
 WHOLE, CORE = Output("whole", 2, (0,)), Output("core", 1, (1,), 0.25)
 
@@ -79,3 +79,10 @@ def test_each_region_has_one_output(outputs: tuple[Output, ...]) -> None:
     """Its probability is that of the output's channel."""
     with pytest.raises(ConfigError, match="region"):
         task(*outputs)
+
+
+def test_names_that_repeat_are_numbered_by_position() -> None:
+    assert distinct_names(["t1", "t2"]) == ("t1", "t2")
+    assert distinct_names(["z", "t2", "z"]) == ("z 0", "t2", "z 2")
+    # "z 0" is the number of the first, too.
+    assert distinct_names(["z", "z", "z 0"]) == ("z 0 0", "z 1", "z 0 2")

@@ -71,9 +71,10 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
     task = Described(folder, metadata, before.image, built).task(after)
     key, file = weights_key(config), folder.joinpath(*WEIGHTS)
     network = built.with_weights(file, _state(read_weights(file), key))
-    name = str(metadata.get("name") or folder.resolve().name)
+    place = folder.resolve().name
+    name = str(metadata.get("name") or place)
     record = ModelRecord(
-        name=re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower(),
+        name=_word(name) or _word(place) or "model",
         description=str(metadata.get("description") or f"MONAI bundle {name}"),
         intended_use=str(metadata.get("intended_use") or "research use only, not for clinical use"),
         task=task,
@@ -88,6 +89,11 @@ def _read(folder: Path, config: Config, metadata: dict[str, Any]) -> ImportedMod
         "network": kind,
     }
     return ImportedModel(record, network, origin)
+
+
+def _word(name: str) -> str:
+    """Name of a model in lower case, of ASCII letters, digits and hyphens; may be empty."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
 def _state(stored: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from attnseg.imports.monai.networks import BuiltNetwork
 from attnseg.imports.monai.postprocessing import After
 from attnseg.runtime.errors import ExportError
-from attnseg.runtime.task import BRATS_CHANNELS, Channel, Label, Output, Task
+from attnseg.runtime.task import BRATS_CHANNELS, Channel, Label, Output, Task, distinct_names
 
 _MOST_LABELS = 255
 _BRATS_LABELS = {
@@ -86,14 +86,14 @@ class Described:
             suffixes = [("",)] * count
         return tuple(Channel(*both) for both in zip(names, suffixes, strict=True))
 
-    def _names(self, side: str, key: str, count: int) -> list[str]:
+    def _names(self, side: str, key: str, count: int) -> tuple[str, ...]:
         """Names of the channels of an input or output, made distinct."""
         names = self._given(side, key)
         if len(names) == 1:
             names *= count
         if len(names) != count:
             raise self._error(f"names {len(names)} channels of its {side}, the network has {count}")
-        return [n if names.count(n) == 1 else f"{n} {i}" for i, n in enumerate(names)]
+        return distinct_names(names)
 
     def _given(self, side: str, key: str) -> list[str]:
         try:
