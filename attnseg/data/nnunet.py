@@ -1,22 +1,24 @@
 """Reader of nnU-Net's `dataset.json`, version 2: a task and its cases.
 
 Source: documentation/dataset_format.md of nnU-Net. `channel_names` (or `modality`) maps numbers to
-names, `labels` names to numbers. Channel 1 of case `a` is `imagesTr/a_0001.nii.gz`, its labels are
-`labelsTr/a.nii.gz`; where `dataset` is given, it lists the files of each case instead. The reader
-that `overwrite_image_reader_writer` names is not used.
+names, `labels` names to numbers or regions. Channel 1 of case `a` is `imagesTr/a_0001.nii.gz`, its
+labels are `labelsTr/a.nii.gz`; where `dataset` is given, it lists the files of each case instead.
+The reader that `overwrite_image_reader_writer` names is not used.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attnseg.data.dataset_json import EXTENSIONS, described_task, load_dataset_json, numbered
+from attnseg.data.nnunet_labels import nnunet_labels
 from attnseg.data.task import LabelledTask
 from attnseg.runtime.case.scans import Case
-from attnseg.runtime.errors import TrainingError
+from attnseg.runtime.errors import ConfigError, TrainingError
 from attnseg.runtime.task import Channel, distinct_names
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
@@ -42,30 +44,31 @@ def _channels(file: Path, stored: Mapping[str, Any]) -> list[Channel]:
     return [Channel(name, (f"_{number:04}",)) for number, name in enumerate(names)]
 
 
-def _labels(file: Path, stored: Mapping[str, Any]) -> list[tuple[int, str]]:
-    labels = stored.get("labels")
-    if not isinstance(labels, Mapping):
-        raise TrainingError(
-            f'{file}: its labels is not a mapping of names to numbers, such as {{"liver": 1}}'
-        )
-    regions = [name for name, value in labels.items() if isinstance(value, list)]
-    if regions or "regions_class_order" in stored:
-        raise TrainingError(
-            f"{file}: describes regions ({', '.join(regions) or 'regions_class_order'}), which "
-            "are not supported",
-            "give each label one value, and leave regions_class_order out",
-        )
-    for name, value in labels.items():
-        if name == "ignore":
-            raise TrainingError(
-                f"{file}: has an ignore label ({value}), which is not supported",
+def _task(file: Path, stored: Mapping[str, Any]) -> LabelledTask:
+    channels = _channels(file, stored)
+    try:
+        found = nnunet_labels(stored)
+        if found.ignore is not None:
+            raise ConfigError(
+                f"has an ignore label ({found.ignore}), and its voxels have no expert label to "
+                "train or score on",
                 "leave it out, and give its voxels another label",
             )
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TrainingError(
-                f"{file}: label {name} has the value {value!r}", "give it a whole number"
-            )
-    return sorted((value, name) for name, value in labels.items())
+        described = described_task(
+            file,
+            channels,
+            [(label.value, label.name) for label in found.labels],
+            stored.get("name"),
+        )
+        task = replace(
+            described.task,
+            regions=found.regions,
+            activation="sigmoid" if found.outputs else "softmax",
+            outputs=found.outputs,
+        )
+    except ConfigError as error:
+        raise TrainingError(f"{file}: {error.cause}", error.mend) from error
+    return replace(described, task=task)
 
 
 def _ending(file: Path, stored: Mapping[str, Any]) -> str:
@@ -148,13 +151,12 @@ def read_nnunet(file: Path) -> tuple[LabelledTask, list[tuple[Case, Path]]]:
     A case is returned with the files that it should have, whether they exist or not.
 
     Raises:
-        TrainingError: The file is not a valid `dataset.json`, describes regions, an ignored
-            label or other files than NIfTI, or has not as many cases as its numTraining.
+        TrainingError: The file is not a valid `dataset.json`, describes an ignored label or
+            other files than NIfTI, or has not as many cases as its numTraining.
     """
     stored = load_dataset_json(file)
-    channels, labels = _channels(file, stored), _labels(file, stored)
-    ending = _ending(file, stored)
-    task = described_task(file, channels, labels, stored.get("name"))
+    task, ending = _task(file, stored), _ending(file, stored)
+    channels = task.task.channels
     if "dataset" in stored:
         cases = _listed_cases(file, stored["dataset"], len(channels))
     else:

@@ -64,6 +64,12 @@ def open_data_set(root: Path, split: Split | None, config: TrainConfig) -> DataS
             spacings differ.
     """
     scans = find_labelled_cases(root)
+    if scans.task.task.outputs:
+        raise TrainingError(
+            f"{root}: describes regions ({', '.join(scans.task.task.regions)}), which cannot be "
+            "trained on, only evaluated",
+            "give each label one value, without regions",
+        )
     names = [name for part in split.values() for name in part] if split else None
     scans.refuse_faults(names)
     with shown_progress("reading the labels", len(scans.cases)) as advance:

@@ -14,7 +14,7 @@ from attnseg.evaluation.cases import read_truth
 from attnseg.runtime.case.nifti import read_volume
 from attnseg.runtime.case.scans import find_cases
 from attnseg.runtime.errors import TrainingError
-from attnseg.runtime.task import Channel, Label
+from attnseg.runtime.task import Channel, Label, Output
 from attnseg.trainer.config import TrainConfig
 from attnseg.trainer.data_set import open_data_set
 
@@ -132,16 +132,52 @@ def test_a_missing_file_is_named_unless_a_split_leaves_its_case_out(
     assert open_data_set(tmp_path, split, TrainConfig()).split == split
 
 
+def test_regions_are_read_to_evaluate_and_refused_to_train(tmp_path: Path) -> None:
+    write_prostate(
+        tmp_path,
+        labels={"background": 0, "gland": [1, 2], "TZ": 2},
+        regions_class_order=[1, 2],
+    )
+    scans = find_labelled_cases(tmp_path)
+    task = scans.task.task
+    assert task.labels == (Label("background", 0), Label("label 1", 1), Label("TZ", 2))
+    assert task.regions == {"gland": (1, 2), "TZ": (2,)}
+    assert task.outputs == (Output("gland", 1, (0,)), Output("TZ", 2, (1,)))
+    np.testing.assert_array_equal(read_truth(scans.cases["prostate_00"], scans.task), LABELS)
+    with pytest.raises(TrainingError, match=r"regions \(gland, TZ\), which cannot be trained on"):
+        open_data_set(tmp_path, None, TrainConfig())
+
+
+def test_an_order_of_regions_without_regions_is_ignored_as_by_nnunet(tmp_path: Path) -> None:
+    task, _ = read_nnunet(write_prostate(tmp_path, regions_class_order=[1, 2]))
+    assert task.task.outputs == ()
+    assert task.task.regions == {"PZ": (1,), "TZ": (2,)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, r"regions \(whole, core\)"),
-        ({"regions_class_order": [1, 2]}, r"regions \(regions_class_order\)"),
-        ({"labels": {"background": 0, "PZ": 1, "ignore": 2}}, r"has an ignore label \(2\)"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": [2]}},
+            r"has regions \(whole, core\), and regions_class_order is None; list the label",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1]},
+            r"regions_class_order has 1 entries for 2 regions \(whole, core\)",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [7]},
+            "output whole names an unknown region or label",
+        ),
+        ({"labels": {"background": 0, "PZ": []}}, r"label PZ has the value \[\]"),
+        (
+            {"labels": {"background": 0, "PZ": 1, "ignore": 2}},
+            r"has an ignore label \(2\), and its voxels have no expert label",
+        ),
         ({"labels": {"0": "background", "1": "PZ"}}, "label 0 has the value 'background'"),
         ({"labels": {"background": 0, "PZ": 1.5}}, r"label PZ has the value 1\.5"),
         ({"labels": {"background": 0, "PZ": True}}, "label PZ has the value True"),
-        ({"labels": {"PZ": 1, "TZ": 2}}, "labels from 0 .background. to 255"),
+        ({"labels": {"PZ": 1, "TZ": 2}}, "no label has the value 0; add .background.: 0"),
         ({"labels": {"background": 0, "PZ": 1, "TZ": 1}}, "lists 1 twice"),
         ({"labels": ["background", "PZ"]}, "its labels is not a mapping of names to numbers"),
         ({"labels": None}, "its labels is not a mapping of names to numbers"),
