@@ -109,7 +109,10 @@ class Task:
         if len(values) < 2 or values[0] != 0 or len(set(values)) < len(values):
             raise ConfigError("labels must start with background, 0, and have distinct values")
         if not 0 <= min(values) <= max(values) <= 255:
-            raise ConfigError(f"labels must have values from 0 to 255, got {values}")
+            raise ConfigError(
+                f"labels must have values from 0 to 255, so that one byte holds them, got "
+                f"{len(values)} labels from {min(values)} to {max(values)}"
+            )
         for name, region in self.regions.items():
             if not set(region) <= set(values):
                 raise ConfigError(f"region {name} names a label that does not exist")

@@ -733,10 +733,16 @@ def test_metadata_must_name_the_channels(tmp_path: Path, described: Json, messag
         read_monai(tmp_path)
 
 
-def test_more_labels_than_a_byte_holds_are_refused(tmp_path: Path) -> None:
+TOO_MANY = "labels must have values from 0 to 255, .*, got 257 labels from 0 to 256"
+
+
+def test_256_labels_with_the_background_fit_in_a_byte(tmp_path: Path) -> None:
     config = changed(SPLEEN, classes=256)
     write_bundle(tmp_path, config, metadata(["a"], [f"label {i}" for i in range(256)]))
-    with pytest.raises(ExportError, match="256 labels, and at most 255 fit in a byte"):
+    assert read_monai(tmp_path).record.task.label_values == tuple(range(256))
+    config = changed(SPLEEN, classes=257)
+    write_bundle(tmp_path, config, metadata(["a"], [f"label {i}" for i in range(257)]))
+    with pytest.raises(ExportError, match=rf"metadata\.json: {TOO_MANY}"):
         read_monai(tmp_path)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from attnseg.imports.monai.networks import BuiltNetwork
 from attnseg.imports.monai.postprocessing import After
-from attnseg.runtime.errors import ExportError
+from attnseg.runtime.errors import ConfigError, ExportError
 from attnseg.runtime.task import BRATS_CHANNELS, Channel, Label, Output, Task, distinct_names
 
-_MOST_LABELS = 255
 _BRATS_LABELS = {
     "whole tumor": "oedema",
     "tumor core": "necrotic core",
@@ -35,14 +34,19 @@ class Described:
         """Channels, labels and regions.
 
         Raises:
-            ExportError: Names are missing, or their number is not that of the network's channels.
+            ExportError: Names are missing, their number is not that of the network's channels, or
+                a label does not fit in a byte.
         """
+        try:
+            return self._task(after)
+        except ConfigError as error:
+            raise self._error(error.cause, error.mend) from error
+
+    def _task(self, after: After) -> Task:
         channels = self._channels()
         shown = (channels[0].name,)
         if after.threshold is None:
             names = self._names("outputs", "pred", self.built.outputs)
-            if len(names) > _MOST_LABELS:
-                raise self._error(f"{len(names)} labels, and at most {_MOST_LABELS} fit in a byte")
             labels = tuple(Label(name, index) for index, name in enumerate(names))
             return Task(channels, labels, {n.name: (n.value,) for n in labels[1:]}, shown)
         names, written = self._names("outputs", "pred", self.built.outputs), after.written
