@@ -6,17 +6,25 @@ Plans name classes; only those listed here are looked up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnseg.runtime.errors import ExportError
+from attnseg.runtime.errors import ConfigError
 
-_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+_MODULES = "dynamic_network_architectures.architectures"
+_NETWORKS = {
+    "PlainConvUNet": (f"{_MODULES}.unet.PlainConvUNet", "PlainConvUNet"),
+    "ResidualEncoderUNet": (
+        f"{_MODULES}.unet.ResidualEncoderUNet",
+        f"{_MODULES}.residual_unet.ResidualEncoderUNet",  # where nnU-Net 2.8.1 looks for it
+        "ResidualEncoderUNet",
+    ),
+}
+"""Classes of `unet`, and the names that plans give them; those until 2.4 have no path."""
 _LAYERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
+    name: kind
     for kind in (
         nn.Conv3d,
         nn.InstanceNorm3d,
@@ -27,7 +35,9 @@ _LAYERS: dict[str, type[nn.Module]] = {
         nn.GELU,
         nn.SiLU,
     )
+    for name in (f"torch.nn.{kind.__name__}", f"{kind.__module__}.{kind.__name__}")
 }
+"""Layers by the paths that plans name them by."""
 _COUNTS = ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder")
 _MOST_STAGES, _MOST_CHANNELS = 64, 1 << 14
 _PLANS_UNTIL_2_4 = {
@@ -71,40 +81,37 @@ def _architecture(settings: dict[str, Any]) -> tuple[str, dict[str, Any], Sequen
     return name, arguments, ["conv_op", "norm_op", "nonlin"]
 
 
-def build_nnunet(
-    folder: Path, settings: dict[str, Any], trainer: str, channels: int, outputs: int
-) -> nn.Module:
+def build_nnunet(settings: dict[str, Any], trainer: str, channels: int, outputs: int) -> nn.Module:
     """Build the network of a configuration, without deep supervision, and without weights.
 
     Its parameters are on PyTorch's `meta` device until weights are assigned.
 
     Args:
-        folder: Model folder, for the texts of errors.
         settings: Configuration of the plans.
         trainer: Name of the trainer; `nnUNetTrainerBN` replaces the norms.
         channels: Number of input channels.
         outputs: Number of output channels.
 
     Raises:
-        ExportError: The plans name a network or a layer that is not listed here, or arguments that
-            the network does not take.
+        ConfigError: The plans name a network or a layer that is not listed here, or arguments that
+            the network does not take; the message does not name the file.
     """
     from dynamic_network_architectures.architectures import unet
 
     name, arguments, layers = _architecture(settings)
-    kind = name.rpartition(".")[2]
-    if kind not in _NETWORKS or not name.startswith(("dynamic_network_architectures.", kind)):
-        raise ExportError(
-            f"{folder}: the plans' network is {name}, a custom network",
+    kind = next((kind for kind, names in _NETWORKS.items() if name in names), None)
+    if kind is None:
+        raise ConfigError(
+            f"the plans' network is {name}, a custom network",
             f"import models with {' or '.join(_NETWORKS)}",
         )
     for argument in layers:
         given = arguments.get(argument)
         if given is not None:
-            arguments[argument] = _layer(folder, str(given))
+            arguments[argument] = _layer(str(given))
     if trainer == "nnUNetTrainerBN":
         arguments |= {"norm_op": nn.BatchNorm3d, "norm_op_kwargs": {"eps": 1e-05, "affine": True}}
-    _check_size(folder, arguments)
+    _check_size(arguments)
     try:
         with torch.device("meta"):
             network: nn.Module = getattr(unet, kind)(
@@ -112,11 +119,13 @@ def build_nnunet(
             )
     except Exception as error:  # whatever the arguments lead to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ExportError(f"{folder}: the plans' network cannot be built ({reason})") from error
+        raise ConfigError(
+            f"the plans' network cannot be built ({reason})", "give the plans of its training"
+        ) from error
     return network
 
 
-def _check_size(folder: Path, arguments: dict[str, Any]) -> None:
+def _check_size(arguments: dict[str, Any]) -> None:
     """Refuse arguments that make a network of more layers or channels than any has."""
     left: list[Any] = list(arguments.values())
     while left:
@@ -125,19 +134,27 @@ def _check_size(folder: Path, arguments: dict[str, Any]) -> None:
             left += value.values()
         elif isinstance(value, list | tuple):
             if len(value) > _MOST_STAGES:
-                raise ExportError(f"{folder}: the plans' network has {len(value)} stages")
+                raise _too_large(f"{len(value)} stages", _MOST_STAGES)
             left += value
         elif isinstance(value, int) and abs(value) > _MOST_CHANNELS:
-            raise ExportError(f"{folder}: the plans' network has a layer of {value} channels")
+            raise _too_large(f"a layer of {value} channels", _MOST_CHANNELS)
     for name in ("n_stages", *_COUNTS):
         counts = arguments.get(name, 0)
         for count in counts if isinstance(counts, list | tuple) else [counts]:
             if isinstance(count, int) and count > _MOST_STAGES:
-                raise ExportError(f"{folder}: the plans' network has {name} {count}")
+                raise _too_large(f"{name} {count}", _MOST_STAGES)
 
 
-def _layer(folder: Path, name: str) -> type[nn.Module]:
-    kind = name.rpartition(".")[2]
-    if kind not in _LAYERS or not name.startswith("torch.nn."):
-        raise ExportError(f"{folder}: the plans name the layer {name}, which is unknown")
-    return _LAYERS[kind]
+def _too_large(what: str, most: int) -> ConfigError:
+    return ConfigError(
+        f"the plans' network has {what}, more than {most}", "give the plans of its training"
+    )
+
+
+def _layer(name: str) -> type[nn.Module]:
+    if name not in _LAYERS:
+        raise ConfigError(
+            f"the plans name the layer {name}, which is unknown",
+            f"import models with {', '.join(own for own in _LAYERS if own.count('.') == 2)}",
+        )
+    return _LAYERS[name]

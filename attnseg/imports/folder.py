@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ExportError(f"{path}: is not a JSON object")
     return found
+
+
+@contextmanager
+def naming_file(path: Path, mend: str) -> Iterator[None]:
+    """Raise errors of the content of a file as `ExportError` that names it.
+
+    Args:
+        path: The file.
+        mend: Mend of an entry that is missing or of another type.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ExportError(f"{path}: {error.cause}", error.mend, *error.settings) from error
+    except KeyError as error:
+        raise ExportError(f"{path}: has no entry {error.args[0]}", mend) from error
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ExportError(f"{path}: has an entry of another form ({what})", mend) from error
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:

@@ -43,12 +43,15 @@ class NnUNetFolder:
     masks: tuple[bool, ...] = (True,)
     transpose: tuple[int, int, int] = (0, 1, 2)
     reader: str = "SimpleITKIO"
+    resampling: dict[str, Any] = field(
+        default_factory=lambda: {"order_z": 0, "force_separate_z": None}
+    )
 
     def plans(self) -> dict[str, Any]:
         """Content of `plans.json`, as the planner of nnU-Net 2.8.1 writes it."""
         blocks = "n_blocks_per_stage" if self.residual else "n_conv_per_stage"
         kind = "ResidualEncoderUNet" if self.residual else "PlainConvUNet"
-        kwargs = {"order_z": 0, "force_separate_z": None}
+        kwargs = self.resampling
         backward = np.argsort(self.transpose).tolist()
         return {
             "dataset_name": "Dataset900_Small",

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from nnunetv2.preprocessing.resampling import default_resampling
 
+from attnseg import Segmenter, SegmentOptions
+from attnseg.data.labelled import find_labelled_cases
+from attnseg.evaluation.cases import cases_to_evaluate
+from attnseg.evaluation.evaluate import evaluate
+from attnseg.export.gate.samples import read_samples
+from attnseg.imports import nnunet
 from attnseg.imports.imported import import_nnunet
 from attnseg.imports.nnunet import read_nnunet
-from attnseg.runtime.errors import ExportError
+from attnseg.imports.verify import cases_to_compare
+from attnseg.runtime.case.nifti import read_volume
+from attnseg.runtime.errors import ConfigError, ExportError, ScanError
 from attnseg.runtime.steps.schemes import ClipZScore, SingleZScore
 from attnseg.runtime.task import Output
-from tests.imports.models import CT, REGIONS, NnUNetFolder
+from tests.imports.models import CT, REGIONS, NnUNetFolder, write_scan
 
 
 @pytest.fixture
@@ -137,6 +149,20 @@ def in_dataset(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], N
     return lambda folder: edit(folder, "dataset.json", change)
 
 
+def many_labels(most: int) -> dict[str, int]:
+    return {"background": 0, **{f"l{i}": i for i in range(1, most + 1)}}
+
+
+def spoil_entry(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "fold_0" / "checkpoint_final.pth"
+        stored = torch.load(file, weights_only=False)
+        del stored[name]
+        torch.save(stored, file)
+
+    return change
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no plans": (lambda f: (f / "plans.json").unlink(), "has no plans.json"),
     "version 1": (
@@ -150,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no checkpoint": (
         lambda f: [file.unlink() for file in f.glob("fold_*/*.pth")],
-        r"has no fold_\*/checkpoint_final\.pth",
+        r"has no fold_N/checkpoint_final\.pth.*; copy the folders of the folds",
     ),
     "a damaged checkpoint": (spoil_checkpoint, "is not a checkpoint of PyTorch"),
     "other weights": (spoil_weights, "its weights are not those of the network"),
@@ -196,13 +222,215 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "for 1 channels, dataset.json has 2",
     ),
     "too many labels": (
-        in_dataset(
-            lambda d: d.update(labels={"background": 0, **{f"l{i}": i for i in range(1, 300)}})
-        ),
-        "299 labels",
+        in_dataset(lambda d: d.update(labels=many_labels(256))),
+        r"dataset\.json: labels must have values from 0 to 255, .*, got 257 labels from 0 to 256",
     ),
-    "an incomplete plan": (in_plans(lambda p: p.pop("transpose_forward")), "are incomplete"),
+    "an incomplete plan": (
+        in_plans(lambda p: p.pop("transpose_forward")),
+        r"plans\.json: has no entry transpose_forward; copy the model folder again",
+    ),
+    "a plan of another form": (
+        in_plans(lambda p: p.update(transpose_forward=3)),
+        r"plans\.json: has an entry of another form \(TypeError.*; copy the model folder again",
+    ),
+    "no trainer": (spoil_entry("trainer_name"), r"final\.pth: has no entry trainer_name; copy"),
+    "no arguments": (spoil_entry("init_args"), r"final\.pth: has no entry init_args; copy"),
+    "no weights": (spoil_entry("network_weights"), r"final\.pth: has no entry network_weights"),
+    "a short order of regions": (
+        in_dataset(lambda d: d.update(labels=REGIONS, regions_class_order=[1])),
+        r"dataset\.json: regions_class_order has 1 entries for 2 regions \(whole, lesion\); list",
+    ),
+    "labels of version 1": (
+        in_dataset(lambda d: d.update(labels={"0": "background", "1": "organ"})),
+        r"dataset\.json: label 0 has the value 'background'; give it a whole number",
+    ),
+    "no background": (
+        in_dataset(lambda d: d.update(labels={"organ": 1, "lesion": 2})),
+        r"dataset\.json: no label has the value 0; add \"background\": 0",
+    ),
+    "a fraction as label": (
+        in_dataset(lambda d: d["labels"].update(lesion=1.7)),
+        r"dataset\.json: label lesion has the value 1\.7; give it a whole number",
+    ),
+    "two labels of one value": (
+        in_dataset(lambda d: d["labels"].update(lesion=1)),
+        r"dataset\.json: lists 1 twice",
+    ),
+    "no labels": (in_dataset(lambda d: d.pop("labels")), "its labels is not a mapping"),
+    "no channels": (in_dataset(lambda d: d.pop("channel_names")), "has no entry modality; copy"),
+    "a configuration that inherits from itself": (
+        in_plans(
+            lambda p: p["configurations"].update(
+                {"3d_fullres": {"inherits_from": "b"}, "b": {"inherits_from": "3d_fullres"}}
+            )
+        ),
+        r"plans\.json: .* inherits from itself \(3d_fullres, b, 3d_fullres\); correct",
+    ),
+    "a network beside the known ones": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"].update(
+                network_class_name="dynamic_network_architectures.mine.PlainConvUNet"
+            )
+        ),
+        r"mine\.PlainConvUNet, a custom network",
+    ),
+    "a network with a known beginning": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"].update(
+                network_class_name="PlainConvUNet_mine.PlainConvUNet"
+            )
+        ),
+        r"PlainConvUNet_mine\.PlainConvUNet, a custom network",
+    ),
+    "a layer beside the known ones": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"]["arch_kwargs"].update(
+                nonlin="torch.nn.mine.LeakyReLU"
+            )
+        ),
+        r"layer torch\.nn\.mine\.LeakyReLU",
+    ),
+    "a network of too many channels": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"]["arch_kwargs"].update(
+                features_per_stage=[6, 8, 1 << 20]
+            )
+        ),
+        "a layer of 1048576 channels, more than 16384",
+    ),
+    "a custom label manager": (
+        in_plans(lambda p: p.update(label_manager="MyLabelManager")),
+        "MyLabelManager, a custom label manager",
+    ),
+    "different ratios": (
+        in_plans(lambda p: settings_of(p).update(resampling_fn_data_kwargs={})),
+        r"above different ratios \(None and 3\.0; None: never\)",
+    ),
 }
+
+
+RESAMPLING: dict[str, tuple[dict[str, Any], str]] = {
+    "a separate axis always": ({"force_separate_z": True}, "force_separate_z True"),
+    "zero in place of false": ({"force_separate_z": 0}, "force_separate_z 0"),
+    "labels": ({"is_seg": True}, "is_seg True"),
+    "order along the axis": ({"order_z": 1}, "order_z 1"),
+    "quadratic": ({"order": 2}, "order 2"),
+    "an unknown option": ({"mode": "edge"}, "mode 'edge'"),
+    "no ratio": (
+        {"separate_z_anisotropy_threshold": "3"},
+        "separate_z_anisotropy_threshold '3'",
+    ),
+    "a ratio below 1": (
+        {"separate_z_anisotropy_threshold": 0.5},
+        r"separate_z_anisotropy_threshold 0\.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ["data", "probabilities"])
+@pytest.mark.parametrize("what", RESAMPLING)
+def test_other_options_of_resampling_are_refused_by_name(
+    folder: Path, what: str, which: str
+) -> None:
+    options, message = RESAMPLING[what]
+    key = f"resampling_fn_{which}_kwargs"
+    edit(folder, "plans.json", lambda p: settings_of(p)[key].update(options))
+    with pytest.raises(ExportError, match=rf"plans\.json: {key} has {message}, which is not"):
+        read_nnunet(folder, ["0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "separate_above"),
+    [
+        ({"force_separate_z": None}, 3.0),
+        ({"force_separate_z": None, "separate_z_anisotropy_threshold": 5}, 5.0),
+        ({"force_separate_z": False}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_an_axis_is_apart_as_the_resampling_function_of_nnunet_has_it(
+    folder: Path, options: dict[str, Any], separate_above: float | None
+) -> None:
+    def change(plans: dict[str, Any]) -> None:
+        settings_of(plans)["resampling_fn_data_kwargs"] = options
+        settings_of(plans)["resampling_fn_probabilities_kwargs"] = {"order": 1, **options}
+
+    edit(folder, "plans.json", change)
+    grid = read_nnunet(folder, ["0"]).record.preprocessing.grid
+    assert (grid.separate_above, grid.order) == (separate_above, 3)
+
+
+def test_the_options_of_resampling_are_those_of_nnunet() -> None:
+    function = default_resampling.resample_data_or_seg_to_shape
+    parameters = list(inspect.signature(function).parameters.values())[4:]
+    assert {own.name: own.default for own in parameters} == nnunet._RESAMPLE_DEFAULTS
+
+
+def test_255_labels_beside_the_background_fit_in_a_byte(folder: Path) -> None:
+    edit(folder, "dataset.json", lambda d: d.update(labels=many_labels(255)))
+    with pytest.raises(ExportError, match="weights are not those"):  # which are of 3 labels
+        read_nnunet(folder, ["0"])
+
+
+def test_all_folds_are_the_numbered_ones(folder: Path) -> None:
+    for name in ("fold_0_backup", "fold_all", "fold_10", "fold_x"):
+        shutil.copytree(folder / "fold_0", folder / name)
+    assert read_nnunet(folder, ["all"]).origin["folds"] == ["0", "1", "10"]
+    with pytest.raises(ExportError, match=r"no fold_0_backup/.*; choose of 0, 1, 10, all$"):
+        read_nnunet(folder, ["0_backup"])
+    assert read_nnunet(folder, ["all", "1"]).origin["folds"] == ["all", "1"]
+    for name in ("fold_0", "fold_1", "fold_10"):
+        shutil.rmtree(folder / name)
+    assert read_nnunet(folder, ["all"]).origin["folds"] == ["all"]
+
+
+def test_no_fold_and_another_checkpoint_are_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="folds names no fold; give all, or numbers such as 0,1"):
+        read_nnunet(folder, [])
+    with pytest.raises(ExportError, match=r"no fold_N/checkpoint_best\.pth.*checkpoint='final'"):
+        read_nnunet(folder, ["all"], "best")
+
+
+def test_cases_are_found_before_the_export(folder: Path, tmp_path: Path) -> None:
+    write_scan(tmp_path / "scans", "case")
+    (case,) = cases_to_compare(folder, tmp_path / "scans")
+    assert [file.name for file in case.files] == ["case_0000.nii.gz"]
+    with pytest.raises(ScanError, match="nothing"):
+        cases_to_compare(folder, tmp_path / "nothing")
+
+
+def test_a_case_that_lacks_a_channel_is_not_compared(tmp_path: Path) -> None:
+    model = NnUNetFolder(
+        channels=("T1", "T2"), schemes=("ZScoreNormalization",) * 2, masks=(True, True)
+    )
+    write_scan(tmp_path / "scans", "case")
+    with pytest.raises(ScanError, match="T2"):
+        cases_to_compare(model.write(tmp_path / "model"), tmp_path / "scans")
+
+
+def test_a_model_of_regions_is_evaluated_on_its_data_set(tmp_path: Path) -> None:
+    model = NnUNetFolder(labels=REGIONS, order=(1, 2))
+    data = tmp_path / "data"
+    write_scan(data / "imagesTr", "a")
+    (data / "dataset.json").write_text(json.dumps({**model.dataset(), "numTraining": 1}))
+    bundle = import_nnunet(model.write(tmp_path / "model"), tmp_path / "bundle").bundle
+    segmenter = Segmenter(bundle, SegmentOptions(precision="fp32", device="cpu"))
+    scan = data / "imagesTr" / "a_0000.nii.gz"
+    volume = read_volume([scan])
+    labels = segmenter.segment(volume).labels
+    assert {1, 2} <= set(np.unique(labels))
+    truth = np.where(labels == 1, 2, labels).astype(np.uint8)  # the whole, all of it lesion
+    (data / "labelsTr").mkdir()
+    nib.save(nib.Nifti1Image(truth, nib.load(scan).affine), data / "labelsTr" / "a.nii.gz")
+    scans = find_labelled_cases(data)
+    cases = cases_to_evaluate(scans, bundle.manifest, "all")
+    scores = evaluate(cases, segmenter, scans.task, tmp_path / "scores").scores["a"]
+    found, whole = int((labels == 2).sum()), int((labels > 0).sum())
+    assert scores["whole"].dice == 1
+    assert scores["lesion"].dice == pytest.approx(2 * found / (found + whole))
+    (sample,) = read_samples(data, bundle.manifest)
+    np.testing.assert_array_equal(sample.truth, truth)
 
 
 @pytest.mark.parametrize("what", REFUSED)
