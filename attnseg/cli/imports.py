@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,21 +92,24 @@ def nnunet(
     """Make a bundle of a model folder of nnU-Net 2.
 
     FOLDER holds plans.json, dataset.json and fold_N/checkpoint_final.pth. The bundle runs without
-    PyTorch and gives the labels of nnU-Net's predictor (docs/import.md). The exit code is 1 if
-    --verify finds more than 1 of 10,000 foreground voxels with another label.
+    PyTorch and gives the labels of nnU-Net's predictor (docs/import.md). The exit code is 1 if an
+    engine or precision was left out of the bundle, or if --verify finds more than 1 of 10,000
+    foreground voxels with another label.
     """
     _require("nnunet", "dynamic_network_architectures", *(("nnunetv2",) if verify else ()))
     with loading("PyTorch and ONNX", "torch"):
         from attnseg.imports.imported import import_nnunet
+        from attnseg.imports.verify import cases_to_compare
 
+    cases = cases_to_compare(folder, verify) if verify else []
     chosen = tuple(part.strip() for part in folds.split(",") if part.strip())
     make = partial(import_nnunet, folder, output, chosen, checkpoint)
     exported = _make(output, data, choices, make)
-    failed = _verify(folder, exported, verify) if verify else False
+    failed = _verify(folder, exported, cases) if verify else False
     ctx.exit(1 if failed or exported.left_out else 0)
 
 
-def _verify(folder: Path, exported: Any, cases: Path) -> bool:
+def _verify(folder: Path, exported: Any, cases: Sequence[Any]) -> bool:
     """Compare labels with nnU-Net's predictor, print a table, return whether a case differs."""
     from attnseg.imports.verify import COMPARISON_HEADER, compare_with_nnunet
 
@@ -128,7 +131,8 @@ def monai(
     """Make a bundle of a MONAI bundle.
 
     FOLDER holds configs/inference.json, configs/metadata.json and models/model.pt. The
-    configuration is parsed, and nothing in it is executed (docs/import.md).
+    configuration is parsed, and nothing in it is executed (docs/import.md). The exit code is 1 if
+    an engine or precision was left out of the bundle.
     """
     _require("monai", "monai")
     with loading("PyTorch, MONAI and ONNX", "torch"):
@@ -160,7 +164,8 @@ def torchscript(
     """Make a bundle of a TorchScript file.
 
     MODEL is a network saved by torch.jit.save. Loading it can run what TorchScript can, which is
-    no Python; import files of people whom you trust only.
+    no Python; import files of people whom you trust only. The exit code is 1 if an engine or
+    precision was left out of the bundle.
     """
     _require("torchscript")
     with loading("PyTorch and ONNX", "torch"):

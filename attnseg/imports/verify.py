@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnseg.imports.nnunet import read_channels
 from attnseg.runtime.case.nifti import read_labels, read_volume
 from attnseg.runtime.case.scans import Case, find_scans
 from attnseg.runtime.model.bundle import Bundle
@@ -52,8 +55,28 @@ class Comparison:
         return self.case, str(self.foreground), str(self.differ), f"{self.share:.1e}"
 
 
+def cases_to_compare(folder: Path, scans: Path) -> list[Case]:
+    """Cases below `scans` for a model folder, none of them read yet.
+
+    Args:
+        folder: Model folder of nnU-Net, whose channels the cases have.
+        scans: Folder of scans, named as for `attnseg run`.
+
+    Raises:
+        ExportError: The folder is no model folder of nnU-Net 2.
+        ScanError: No case is found, or one is incomplete.
+    """
+    found = find_scans(scans, {}, read_channels(folder))
+    for problem in found.problems.values():
+        raise problem
+    return list(found.cases)
+
+
 def compare_with_nnunet(
-    folder: Path, bundle: Bundle, scans: Path, step: Callable[[str], None] = lambda _: None
+    folder: Path,
+    bundle: Bundle,
+    cases: Sequence[Case],
+    step: Callable[[str], None] = lambda _: None,
 ) -> list[Comparison]:
     """Segment cases with an imported bundle in fp32 and with nnU-Net's predictor, on the CPU.
 
@@ -61,23 +84,22 @@ def compare_with_nnunet(
         folder: Model folder of nnU-Net; it was imported, so its checkpoints are known to hold
             tensors and plain values only.
         bundle: Bundle of the same folds and checkpoint.
-        scans: Folder of scans, named as for `attnseg run`.
+        cases: The cases; see `cases_to_compare`.
         step: Callback that receives the name of each step.
 
     Raises:
-        ScanError: No case is found, or one is incomplete.
+        ScanError: A scan cannot be read.
     """
-    found = find_scans(scans, {}, bundle.manifest.task.channels)
-    for problem in found.problems.values():
-        raise problem
     segmenter = Segmenter(bundle, SegmentOptions(precision="fp32", device="cpu"))
-    predictor = _predictor(folder, bundle)
+    with redirect_stdout(io.StringIO()):  # nnU-Net prints
+        predictor = _predictor(folder, bundle)
     compared = []
-    for case in found.cases:
+    for case in cases:
         step(f"attnseg: {case.name}")
         labels = segmenter.segment(read_volume(case.files)).labels
         step(f"nnU-Net: {case.name}")
-        theirs = _predict(predictor, case)
+        with redirect_stdout(io.StringIO()):
+            theirs = _predict(predictor, case)
         differ = int(np.count_nonzero(labels != theirs))
         compared.append(Comparison(case.name, int(np.count_nonzero(theirs)), differ))
     return compared

@@ -298,6 +298,22 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "a layer of 1048576 channels, more than 16384",
     ),
+    "a network of too many stages": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"]["arch_kwargs"].update(
+                features_per_stage=[6] * 65
+            )
+        ),
+        "has 65 stages, more than 64",
+    ),
+    "a network of too many layers": (
+        in_plans(
+            lambda p: settings_of(p)["architecture"]["arch_kwargs"].update(
+                n_conv_per_stage=[1, 1, 65]
+            )
+        ),
+        "has n_conv_per_stage 65, more than 64",
+    ),
     "a custom label manager": (
         in_plans(lambda p: p.update(label_manager="MyLabelManager")),
         "MyLabelManager, a custom label manager",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attnseg.imports.imported import import_nnunet
-from attnseg.imports.verify import compare_with_nnunet
+from attnseg.imports.verify import cases_to_compare, compare_with_nnunet
 from attnseg.runtime.model.bundle import Bundle
 from tests.imports.models import REGIONS, NnUNetFolder, write_scan
 
@@ -47,6 +47,10 @@ CASES: dict[str, tuple[NnUNetFolder, dict[str, Any]]] = {
         NnUNetFolder(spacing=(1.0, 1.0, 1.0)),
         {"oblique": True, "spacing_mm": (1.5, 1.5, 1.5), "shape": (26, 24, 22)},
     ),
+    "CT, no axis apart": (
+        NnUNetFolder(resampling={}, **CT, **SPLIT),
+        {"ct": True, "spacing_mm": (0.8, 0.8, 5.0), "shape": (40, 44, 9)},
+    ),
     "regions, resampled": (
         NnUNetFolder(labels=REGIONS, order=(1, 2), spacing=(1.2, 0.8, 0.8)),
         {"spacing_mm": (1.0, 1.0, 1.0)},
@@ -70,7 +74,7 @@ def test_labels_are_those_of_nnunet(tmp_path: Path, name: str) -> None:
     for seed in range(2):
         write_scan(tmp_path / "scans", f"case{seed}", **{"seed": seed, **scan})
     bundle = import_nnunet(folder, tmp_path / "bundle").bundle
-    compared = compare_with_nnunet(folder, bundle, tmp_path / "scans")
+    compared = compare_with_nnunet(folder, bundle, cases_to_compare(folder, tmp_path / "scans"))
     assert [own.case for own in compared] == ["case0", "case1"]
     for own in compared:
         assert own.foreground > 200
@@ -84,6 +88,6 @@ def test_sums_in_single_precision_differ_a_little(tmp_path: Path) -> None:
     bundle = import_nnunet(folder, tmp_path / "bundle").bundle
     inference = replace(bundle.manifest.inference, accumulate="single")
     single = Bundle(bundle.folder, replace(bundle.manifest, inference=inference), bundle.sha256)
-    (own,) = compare_with_nnunet(folder, single, tmp_path / "scans")
+    (own,) = compare_with_nnunet(folder, single, cases_to_compare(folder, tmp_path / "scans"))
     assert own.share <= 2e-3
     assert np.isfinite(own.share)
