@@ -29,6 +29,15 @@ def _parse_window(_: click.Context, __: click.Parameter, value: str | None) -> A
     return int(value)
 
 
+def _parse_axes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part in ("0", "1", "2") for part in parts):
+        raise click.BadParameter(f"give axes from 0 to 2, such as 0,2, got {value!r}.")
+    return tuple(int(part) for part in parts)
+
+
 segment_options = together(
     option(
         "--tta",
@@ -66,6 +75,21 @@ segment_options = together(
         metavar="SHARE",
         heading=SLIDING,
         help="Overlap of neighbouring windows, from 0 to below 1.  [default: the model's]",
+    ),
+    option(
+        "--mirror-axes",
+        callback=_parse_axes,
+        metavar="AXES",
+        heading=SLIDING,
+        help="Some of the model's mirror axes, such as 0,2, for --tta model: each one doubles the "
+        "time.  [default: the model's]",
+    ),
+    option(
+        "--empty-windows",
+        metavar="[skip|run]",
+        heading=SLIDING,
+        help="Windows of zeros: skip takes them for background, run gives them to the network.  "
+        "[default: the model's]",
     ),
     option(
         "--min-voxels",

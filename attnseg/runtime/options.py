@@ -20,7 +20,7 @@ from attnseg.runtime.steps.check import InputRules, Resample
 from attnseg.runtime.steps.decide import Decide, Decision
 from attnseg.runtime.steps.preprocess import Preprocessing
 from attnseg.runtime.steps.tta import PASSES, Fuse, passes_of
-from attnseg.runtime.steps.windows import LARGEST_WINDOW, Blending, WindowOptions
+from attnseg.runtime.steps.windows import LARGEST_WINDOW, Blending, EmptyWindows, WindowOptions
 from attnseg.runtime.task import Task
 
 _MOST_THREADS = 1024
@@ -43,6 +43,8 @@ class SegmentOptions:
         probabilities: Whether the result has the probability of each region.
         window: Edge length of the cubic window in voxels, or `full` for one window over the box.
         overlap: Overlap of neighbouring windows as a fraction of the window, 0 <= overlap < 1.
+        mirror_axes: Some of the model's mirror axes, 0 to 2, for `tta` of `model`.
+        empty_windows: Whether windows of zeros are background (`skip`), or are `run`.
         min_voxels: Minimum size of a component, in voxels; smaller ones are removed.
         threads: Number of CPU threads; None for all CPUs available to this process.
         device: `cuda` for a GPU, `cpu`, or `auto` for a GPU if one can run the model.
@@ -65,6 +67,8 @@ class SegmentOptions:
     probabilities: bool = False
     window: int | Literal["full"] | None = None
     overlap: float | None = None
+    mirror_axes: tuple[int, ...] | None = None
+    empty_windows: EmptyWindows | None = None
     min_voxels: int | None = None
     threads: int | None = None
     device: str = "auto"
@@ -128,12 +132,14 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Settings, besides model and engine, that the result depends on, for a report."""
-        window = self.windows.window
+        window, blending = self.windows.window, self.windows.blending
         return {
             "tta": self.tta,
             "fuse": self.fuse,
             "window": list(window) if window else "full",
             "overlap": self.windows.overlap,
+            **({"mirror_axes": list(blending.mirror_axes)} if self.tta == "model" else {}),
+            "empty_windows": blending.empty_windows,
             "min_voxels": self.min_voxels,
             "resample": self.rules.resample,
             **({"decide": "threshold"} if self.decision != Decision.of(self.task) else {}),
@@ -189,6 +195,22 @@ def _check_fusion(fuse: str, tta: str, decision: Decision, probabilities: bool) 
         )
 
 
+def _mirror_axes(options: SegmentOptions, tta: str, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes along which windows are mirrored."""
+    axes = options.mirror_axes
+    if axes is None:
+        return allowed if tta == "model" else ()
+    if tta != "model":
+        raise ConfigError(
+            f"mirror axes are for the test-time augmentation of the model, not for {tta}",
+            "leave {} out",
+            Setting("mirror_axes"),
+        )
+    distinct = len(set(axes)) == len(axes) and set(axes) <= set(allowed)
+    _check("mirror_axes", axes, distinct, f"some of the model's, {allowed}")
+    return tuple(sorted(axes))
+
+
 def _window(edge: Any, default: Shape, multiples: Shape) -> Shape | None:
     """Window shape in voxels along X, Y and Z; None for one window over the whole image."""
     if edge is None:
@@ -224,8 +246,10 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
     if options.stream is not None:
         _check_whole("stream", options.stream, 0)
     _check("fallback", options.fallback, options.fallback in (None, "cpu"), "cpu, or left out")
-    tta = options.tta or ("model" if defaults.mirror_axes else "none")
+    mirrored = bool(defaults.mirror_axes) or options.mirror_axes is not None
+    tta = options.tta or ("model" if mirrored else "none")
     _choose("tta", tta, (*PASSES, "model"))
+    _choose("empty_windows", options.empty_windows, (None, *get_args(EmptyWindows)))
     _choose("decide", options.decide, (None, *get_args(Decide)))
     _check("probabilities", options.probabilities, _is_bool(options.probabilities), "true or false")
     if options.probabilities and not model.task.regions:
@@ -264,9 +288,9 @@ def resolve(options: SegmentOptions, model: ModelRecord) -> Plan:
             placement=defaults.placement,
             blending=Blending(
                 weights=defaults.weights,
-                mirror_axes=defaults.mirror_axes if tta == "model" else (),
+                mirror_axes=_mirror_axes(options, tta, defaults.mirror_axes),
                 accumulate=defaults.accumulate,
-                empty_windows=defaults.empty_windows,
+                empty_windows=options.empty_windows or defaults.empty_windows,
             ),
         ),
         tta=tta,

@@ -80,6 +80,7 @@ def test_the_report_holds_what_was_asked_for(small_scan: Path, tmp_path: Path) -
         "fuse": "mean",
         "window": [48, 48, 48],
         "overlap": 0.5,
+        "empty_windows": "skip",
         "min_voxels": 20,
         "resample": "auto",
     }

@@ -37,6 +37,7 @@ def test_what_is_given_replaces_it() -> None:
         "fuse": "mean",
         "window": [32, 32, 32],
         "overlap": 0.0,
+        "empty_windows": "skip",
         "min_voxels": 0,
         "resample": "auto",
     }
@@ -78,6 +79,21 @@ def test_mirror_axes_of_the_model_are_used_unless_other_passes_are_asked_for() -
     for tta, passes in (("none", 1), ("mirror8", 8)):
         found = resolve(SegmentOptions(tta=tta), mirrored)
         assert (found.tta, len(found.transforms)) == (tta, passes)
+    found = resolve(SegmentOptions(mirror_axes=(1,)), mirrored)
+    assert (found.tta, found.windows.blending.mirrors) == ("model", ((), (1,)))
+    assert found.settings()["mirror_axes"] == [1]
+    with pytest.raises(ConfigError, match=r"mirror_axes must be some of the model's, \(0, 1\)"):
+        resolve(SegmentOptions(mirror_axes=(1, 2)), mirrored)
+    with pytest.raises(ConfigError, match="for the test-time augmentation of the model, not for"):
+        resolve(SegmentOptions(tta="mirror8", mirror_axes=(1,)), mirrored)
+
+
+def test_windows_of_zeros_are_run_where_it_is_asked_for() -> None:
+    assert plan().windows.blending.empty_windows == "skip"
+    found = plan(empty_windows="run")
+    assert found.windows.blending.empty_windows == found.settings()["empty_windows"] == "run"
+    with pytest.raises(ConfigError, match="empty_windows no does not exist; choose skip, run"):
+        plan(empty_windows="no")
         assert found.windows.blending.mirrors == ((),)
 
 
