@@ -1,7 +1,7 @@
 """Time and memory of an imported nnU-Net model, beside nnU-Net's own predictor.
 
     python -m benchmarks.nnunet MODEL_FOLDER BUNDLE FILE_0000.nii.gz [FILE_0001.nii.gz ...]
-        [--mirror] [--repeats 3] [--threads 2]
+        [--mirror] [--repeats 3] [--threads 2] [--kinds nnunet fp32 ...]
 
 Each run is a process of its own, from files to a label file, and the kinds take turns, since
 machines are shared: compare ratios. The labels of each kind are compared with nnU-Net's. Needs
@@ -26,7 +26,15 @@ import numpy as np
 
 from benchmarks.harness import print_machine
 
-KINDS = ("nnunet", "fp32", "bf16")
+NNUNET = "nnunet"
+KINDS: dict[str, dict[str, Any]] = {
+    NNUNET: {},
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "fp32, no windows of zeros": {"precision": "fp32", "empty_windows": "skip"},
+    "fp32, one mirror axis": {"precision": "fp32", "mirror_axes": (0,)},
+}
+"""Options of the runtime for each kind; the last one for models with mirror axes."""
 
 
 def run_nnunet(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
@@ -51,16 +59,16 @@ def run_nnunet(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
     return {"case": time.perf_counter() - began}
 
 
-def run_attnseg(arguments: argparse.Namespace, precision: str, output: Path) -> dict[str, float]:
+def run_attnseg(arguments: argparse.Namespace, kind: str, output: Path) -> dict[str, float]:
     """Segment with the runtime, write the labels, and return seconds per stage."""
     from attnseg import Segmenter, SegmentOptions
     from attnseg.runtime.case.nifti import encode_labels, read_volume
 
     options = SegmentOptions(
-        precision=precision,
         engine="openvino",
         threads=arguments.threads,
         tta="model" if arguments.mirror else "none",
+        **KINDS[kind],
     )
     segmenter = Segmenter(arguments.bundle, options)
     began = time.perf_counter()
@@ -75,7 +83,7 @@ def _child(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     kind, output = arguments.child, arguments.output
     found = (
-        run_nnunet(arguments, output) if kind == "nnunet" else run_attnseg(arguments, kind, output)
+        run_nnunet(arguments, output) if kind == NNUNET else run_attnseg(arguments, kind, output)
     )
     found["with start"] = time.perf_counter() - began
     found["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -99,20 +107,21 @@ def compare(arguments: argparse.Namespace) -> None:
     from attnseg.runtime.case.nifti import read_labels
 
     print_machine()
-    rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    kinds = arguments.kinds or [k for k in KINDS if arguments.mirror or "mirror" not in k]
+    rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     labels: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(arguments.repeats):
-            for kind in KINDS:
-                output = Path(scratch) / f"{kind}.nii.gz"
+            for number, kind in enumerate(kinds):
+                output = Path(scratch) / f"{number}.nii.gz"
                 rows[kind].append(_start(kind, output))
                 labels[kind] = np.asarray(read_labels(output).channels[0])
-    foreground = int(np.count_nonzero(labels["nnunet"]))
+    foreground = int(np.count_nonzero(labels[NNUNET]))
     print(f"{foreground} foreground voxels by nnU-Net; medians of {arguments.repeats}")
-    slowest = statistics.median(row["case"] for row in rows["nnunet"])
+    slowest = statistics.median(row["case"] for row in rows[NNUNET])
     for kind, own in rows.items():
         median = {name: statistics.median(row[name] for row in own) for name in own[0]}
-        differ = int(np.count_nonzero(labels[kind] != labels["nnunet"]))
+        differ = int(np.count_nonzero(labels[kind] != labels[NNUNET]))
         stages = ", ".join(f"{name} {value:.2f}" for name, value in median.items())
         print(f"{kind}: {slowest / median['case']:.2f}x, {differ} labels differ; {stages}")
 
@@ -124,6 +133,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", choices=KINDS)

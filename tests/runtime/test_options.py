@@ -79,6 +79,7 @@ def test_mirror_axes_of_the_model_are_used_unless_other_passes_are_asked_for() -
     for tta, passes in (("none", 1), ("mirror8", 8)):
         found = resolve(SegmentOptions(tta=tta), mirrored)
         assert (found.tta, len(found.transforms)) == (tta, passes)
+        assert found.windows.blending.mirrors == ((),)
     found = resolve(SegmentOptions(mirror_axes=(1,)), mirrored)
     assert (found.tta, found.windows.blending.mirrors) == ("model", ((), (1,)))
     assert found.settings()["mirror_axes"] == [1]
@@ -94,7 +95,6 @@ def test_windows_of_zeros_are_run_where_it_is_asked_for() -> None:
     assert found.windows.blending.empty_windows == found.settings()["empty_windows"] == "run"
     with pytest.raises(ConfigError, match="empty_windows no does not exist; choose skip, run"):
         plan(empty_windows="no")
-        assert found.windows.blending.mirrors == ((),)
 
 
 def test_windows_are_placed_and_blended_as_the_model_says() -> None:
