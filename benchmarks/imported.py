@@ -1,11 +1,11 @@
-"""Time and memory of an imported nnU-Net model, beside nnU-Net's own predictor.
+"""Time and memory of an imported model, beside the predictor of nnU-Net or MONAI itself.
 
-    python -m benchmarks.nnunet MODEL_FOLDER BUNDLE FILE_0000.nii.gz [FILE_0001.nii.gz ...]
-        [--mirror] [--repeats 3] [--threads 2] [--kinds nnunet fp32 ...]
+    python -m benchmarks.imported MODEL_FOLDER BUNDLE FILE [FILE ...]
+        [--mirror] [--repeats 3] [--threads 2] [--kinds framework fp32 ...]
 
 Each run is a process of its own, from files to a label file, and the kinds take turns, since
-machines are shared: compare ratios. The labels of each kind are compared with nnU-Net's. Needs
-nnunetv2.
+machines are shared: compare ratios. The labels of each kind are compared with those of the
+framework. Needs nnunetv2 or MONAI; code of a MONAI bundle is executed, as MONAI does.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 
 from benchmarks.harness import print_machine
 
-NNUNET = "nnunet"
+FRAMEWORK = "framework"
 KINDS: dict[str, dict[str, Any]] = {
-    NNUNET: {},
+    FRAMEWORK: {},
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "fp32, no windows of zeros": {"precision": "fp32", "empty_windows": "skip"},
@@ -59,6 +59,35 @@ def run_nnunet(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
     return {"case": time.perf_counter() - began}
 
 
+def run_monai(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
+    """Segment by the sections of the bundle, write the labels, and return seconds per stage."""
+    import monai.networks.nets  # noqa: F401  (names of networks are looked up in it)
+    import nibabel as nib
+    import torch
+    from monai.bundle.config_parser import ConfigParser
+
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.model
+    parser: Any = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    parser.config["bundle_root"] = str(folder)
+    steps = parser.config["postprocessing"]["transforms"]
+    steps[:] = [step for step in steps if step["_target_"] != "SaveImaged"]
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
+    inferer = parser.get_parsed_content("inferer")
+    before, after = (parser.get_parsed_content(f"{name}processing") for name in ("pre", "post"))
+    began = time.perf_counter()
+    files = [str(file) for file in arguments.files]
+    item = before({"image": files if len(files) > 1 else files[0]})
+    with torch.inference_mode():
+        item["pred"] = inferer(item["image"][None], network)[0]
+    labels = np.asarray(after(item)["pred"])[0].astype(np.uint8)
+    first: Any = nib.load(files[0])
+    nib.save(nib.Nifti1Image(labels, first.affine), output)
+    return {"case": time.perf_counter() - began}
+
+
 def run_attnseg(arguments: argparse.Namespace, kind: str, output: Path) -> dict[str, float]:
     """Segment with the runtime, write the labels, and return seconds per stage."""
     from attnseg import Segmenter, SegmentOptions
@@ -82,16 +111,19 @@ def run_attnseg(arguments: argparse.Namespace, kind: str, output: Path) -> dict[
 def _child(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     kind, output = arguments.child, arguments.output
-    found = (
-        run_nnunet(arguments, output) if kind == NNUNET else run_attnseg(arguments, kind, output)
-    )
+    if kind != FRAMEWORK:
+        found = run_attnseg(arguments, kind, output)
+    elif (arguments.model / "plans.json").exists():
+        found = run_nnunet(arguments, output)
+    else:
+        found = run_monai(arguments, output)
     found["with start"] = time.perf_counter() - began
     found["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found))
 
 
 def _start(kind: str, output: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.nnunet", *sys.argv[1:]]
+    command = [sys.executable, "-m", "benchmarks.imported", *sys.argv[1:]]
     ended = subprocess.run(
         [*command, "--child", kind, "--output", str(output)],
         check=True,
@@ -116,12 +148,12 @@ def compare(arguments: argparse.Namespace) -> None:
                 output = Path(scratch) / f"{number}.nii.gz"
                 rows[kind].append(_start(kind, output))
                 labels[kind] = np.asarray(read_labels(output).channels[0])
-    foreground = int(np.count_nonzero(labels[NNUNET]))
-    print(f"{foreground} foreground voxels by nnU-Net; medians of {arguments.repeats}")
-    slowest = statistics.median(row["case"] for row in rows[NNUNET])
+    foreground = int(np.count_nonzero(labels[FRAMEWORK]))
+    print(f"{foreground} foreground voxels by the framework; medians of {arguments.repeats}")
+    slowest = statistics.median(row["case"] for row in rows[FRAMEWORK])
     for kind, own in rows.items():
         median = {name: statistics.median(row[name] for row in own) for name in own[0]}
-        differ = int(np.count_nonzero(labels[kind] != labels[NNUNET]))
+        differ = int(np.count_nonzero(labels[kind] != labels[FRAMEWORK]))
         stages = ", ".join(f"{name} {value:.2f}" for name, value in median.items())
         print(f"{kind}: {slowest / median['case']:.2f}x, {differ} labels differ; {stages}")
 
