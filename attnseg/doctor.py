@@ -140,4 +140,5 @@ def examine(model: Path | None = None) -> list[Finding]:
         _part("attnseg evaluate", "evaluate"),
         _part("attnseg train", "train"),
         _part("attnseg export", "export"),
+        _part("attnseg import", "import"),
     ]

@@ -20,7 +20,8 @@ from attnseg.cli.parameters import (
     together,
 )
 from attnseg.cli.progress import keeping, loading, stage_progress
-from attnseg.runtime.extras import MODULES, require
+from attnseg.runtime.errors import DependencyError
+from attnseg.runtime.extras import MODULES, missing, require
 
 _BUNDLE = together(
     output_option("attnseg-model", "Folder for the bundle."),
@@ -53,10 +54,23 @@ def _require(name: str, *modules: str) -> None:
     require(f"attnseg import {name}", "import", (*MODULES["export"], *modules))
 
 
+def _require_nnunetv2() -> None:
+    if missing(("nnunetv2",)):
+        raise DependencyError("--verify needs nnunetv2", "pip install nnunetv2==2.8.1")
+
+
+def _parse_folds(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    folds = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not folds or any(fold != "all" and not fold.isdecimal() for fold in folds):
+        raise click.BadParameter(f"give all, or numbers such as 0,1, got {value!r}.")
+    return folds
+
+
 @command()
 @click.argument("folder", type=PATH)
 @option(
     "--folds",
+    callback=_parse_folds,
     default="all",
     show_default=True,
     metavar="all|N,N...",
@@ -83,7 +97,7 @@ def nnunet(
     /,
     folder: Path,
     output: Path,
-    folds: str,
+    folds: tuple[str, ...],
     checkpoint: str,
     verify: Path | None,
     data: Path | None,
@@ -96,14 +110,15 @@ def nnunet(
     engine or precision was left out of the bundle, or if --verify finds more than 1 of 10,000
     foreground voxels with another label.
     """
-    _require("nnunet", "dynamic_network_architectures", *(("nnunetv2",) if verify else ()))
+    _require("nnunet", "dynamic_network_architectures")
+    if verify:
+        _require_nnunetv2()
     with loading("PyTorch and ONNX", "torch"):
         from attnseg.imports.imported import import_nnunet
         from attnseg.imports.verify import cases_to_compare
 
     cases = cases_to_compare(folder, verify) if verify else []
-    chosen = tuple(part.strip() for part in folds.split(",") if part.strip())
-    make = partial(import_nnunet, folder, output, chosen, checkpoint)
+    make = partial(import_nnunet, folder, output, folds, checkpoint)
     exported = _make(output, data, choices, make)
     failed = _verify(folder, exported, cases) if verify else False
     ctx.exit(1 if failed or exported.left_out else 0)

@@ -28,6 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = parse_json(read_file(path))
+    except FileNotFoundError as error:
+        raise ExportError(f"{path}: is missing", f"give a folder with {path.name}") from error
     except OSError as error:
         raise ExportError(f"{path}: cannot be read ({error.strerror})") from error
     except ConfigError as error:

@@ -30,7 +30,8 @@ def _network_source(found: ImportedModel, options: ExportOptions) -> Source:
     """Source of a network, whose reference is the network itself in PyTorch."""
     channels, window = len(found.record.task.channels), found.record.inference.window
     graph = network_graph(found.network, channels, window)
-    return _source(found.record, graph, TorchEngine(found.network), found.origin, options)
+    source = _source(found.record, graph, TorchEngine(found.network), found.origin, options)
+    return replace(source, notes=found.notes)
 
 
 def _source(

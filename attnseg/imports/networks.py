@@ -31,11 +31,13 @@ class ImportedModel:
         record: Channels, labels and steps.
         network: The network, in evaluation mode; its output are logits.
         origin: Names, versions and files of the model, for the manifest.
+        notes: Sentences on what was imported, for the console and the documents.
     """
 
     record: ModelRecord
     network: nn.Module
     origin: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Ensemble(nn.Module):

@@ -111,7 +111,22 @@ def read_nnunet(folder: Path, folds: Sequence[str], checkpoint: str = "final") -
         load_weights(own.file, built, own.weights)
         for own, built in zip(stored.values(), networks, strict=True)
     )
-    return ImportedModel(record, network.eval(), origin)
+    notes = _notes(folder, list(stored), first.file.name)
+    return ImportedModel(record, network.eval(), origin, notes)
+
+
+def _notes(folder: Path, folds: Sequence[str], checkpoint: str) -> tuple[str, ...]:
+    """Sentences on the folds that were read, and on those without a checkpoint."""
+    said = f"Fold {folds[0]} was read" if len(folds) == 1 else "The mean of the folds "
+    if len(folds) > 1:
+        said += f"{', '.join(folds[:-1])} and {folds[-1]} was taken"
+    empty = sorted(
+        path.name
+        for path in folder.glob("fold_*")
+        if _is_numbered(path.name) and not (path / checkpoint).is_file()
+    )
+    lacking = (f"Left out is {', '.join(empty)}, without {checkpoint}",) if empty else ()
+    return (f"{said} ({checkpoint})", *lacking)
 
 
 def read_channels(folder: Path) -> tuple[Channel, ...]:
@@ -136,7 +151,9 @@ def _read_plans(folder: Path) -> dict[str, Any]:
         inner = [path.parent for path in sorted(folder.glob("*/plans.json"))]
         raise ExportError(
             f"{folder}: has no plans.json, so it is no model folder of nnU-Net",
-            f"give {inner[0]}" if inner else "give the folder TRAINER__PLANS__CONFIGURATION",
+            f"give {' or '.join(map(str, inner[:3]))}"
+            if inner
+            else "give the folder TRAINER__PLANS__CONFIGURATION",
         )
     return read_json(folder / "plans.json")
 

@@ -84,7 +84,9 @@ def logits_network(network: nn.Module) -> nn.Module | None:
     has lost them, as float32 has steps of 6e-8 there.
     """
     try:
-        frozen: Any = torch.jit.freeze(network, optimize_numerics=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, and models are there
+            frozen: Any = torch.jit.freeze(network, optimize_numerics=False)
     except RuntimeError:  # freezing does not support all of TorchScript
         return None
     (output,) = frozen.graph.outputs()

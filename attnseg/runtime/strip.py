@@ -41,7 +41,12 @@ def mask_channel(task: Task, mask_task: Task) -> int:
     """
     names = [name.lower() for name in task.channel_names]
     wanted = [name.lower() for name in mask_task.channel_names]
-    if len(wanted) != 1 or wanted[0] not in names:
+    if len(wanted) != 1:
+        raise ConfigError(
+            f"the model for skull-stripping takes {len(wanted)} channels, not one",
+            "give one that takes a single channel of the model",
+        )
+    if wanted[0] not in names:
         raise ConfigError(
             f"the model for skull-stripping takes {', '.join(mask_task.channel_names)}; the model "
             f"has {', '.join(task.channel_names)}",

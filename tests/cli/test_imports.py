@@ -16,14 +16,22 @@ def folder(tmp_path: Path) -> Path:
     return NnUNetFolder().write(tmp_path / "model")
 
 
-@pytest.mark.parametrize("folds", ["", ",", " , "])
-def test_no_fold_is_one_clear_line(folder: Path, tmp_path: Path, folds: str) -> None:
+@pytest.mark.parametrize("folds", ["", ",", " , ", "0-1", "x", "0,-1"])
+def test_folds_are_all_or_numbers(folder: Path, tmp_path: Path, folds: str) -> None:
     command = ["import", "nnunet", str(folder), "-o", str(tmp_path / "bundle"), "--folds", folds]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2  # wrong usage
-    (line,) = (own for own in result.stderr.splitlines() if own.startswith("error"))
-    assert line == "error: folds names no fold; give all, or numbers such as 0,1"
+    assert f"give all, or numbers such as 0,1, got {folds!r}." in " ".join(result.stderr.split())
     assert not (tmp_path / "bundle").exists()
+
+
+def test_nnunetv2_is_named_with_its_version_where_it_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnseg.cli.imports.missing", lambda names: list(names))
+    command = ["import", "nnunet", str(folder), "-o", str(tmp_path / "bundle")]
+    result = CliRunner().invoke(main, [*command, "--verify", str(tmp_path)])
+    assert "--verify needs nnunetv2; pip install nnunetv2==2.8.1" in result.stderr
 
 
 def test_a_folder_to_verify_on_is_searched_before_the_export(folder: Path, tmp_path: Path) -> None:

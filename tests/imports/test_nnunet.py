@@ -401,6 +401,15 @@ def test_all_folds_are_the_numbered_ones(folder: Path) -> None:
     assert read_nnunet(folder, ["all"]).origin["folds"] == ["all"]
 
 
+def test_the_folds_that_were_read_are_said(folder: Path) -> None:
+    both = "The mean of the folds 0 and 1 was taken (checkpoint_final.pth)"
+    assert read_nnunet(folder, ["all"]).notes == (both,)
+    (folder / "fold_2").mkdir()
+    lacking = "Left out is fold_2, without checkpoint_final.pth"
+    assert read_nnunet(folder, ["all"]).notes == (both, lacking)
+    assert read_nnunet(folder, ["1"]).notes[0] == "Fold 1 was read (checkpoint_final.pth)"
+
+
 def test_no_fold_and_another_checkpoint_are_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match="folds names no fold; give all, or numbers such as 0,1"):
         read_nnunet(folder, [])
@@ -467,6 +476,10 @@ def test_a_missing_fold_and_a_missing_folder_are_named(folder: Path, tmp_path: P
     with pytest.raises(ExportError, match="is not a folder"):
         read_nnunet(tmp_path / "nothing", ["all"])
     with pytest.raises(ExportError, match=rf"has no plans\.json.*give {folder}"):
+        read_nnunet(folder.parent, ["all"])
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    with pytest.raises(ExportError, match=rf"has no plans\.json.*give {folder} or {other}"):
         read_nnunet(folder.parent, ["all"])
 
 

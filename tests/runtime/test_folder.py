@@ -153,6 +153,19 @@ def test_a_case_that_lacks_a_file_is_not_finished(
     assert result.status == "done"
 
 
+def test_an_option_that_only_one_of_two_runs_has_is_named(small_scan: Path, tmp_path: Path) -> None:
+    plain = Segmenter(options=SegmentOptions(precision="fp32"))
+    other = Segmenter(options=SegmentOptions(precision="fp32", decide="threshold"))
+    for first, second, said in (
+        (plain, other, "(fuse vote, without decide)"),
+        (other, plain, "(fuse mean, decide threshold)"),
+    ):
+        out = tmp_path / said
+        run(small_scan, out, first)
+        (result,) = run(small_scan, out, second)
+        assert f"from other options {said}" in result.note
+
+
 def test_a_case_that_lacks_a_file_is_still_of_its_options(
     small_scan: Path, tmp_path: Path, segmenter: Segmenter
 ) -> None:

@@ -81,6 +81,14 @@ def _is_result(labels: Path) -> bool:
     return header is not None and header["descrip"].item() == LABEL_DESCRIPTION
 
 
+def _options_that_differ(before: object, now: Mapping[str, Any]) -> str:
+    """Options of a report that are not this run's, as text."""
+    if not isinstance(before, Mapping):
+        return "unknown"
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return ", ".join(f"{n} {before[n]}" if n in before else f"without {n}" for n in names)
+
+
 def _difference(report: Mapping[str, Any], case: Case, provenance: Provenance) -> str:
     """Name of what differs between a report's provenance and this run's; empty if nothing."""
     expected, sha256 = provenance.to_dict(), [_sha256(file) for file in case.files]
@@ -90,9 +98,7 @@ def _difference(report: Mapping[str, Any], case: Case, provenance: Provenance) -
         return "another model"
     before, now = report.get("options"), expected["options"]
     if before != now:
-        other = [k for k in now if not isinstance(before, dict) or before.get(k) != now[k]]
-        named = ", ".join(f"{k} {before.get(k)}" for k in other) if isinstance(before, dict) else ""
-        return f"other options ({named})" if named else "other options"
+        return f"other options ({_options_that_differ(before, now)})"
     if any(
         report.get("engine", {}).get(key) != expected["engine"][key]
         for key in ("name", "precision")
