@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: ((f / "plans.json").unlink(), (f / "plans.pkl").write_bytes(pickle.dumps(1))),
         "a model of nnU-Net 1",
     ),
-    "no dataset": (lambda f: (f / "dataset.json").unlink(), r"dataset\.json: cannot be read"),
+    "no dataset": (lambda f: (f / "dataset.json").unlink(), r"dataset\.json: is missing"),
     "plans that are no JSON": (
         lambda f: (f / "plans.json").write_text("{"),
         r"plans\.json: is not JSON",
