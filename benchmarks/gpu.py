@@ -367,6 +367,7 @@ def print_memory(bundle: Bundle, volume: Volume) -> None:
         half=True,
         batches=Idle.batches,
         components=planned.min_voxels > 1,
+        probabilities=0,
         engine_bytes=0,
     )
     print("\nplanned memory without the engine, and the minimum, in MB:")

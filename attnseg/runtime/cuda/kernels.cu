@@ -563,6 +563,9 @@ struct BlendArgs {
     int count, half, half_sums;  // `count` channels of the logits; `half_sums`: sums are rounded to fp16
     int vote, which, passes;     // number of the pass, and of all
     float background[MOST_CLASSES];  // outputs of a voxel in no window, or outside the image
+    float *probabilities;            // (R, X, Y, Z): receives the probability of each region, or null
+    unsigned region_channels[MOST_CLASSES];  // of each region; one bit per channel
+    int regions, to_probabilities;           // activation from the values that are decided on
 };
 FUNCTION float as_float(float value) { return value; }
 FUNCTION float as_float(unsigned short bits) { return half_value(bits); }
@@ -633,6 +636,23 @@ FUNCTION void mean_logits(const BlendArgs &a, float (&sums)[N][G], Extent at) {
             if (k < count && weights[g] == 0) sums[k][g] = a.background[k];
     }
 }
+// Class of a voxel by values that no later pass changes; writes the probabilities of the regions.
+template <int N>
+FUNCTION int final_class(const BlendArgs &a, float (&values)[N], int count, long long voxel) {
+    int found = decided(a.decision, values, count);
+    if (!a.probabilities) return found;
+    if (a.to_probabilities != LOGITS) activate(values, count, a.to_probabilities);
+    bool summed = a.scores && !a.decision.regions;  // over the passes, for the largest value
+    for (int k = 0; k < N; ++k)
+        if (k < count && summed) values[k] /= (float)a.passes;
+    for (int r = 0; r < a.regions; ++r) {
+        float sum = 0;
+        for (int k = 0; k < N; ++k)
+            if (a.region_channels[r] >> k & 1) sum += values[k];
+        a.probabilities[r * voxels_of(a.shape) + voxel] = sum;
+    }
+    return found;
+}
 // Class of a voxel, or -1 if a later pass decides; `voxel` is its element in the image.
 template <int N>
 FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long long voxel) {
@@ -646,7 +666,7 @@ FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long lo
             if (k < count) a.blended[k * box + voxel] = logits[k];
         return -1;
     }
-    if (!a.scores) return decided(a.decision, logits, count);
+    if (!a.scores) return final_class(a, logits, count, voxel);
     bool last = a.which == a.passes - 1;
     for (int k = 0; k < N; ++k) {
         if (k >= count) break;
@@ -656,7 +676,7 @@ FUNCTION int class_of(const BlendArgs &a, float (&logits)[N], int count, long lo
         if (!last) a.scores[k * box + voxel] = logits[k];
         else if (a.decision.regions) logits[k] /= (float)a.passes;
     }
-    return last ? decided(a.decision, logits, count) : -1;
+    return last ? final_class(a, logits, count, voxel) : -1;
 }
 template <int N, int G> FUNCTION void blend_voxels(const BlendArgs &a, Extent turned) {
     float sums[N][G];

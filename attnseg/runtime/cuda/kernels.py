@@ -100,7 +100,7 @@ def _ints(names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, ctypes.c_int) for name in names.split())
 
 
-_ACTIVATIONS = {"softmax": 1, "sigmoid": 2}  # 0: values are compared as logits
+ACTIVATIONS = {"softmax": 1, "sigmoid": 2}  # 0: values are compared as logits
 
 
 class DecisionArg(ctypes.Structure):
@@ -129,7 +129,7 @@ class DecisionArg(ctypes.Structure):
             (ctypes.c_uint * MOST_CLASSES)(*masks),
             (ctypes.c_ubyte * MOST_CLASSES)(*(classes.index(output.label) for output in outputs)),
             len(outputs),
-            0 if of_logits else _ACTIVATIONS[decision.activation],
+            0 if of_logits else ACTIVATIONS[decision.activation],
         )
 
 
@@ -250,6 +250,9 @@ class BlendArgs(ctypes.Structure):
         ("decision", DecisionArg),
         *_ints("count half half_sums vote which passes"),
         ("background", ctypes.c_float * MOST_CLASSES),
+        ("probabilities", ctypes.c_void_p),
+        ("region_channels", ctypes.c_uint * MOST_CLASSES),
+        *_ints("regions to_probabilities"),
     )
 
 

@@ -39,6 +39,7 @@ class MemoryRequirements:
         half: Whether the engine's input and output are fp16 rather than fp32.
         batches: Largest and smallest batch size of the engine, in windows.
         components: Whether components are found, of the foreground's holes or of the labels.
+        probabilities: Number of regions whose probabilities are requested.
         engine_bytes: Memory that the engine itself holds.
     """
 
@@ -54,6 +55,7 @@ class MemoryRequirements:
     half: bool
     batches: tuple[int, int]
     components: bool
+    probabilities: int
     engine_bytes: int
 
 
@@ -69,8 +71,8 @@ class MemoryPlan:
         half_logits: Whether logits are stored in fp16 until they are blended.
         places: Offset and size of each region, in bytes.
         block_bytes: Size of the block.
-        volume_bytes: Size of the channels and labels of three volumes, as the next volume may be
-            uploaded while the previous one is still in memory.
+        volume_bytes: Size of the channels, labels and probabilities of three volumes, as the next
+            volume may be uploaded while the previous one is still in memory.
         engine_bytes: Memory that the engine itself holds.
     """
 
@@ -168,7 +170,8 @@ def _plan(need: MemoryRequirements, batch: int, sparing: bool) -> MemoryPlan:
         laid, size = _laid_out(together)
         places |= {name: (kept_bytes + at, length) for name, (at, length) in laid.items()}
         scratch_bytes = max(scratch_bytes, size)
-    one = (4 if need.floating else 2) * need.channels * voxels + results
+    one = (4 if need.floating else 2) * need.channels * voxels
+    one += (1 + 4 * need.probabilities) * results
     return MemoryPlan(
         batch=batch,
         chunk=chunk,

@@ -24,7 +24,7 @@ from attnseg.runtime.errors import (
     Setting,
     VolumeError,
 )
-from attnseg.runtime.geometry import AxisTransform, Layout
+from attnseg.runtime.geometry import AxisTransform, Box, Layout
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.base import (
     Pending,
@@ -46,7 +46,9 @@ from attnseg.runtime.steps.check import (
     choose_grid,
 )
 from attnseg.runtime.steps.clock import StageClock, Step
+from attnseg.runtime.steps.decide import check_probabilities
 from attnseg.runtime.steps.preprocess import preprocess
+from attnseg.runtime.steps.restore import placed
 from attnseg.runtime.steps.schemes import Range
 
 
@@ -57,10 +59,11 @@ def missing_kernel(plan: Plan) -> str | None:
     """
     decision, schemes = plan.decision, plan.preprocessing.normalisation
     most = max(len(plan.task.labels), decision.channels, len(decision.outputs))
+    regions = len(plan.task.regions) if plan.probabilities else 0
     steps = {
         f"more than {MOST_CLASSES} classes": most > MOST_CLASSES,
+        f"probabilities of more than {MOST_CLASSES} regions": regions > MOST_CLASSES,
         "moments of a range": any(isinstance(s, Range) and s.moments for s in schemes),
-        "probabilities of regions": plan.probabilities,
     }
     return next((step for step, needed in steps.items() if needed), None)
 
@@ -188,6 +191,8 @@ class CudaPipeline:
         """See `Pipeline.submit`. If memory runs out, the smallest batch is tried once."""
         self._refuse_if_lost()
         assert isinstance(staged, CudaStaged), "it was staged by this pipeline"
+        if self._plan.probabilities:
+            check_probabilities(len(self._plan.task.regions), staged.volume.shape)
         with self._noting_loss(), self._device.active():
             self._workspace.reserve(staged.upload)
             try:
@@ -227,12 +232,14 @@ class CudaPipeline:
         timeline.mark(Step.CLEAN_UP)
         results = steps.restore(self._label_layout(staged.volume))
         timeline.mark(Step.RESTORE)
+        maps = steps.probabilities()
         return CudaPending(
             pipeline=self,
             staged=staged,
             labels=self._label_array(staged.volume, results),
             download=None if on_device else self._device.download_behind(results.labels),
             numbers=self._device.download_behind(results.numbers),
+            maps=maps and (self._device.download_behind(maps[0]), maps[1]),
             timeline=timeline,
             windows=len(passes[0].plan.windows),
             memory=self._workspace.memory,
@@ -269,6 +276,7 @@ class CudaPipeline:
             if pending.download:
                 labels = pending.download.wait().reshape(staged.volume.shape, order="F")
             elapsed_ms = pending.timeline.elapsed_ms()
+            probabilities = self._placed(pending)
         return Segmentation(
             labels=labels,
             volumes_ml=volumes_ml(staged.volume, task, outcome.voxels.tolist()),
@@ -279,7 +287,17 @@ class CudaPipeline:
             engine=self.engine,
             memory=pending.memory.describe() | {"recorded": self._engine.recorded},
             resampled_to_mm=resampled_to_mm(staged, self._plan.preprocessing),
+            probabilities=probabilities,
         )
+
+    def _placed(self, pending: CudaPending) -> NDArray[np.float32] | None:
+        """Probabilities in the volume's own grid, on the host."""
+        if pending.maps is None:
+            return None
+        (download, box), volume = pending.maps, pending.staged.volume
+        turn = self._transform(volume)
+        found = download.wait().view(np.float32).reshape(-1, *box.shape)
+        return placed(found, box, turn.shape(volume.shape), turn)
 
     @contextmanager
     def _noting_loss(self) -> Iterator[None]:
@@ -308,6 +326,8 @@ class CudaPending:
         labels: Labels on the device, Fortran-contiguous.
         download: Download of the labels; None if they stay on the device.
         numbers: Download of the numbers of `Outcome`.
+        maps: Download of the probabilities of the regions, and their box in the turned volume;
+            None if they are not requested.
         timeline: Marks at the end of each step.
         windows: Number of windows planned per pass.
         memory: Plan of the device memory.
@@ -318,6 +338,7 @@ class CudaPending:
     labels: DeviceArray
     download: Download | None
     numbers: Download
+    maps: tuple[Download, Box] | None
     timeline: Timeline
     windows: int
     memory: MemoryPlan

@@ -44,17 +44,32 @@ class Results:
     Attributes:
         labels: Region of the labels, one byte per voxel.
         numbers: Region of the numbers of `Outcome`.
+        probabilities: Region of the probabilities of the regions, float32; None if they are not
+            requested.
     """
 
     labels: Region
     numbers: Region
+    probabilities: Region | None
 
     @classmethod
-    def allocate(cls, device: Device, voxels: int) -> Results:
-        """Allocate and clear the results of a volume with a number of voxels."""
+    def allocate(cls, device: Device, voxels: int, regions: int) -> Results:
+        """Allocate the results of a volume, and clear its labels and numbers.
+
+        Args:
+            device: The device.
+            voxels: Number of voxels of the volume.
+            regions: Number of regions whose probabilities are requested.
+        """
         given = device.allocate(aligned(voxels) + 4 * _NUMBERS)
         device.clear(given)
-        return cls(Region.of(given, 0, voxels), Region.of(given, aligned(voxels), 4 * _NUMBERS))
+        size_bytes = 4 * regions * voxels
+        maps = Region.of(device.allocate(size_bytes), 0, size_bytes) if regions else None
+        return cls(
+            labels=Region.of(given, 0, voxels),
+            numbers=Region.of(given, aligned(voxels), 4 * _NUMBERS),
+            probabilities=maps,
+        )
 
     def number(self, index: int) -> int:
         """Device address of one of the numbers: `NOT_FINITE`, `REMOVED` or `COUNTS`."""

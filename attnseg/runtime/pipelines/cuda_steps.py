@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from attnseg.runtime.geometry import AxisTransform, Box, Layout, Shape, shape_of
 from attnseg.runtime.options import Plan
 from attnseg.runtime.pipelines.cuda_results import COUNTS, NOT_FINITE, REMOVED, Results
 from attnseg.runtime.pipelines.cuda_workspace import Workspace
+from attnseg.runtime.steps.decide import region_channels
 from attnseg.runtime.steps.foreground import no_foreground
 from attnseg.runtime.steps.resample import Quantity, Sampling
 from attnseg.runtime.steps.windows import WindowPlan
@@ -78,7 +80,9 @@ class DeviceSteps:
         self._box = Box.whole(upload.shape)  # of the image in the volume, or in its grid
         self._result = self._box
         self._image: Region | None = None
-        self._results = Results.allocate(self._device, prod(upload.shape))
+        self._results = Results.allocate(
+            self._device, prod(upload.shape), len(plan.task.regions) if plan.probabilities else 0
+        )
 
     def _region(self, name: str) -> Region:
         return self._workspace.region(name)
@@ -310,7 +314,33 @@ class DeviceSteps:
             background=(ctypes.c_float * kernels.MOST_CLASSES)(
                 *self._plan.decision.background(given)
             ),
+            **self._regions(decision, given),
         )
+
+    def _regions(self, decision: DecisionArg, given: Quantity) -> dict[str, Any]:
+        """Arguments of the probabilities of regions, of values that are decided on."""
+        wanted = self._results.probabilities
+        if wanted is None:
+            return {}
+        are_logits = given == "logits" and not decision.activation
+        channels = region_channels(self._plan.task).values()
+        masks = [sum(1 << channel for channel in own) for own in channels]
+        return {
+            "probabilities": wanted.pointer,
+            "region_channels": (ctypes.c_uint * kernels.MOST_CLASSES)(*masks),
+            "regions": len(masks),
+            "to_probabilities": kernels.ACTIVATIONS[self._plan.decision.activation]
+            if are_logits
+            else 0,
+        }
+
+    def probabilities(self) -> tuple[Region, Box] | None:
+        """Probabilities `(R, X, Y, Z)` of the box of the results, if they are requested."""
+        given = self._results.probabilities
+        if given is None:
+            return None
+        size_bytes = 4 * len(self._plan.task.regions) * prod(self._result.shape)
+        return Region(given.pointer, size_bytes, given.buffer), self._result
 
     def _resample(self, index: int, passes: int, back: Quantity, sampling: Sampling) -> None:
         """Resample what a pass blended to the scan's own grid, and decide there."""

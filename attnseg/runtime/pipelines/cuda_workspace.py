@@ -40,6 +40,7 @@ def requirements(plan: Plan, engine: DeviceEngine, upload: Upload) -> MemoryRequ
         half=engine.half,
         batches=engine.batches,
         components=plan.min_voxels > 1 or filled,
+        probabilities=len(plan.task.regions) if plan.probabilities else 0,
         engine_bytes=engine.memory_bytes,
     )
 

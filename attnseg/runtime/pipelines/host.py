@@ -29,7 +29,7 @@ from attnseg.runtime.steps.cleanup import remove_small_components
 from attnseg.runtime.steps.clock import StageClock, Step
 from attnseg.runtime.steps.decide import check_probabilities, region_probabilities
 from attnseg.runtime.steps.preprocess import Preprocessed, preprocess
-from attnseg.runtime.steps.restore import Planes, restored
+from attnseg.runtime.steps.restore import Planes, placed, restored
 from attnseg.runtime.steps.tta import Fusion
 
 
@@ -76,7 +76,7 @@ class HostPipeline:
             labels, voxels = self._labels(classes, scan, turn)
             probabilities = None
             if found.probabilities is not None:
-                probabilities = _placed(found.probabilities, scan, turn)
+                probabilities = placed(found.probabilities, scan.result_box, scan.shape, turn)
         return Segmentation(
             labels=labels,
             volumes_ml=volumes_ml(staged.volume, plan.task, voxels),
@@ -184,12 +184,3 @@ class _Decided:
     classes: NDArray[np.uint8]
     windows: int
     probabilities: NDArray[np.float32] | None = None
-
-
-def _placed(
-    probabilities: NDArray[np.float32], scan: Preprocessed, turn: AxisTransform
-) -> NDArray[np.float32]:
-    """Probabilities in the volume's own grid, 0 outside the result box."""
-    whole = np.zeros((len(probabilities), *scan.shape), np.float32)
-    whole[(slice(None), *scan.result_box.slices())] = probabilities
-    return turn.invert(whole)

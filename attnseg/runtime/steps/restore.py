@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from attnseg.runtime.geometry import Box, Shape
+from attnseg.runtime.geometry import AxisTransform, Box, Shape
 from attnseg.runtime.steps.preprocess import Preprocessed
 from attnseg.runtime.steps.resample import Sampling
 
@@ -93,3 +93,19 @@ def _in_plane(plane: NDArray[np.float32], sampling: Sampling) -> NDArray[np.floa
         high += low
         values = high
     return values
+
+
+def placed(
+    probabilities: NDArray[np.float32], box: Box, shape: Shape, turn: AxisTransform
+) -> NDArray[np.float32]:
+    """Probabilities `(R, X, Y, Z)` of a box of a turned volume, in the volume's own grid.
+
+    Args:
+        probabilities: Probabilities of the regions in the box.
+        box: Box of the turned volume that the results cover; elsewhere they are 0.
+        shape: Number of voxels of the turned volume along X, Y and Z.
+        turn: Transform from the volume to the turned one.
+    """
+    whole = np.zeros((len(probabilities), *shape), np.float32)
+    whole[(slice(None), *box.slices())] = probabilities
+    return turn.invert(whole)

@@ -24,6 +24,7 @@ from attnseg.runtime.engines.cpu import open_engine
 from attnseg.runtime.engines.onnxruntime import OnnxSession
 from attnseg.runtime.errors import (
     BundleError,
+    ConfigError,
     EngineError,
     OutOfMemoryError,
     VolumeError,
@@ -408,6 +409,12 @@ def many_classes() -> Bundle:
     return replace(BUNDLE, manifest=replace(BUNDLE.manifest, task=task))
 
 
+def many_regions() -> Bundle:
+    """The shipped model with 33 regions."""
+    task = replace(BUNDLE.manifest.task, regions={f"region {i}": (1,) for i in range(33)})
+    return replace(BUNDLE, manifest=replace(BUNDLE.manifest, task=task))
+
+
 def with_moments() -> Bundle:
     """The shipped model on intensities that are shifted and scaled to given moments."""
     schemes = (Range((0.0, 900.0), moments=(0.5, 0.2)),) * 4
@@ -420,9 +427,13 @@ def with_moments() -> Bundle:
     [
         (many_classes(), SegmentOptions(), "more than 32 classes"),
         (with_moments(), SegmentOptions(), "moments of a range"),
-        (BUNDLE, SegmentOptions(probabilities=True), "probabilities of regions"),
+        (
+            many_regions(),
+            SegmentOptions(probabilities=True),
+            "probabilities of more than 32 regions",
+        ),
     ],
-    ids=["classes", "moments", "probabilities"],
+    ids=["classes", "moments", "regions"],
 )
 def test_a_step_without_a_kernel_is_named_and_runs_on_the_host(
     host: HostDevice,
@@ -657,6 +668,7 @@ def requirements_of(
         half=half,
         batches=(4, 1),
         components=True,
+        probabilities=0,
         engine_bytes=0,
     )
 
@@ -869,6 +881,43 @@ def test_regions_with_thresholds_give_the_hosts_labels(
     assert result.memory and result.volumes_ml == expected.volumes_ml
     assert set(np.unique(expected.labels)) == {0, 1, 2, 4}
     np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+@pytest.mark.parametrize("tta", ["none", "mirror8"])
+@pytest.mark.parametrize(
+    "kind", ["argmax", "threshold", "sigmoid", "logits resampled", "probabilities resampled"]
+)
+def test_probabilities_are_the_hosts(device: Device, volume: Volume, kind: str, tta: str) -> None:
+    manifest, matrix = BUNDLE.manifest, MATRIX / 4
+    chosen = SegmentOptions(probabilities=True, tta=tta)
+    if kind == "threshold":
+        chosen = replace(chosen, decide="threshold")
+    elif kind == "sigmoid":
+        manifest, matrix = replace(manifest, task=REGIONS), matrix[:3]
+    elif kind != "argmax":
+        back: Any = kind.split()[0]
+        grid = Grid(spacing_mm=(2.0, 1.5, 1.2), back=back)
+        steps = replace(manifest.preprocessing, grid=grid)
+        manifest = replace(manifest, preprocessing=steps)
+    bundle, engine = replace(BUNDLE, manifest=manifest), LinearEngine(matrix)
+    on_device = Through(device, engine, classes=len(matrix))
+    turned = volume.oriented("SAL")
+    result = Segmenter(bundle, chosen, on_device).segment(turned)
+    expected = Segmenter(bundle, chosen, engine).segment(turned)
+    assert result.memory and result.probabilities is not None
+    assert expected.probabilities is not None and expected.probabilities.max() > 0.6
+    assert result.probabilities.dtype == np.float32
+    np.testing.assert_allclose(result.probabilities, expected.probabilities, atol=2e-6)
+    np.testing.assert_array_equal(result.labels, expected.labels)
+
+
+def test_probabilities_on_a_device_have_a_bound(
+    host: HostDevice, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnseg.runtime.steps.decide.LARGEST_PROBABILITIES", 1 << 20)
+    segmenter = Segmenter(BUNDLE, SegmentOptions(probabilities=True), Through(host, LINEAR))
+    with pytest.raises(ConfigError, match="the probabilities of 3 regions have"):
+        segmenter.segment(volume)
 
 
 def test_all_of_nnunets_windows_give_the_hosts_labels(device: Device, volume: Volume) -> None:
