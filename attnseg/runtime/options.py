@@ -206,7 +206,8 @@ def _mirror_axes(options: SegmentOptions, tta: str, allowed: tuple[int, ...]) ->
             "leave {} out",
             Setting("mirror_axes"),
         )
-    distinct = len(set(axes)) == len(axes) and set(axes) <= set(allowed)
+    whole = isinstance(axes, list | tuple) and all(_is(Integral, axis) for axis in axes)
+    distinct = whole and len(set(axes)) == len(axes) and set(axes) <= set(allowed)
     _check("mirror_axes", axes, distinct, f"some of the model's, {allowed}")
     return tuple(sorted(axes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 
@@ -83,8 +84,10 @@ def test_mirror_axes_of_the_model_are_used_unless_other_passes_are_asked_for() -
     found = resolve(SegmentOptions(mirror_axes=(1,)), mirrored)
     assert (found.tta, found.windows.blending.mirrors) == ("model", ((), (1,)))
     assert found.settings()["mirror_axes"] == [1]
-    with pytest.raises(ConfigError, match=r"mirror_axes must be some of the model's, \(0, 1\)"):
-        resolve(SegmentOptions(mirror_axes=(1, 2)), mirrored)
+    other: Any
+    for other in ((1, 2), (1, 1), (True,), 1, 0.5, "1"):
+        with pytest.raises(ConfigError, match=r"mirror_axes must be some of the model's, \(0, 1\)"):
+            resolve(SegmentOptions(mirror_axes=other), mirrored)
     with pytest.raises(ConfigError, match="for the test-time augmentation of the model, not for"):
         resolve(SegmentOptions(tta="mirror8", mirror_axes=(1,)), mirrored)
 
