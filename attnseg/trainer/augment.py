@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnseg.trainer.config import TrainConfig
+from attnseg.trainer.intensities import change_intensities, uniform
+
+_ZOOMED = 1 / 3  # share of the patches
 
 
 def margin_voxels(config: TrainConfig) -> int:
@@ -19,24 +22,30 @@ def margin_voxels(config: TrainConfig) -> int:
     half = config.patch / 2
     angle = math.radians(min(config.rotation_degrees, 45.0))  # corners reach farthest at 45
     turn = half * (math.cos(angle) + math.sin(angle) - 1)
-    return math.ceil(turn + 2 * config.elastic_voxels)
-
-
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator) * (high - low) + low
+    larger = max(1.0, config.zoom[1])  # patches of smaller structures read from farther
+    return math.ceil(larger * (half + turn) - half + 2 * config.elastic_voxels)
 
 
 def _rotation(config: TrainConfig, generator: torch.Generator) -> Tensor:
     """Random `(3, 3)` rotation matrix, the product of one rotation about each axis."""
     limit = math.radians(config.rotation_degrees)
     matrix = torch.eye(3)
-    for axis, angle in enumerate(_uniform((3,), -limit, limit, generator).tolist()):
+    for axis, angle in enumerate(uniform((3,), -limit, limit, generator).tolist()):
         a, b = (axis + 1) % 3, (axis + 2) % 3
         turn = torch.eye(3)
         turn[a, a] = turn[b, b] = math.cos(angle)
         turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
         matrix = matrix @ turn
     return matrix
+
+
+def _zoom(config: TrainConfig, generator: torch.Generator) -> float:
+    """Distance of neighbouring voxels of a patch, in voxels of the image."""
+    if config.zoom == (1.0, 1.0):
+        return 1.0  # without a random number, as before there was this setting
+    chosen, factor = torch.rand(2, generator=generator).tolist()
+    low, high = (math.log(end) for end in config.zoom)
+    return math.exp(low + factor * (high - low)) if chosen < _ZOOMED else 1.0
 
 
 def _displacement(config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -59,7 +68,8 @@ def _sampling_grid(images: Tensor, config: TrainConfig, generator: torch.Generat
     steps = torch.arange(config.patch, dtype=torch.float32, device=device)
     steps = steps - (config.patch - 1) / 2
     position = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"))
-    position = torch.einsum("ij,jxyz->ixyz", _rotation(config, generator).to(device), position)
+    turn = _rotation(config, generator) * _zoom(config, generator)
+    position = torch.einsum("ij,jxyz->ixyz", turn.to(device), position)
     position = position + _displacement(config, generator, device)
     sizes = [s - 1 for s in images.shape[2:]]
     scale = 2 / torch.tensor(sizes, device=device).view(3, 1, 1, 1)
@@ -73,18 +83,6 @@ def _deform(
     images = F.grid_sample(images, grid, align_corners=True)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=True)
     return images, moved[:, 0].round().long()
-
-
-def _change_intensities(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """Apply random gamma and scale per modality; voxels that are 0 (background) stay 0."""
-    shape = (*images.shape[:2], 1, 1, 1)
-    device = images.device
-    gamma = _uniform(shape, *config.gamma, generator).to(device)
-    scale = _uniform(shape, 1 - config.intensity_scale, 1 + config.intensity_scale, generator)
-    low = images.amin((2, 3, 4), keepdim=True)
-    span = (images.amax((2, 3, 4), keepdim=True) - low).clamp_min(1e-6)
-    changed = ((images - low) / span) ** gamma * span + low
-    return torch.where(images == 0, images, changed * scale.to(device))
 
 
 def _mirror(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -114,5 +112,5 @@ def augment(
         Images `(B, C, P, P, P)` float32 and labels `(B, P, P, P)` int64 of patch size P.
     """
     images, labels = _deform(images, labels, config, generator)
-    images = _change_intensities(images, config, generator)
+    images = change_intensities(images, config, generator)
     return _mirror(images, labels, generator) if config.mirror else (images, labels)

@@ -18,6 +18,8 @@ from attnseg.trainer.networks import check_size
 Schedule = Literal["plateau", "cosine"]
 Optimiser = Literal["adamw", "adam"]
 Precision = Literal["bf16", "fp16", "fp32"]
+Augmentation = Literal["paper", "strong"]
+Overlap = Literal["classes", "regions"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class TrainConfig:
         elastic_voxels: Standard deviation of the displacement at the knots.
         intensity_scale: Largest relative change of a modality's intensities.
         gamma: Range of the exponent applied to intensities scaled to [0, 1].
+        augmentation: Changes of intensities: `paper` for `intensity_scale` and `gamma`, `strong`
+            for noise, blur, brightness, contrast, low resolution and gamma both ways, as in
+            nnU-Net, and one modality dimmed.
+        zoom: Range of the factor by which a third of the patches is scaled.
+        dice_of: What the Dice loss is averaged over: `classes`, or the `regions` of the task.
         mirror: Whether to flip each axis, and swap X and Y, with probability 0.5 each.
         resize: Shape (X, Y, Z) that every volume is resampled to; empty to keep its own.
         spacing_mm: Voxel size (X, Y, Z) that volumes are resampled to; empty to keep their own.
@@ -95,6 +102,9 @@ class TrainConfig:
     elastic_voxels: float = 2.0
     intensity_scale: float = 0.1
     gamma: tuple[float, float] = (0.8, 1.2)
+    augmentation: Augmentation = "paper"
+    zoom: tuple[float, float] = (1.0, 1.0)
+    dice_of: Overlap = "classes"
     mirror: bool = False
     resize: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
@@ -150,6 +160,15 @@ class TrainConfig:
                 "two ascending positive numbers",
                 len(gamma) == 2 and 0 < gamma[0] <= gamma[1] < math.inf,
             ),
+            "augmentation": (
+                " or ".join(get_args(Augmentation)),
+                self.augmentation in get_args(Augmentation),
+            ),
+            "zoom": (
+                "two ascending numbers from 0.5 to 2",
+                len(self.zoom) == 2 and 0.5 <= self.zoom[0] <= self.zoom[1] <= 2,
+            ),
+            "dice_of": (" or ".join(get_args(Overlap)), self.dice_of in get_args(Overlap)),
             "resize": (
                 f"three numbers of voxels, at most {LARGEST_GRID} in all, or empty",
                 len(self.resize) in (0, 3)
@@ -220,13 +239,14 @@ class TrainConfig:
         return replace(self, network=replace(self.network, **network), **changes)
 
 
-_LISTS = ("gamma", "resize", "spacing_mm")
+_LISTS = ("gamma", "resize", "spacing_mm", "zoom")
 _NETWORK_SETTINGS = ("widths", "bottleneck", "attention", "multi_scale")
 _EXAMPLES = {
     "resize": "192,192,128",
     "spacing_mm": "1,1,1",
     "widths": "12,24,48,96",
     "gamma": "0.8,1.2",
+    "zoom": "0.8,1.25",
 }
 
 

@@ -34,7 +34,7 @@ from attnseg.trainer.devices import Devices, open_devices
 from attnseg.trainer.engine import mixed_precision
 from attnseg.trainer.interrupt import Interrupt, noted_interrupts
 from attnseg.trainer.logs import CURVES, EVENTS, LOG, cut_log, draw_log, log_epoch
-from attnseg.trainer.loss import segmentation_loss
+from attnseg.trainer.loss import loss_regions, segmentation_loss
 from attnseg.trainer.networks import count_parameters, empty_network
 from attnseg.trainer.progress import shown_progress
 from attnseg.trainer.run import (
@@ -72,7 +72,9 @@ def _train_step(run: Run, network: nn.Module, feed: BatchFeed, interrupt: Interr
     network.train()
     with mixed_precision(config.precision, device):
         logits = network(images)
-    loss = segmentation_loss(logits, labels, config.cross_entropy_weight, config.dice_epsilon)
+    regions = loss_regions(config, run.preparation.task.class_regions)
+    weight, epsilon = config.cross_entropy_weight, config.dice_epsilon
+    loss = segmentation_loss(logits, labels, weight, epsilon, regions)
     own = loss.item()
     value, stop = _agree(run, own, interrupt.asked)
     if not math.isfinite(value):

@@ -18,7 +18,7 @@ from attnseg.trainer.data import TrainingCase
 from attnseg.trainer.devices import Devices
 from attnseg.trainer.engine import TorchEngine
 from attnseg.trainer.interrupt import Interrupt
-from attnseg.trainer.loss import segmentation_loss
+from attnseg.trainer.loss import loss_regions, segmentation_loss
 from attnseg.trainer.networks import Network
 
 
@@ -114,5 +114,6 @@ def _scores(
         torch.from_numpy(classes.astype(np.int64))[None],
         config.cross_entropy_weight,
         config.dice_epsilon,
+        loss_regions(config, regions),
     )
     return {"loss": float(loss), **region_dice(logits.argmax(axis=0), classes, regions)}

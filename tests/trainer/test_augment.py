@@ -30,6 +30,22 @@ def run(config: TrainConfig, images: torch.Tensor, labels: torch.Tensor, seed: i
     return augment(images, labels, config, torch.Generator().manual_seed(seed))
 
 
+def test_a_third_of_the_patches_is_zoomed_and_its_margin_is_read() -> None:
+    """A ball of radius 5 in the middle, at twice the distance of voxels: radius 2.5."""
+    config = replace(STILL, zoom=(2.0, 2.0))
+    assert margin_voxels(config) == 8  # half a patch
+    index = torch.stack(torch.meshgrid(*[torch.arange(32.0)] * 3, indexing="ij")) - 15.5
+    labels = ((index**2).sum(0) < 25).long()[None]
+    sizes = []
+    for seed in range(60):
+        _, moved = run(config, labels[:, None].float(), labels, seed)
+        sizes.append(int(moved.sum()))
+    whole = int(labels.sum())
+    small = [size for size in sizes if size < whole / 4]
+    assert 10 <= len(small) <= 30 and {size for size in sizes if size not in small} == {whole}
+    assert small[0] == pytest.approx(whole / 8, rel=0.25)
+
+
 def test_with_every_range_at_zero_nothing_changes() -> None:
     images, labels = batch(16)
     assert margin_voxels(STILL) == 0

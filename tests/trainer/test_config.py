@@ -41,7 +41,7 @@ def test_the_networks_own_fields_are_set_alike() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"zzz": "3"}, "unknown training field zzz; choose batch_size, .*widths"),
+        ({"zzz": "3"}, "unknown training field zzz; choose augmentation, .*widths"),
         ({"epoch": "3"}, "unknown training field epoch; choose epochs$"),
         ({"network": "x"}, "unknown training field network"),
         ({"epochs": "many"}, "epochs=many: expected a value such as 200"),

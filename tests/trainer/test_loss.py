@@ -36,6 +36,15 @@ def test_the_cross_entropy_weight_moves_between_the_two() -> None:
     )
 
 
+def test_the_dice_loss_of_regions_by_hand() -> None:
+    """Two voxels, classes 0 to 2, probabilities 1/3: of the region {1, 2} 2/3 each."""
+    logits, labels = torch.zeros(1, 3, 2, 1, 1), torch.tensor([1, 0]).reshape(1, 2, 1, 1)
+    whole = 2 * (2 / 3) / (4 / 3 + 1)  # overlap 2/3, sizes 4/3 and 1
+    second = 0.0  # of class 2 there is no voxel: overlap 0, size 2/3
+    loss = dice_loss(logits, labels, regions=[[1, 2], [2]]).item()
+    assert loss == pytest.approx(1 - (whole + second) / 2, abs=1e-5)
+
+
 def test_the_dice_loss_is_monais() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 5, 6, 7, generator=generator)
