@@ -39,6 +39,8 @@ class TrainConfig:
         epochs: Number of epochs of `steps_per_epoch` steps; each ends with a validation.
         steps_per_epoch: Optimiser steps per epoch; 0 for one patch per training case.
         tumour_share: Share of patches centred on a tumour voxel; the others are anywhere.
+        half_resolution_share: Share of patches that are cut at half the resolution, for networks
+            that find a tumour before they segment it.
         learning_rate: Initial learning rate of the optimiser.
         weight_decay: Weight decay per step, multiplied by the learning rate.
         optimiser: `adamw` for decoupled weight decay (Loshchilov 2019); `adam` adds the decay
@@ -89,6 +91,7 @@ class TrainConfig:
     epochs: int = 200
     steps_per_epoch: int = 0
     tumour_share: float = 0.67
+    half_resolution_share: float = 0.0
     learning_rate: float = 3e-4
     weight_decay: float = 5e-5
     optimiser: Optimiser = "adamw"
@@ -143,6 +146,7 @@ class TrainConfig:
             ),
             "epochs": ("at least 1", self.epochs >= 1),
             "steps_per_epoch": ("at least 0", self.steps_per_epoch >= 0),
+            "half_resolution_share": ("within 0 and 1", 0 <= self.half_resolution_share <= 1),
             "tumour_share": ("within 0 and 1", 0 <= self.tumour_share <= 1),
             "learning_rate": ("positive and finite", 0 < self.learning_rate < math.inf),
             "weight_decay": ("at least 0 and finite", 0 <= self.weight_decay < math.inf),

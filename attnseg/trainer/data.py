@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnseg.data.labelled import LabelledCase, find_labelled_cases, naming_case, read_classes
 from attnseg.runtime.errors import TrainingError
@@ -114,6 +115,21 @@ def _cut(array: NDArray[Any], start: NDArray[np.int64], size: int) -> NDArray[An
     return out
 
 
+def at_half_resolution(image: Tensor, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means of 2x2x2 voxels, and the most frequent class in them; the lowest one on ties.
+
+    Args:
+        image: `(C, 2X, 2Y, 2Z)` float32.
+        classes: `(2X, 2Y, 2Z)` int64.
+        count: Number of classes.
+
+    Returns:
+        Image `(C, X, Y, Z)` and classes `(X, Y, Z)`.
+    """
+    shares = torch.cat([F.avg_pool3d((classes == k)[None].float(), 2) for k in range(count)])
+    return F.avg_pool3d(image, 2), shares.argmax(dim=0)
+
+
 class PatchSampler:
     """Draws patches from the training cases, reproducibly for a seed."""
 
@@ -124,6 +140,7 @@ class PatchSampler:
         tumour_share: float,
         classes: int,
         progress: Done | None = None,
+        half_resolution_share: float = 0.0,
     ) -> None:
         """Locate the voxels of each class.
 
@@ -133,7 +150,9 @@ class PatchSampler:
             tumour_share: Share of patches centred on a tumour voxel.
             classes: Number of classes, with background.
             progress: Function called with the name of each case that was searched.
+            half_resolution_share: Share of patches of twice the edge at half the resolution.
         """
+        self._half_share, self._classes = half_resolution_share, classes
         self._cases = cases
         self._size = size
         self._tumour_share = tumour_share
@@ -161,11 +180,15 @@ class PatchSampler:
         """
         index = int(rng.integers(len(self._cases)))
         case = self._cases[index]
-        room = np.array(case.classes.shape) - self._size
-        start = self._centre(index, rng) - self._size // 2
+        coarse = self._half_share > 0 and rng.random() < self._half_share
+        size = 2 * self._size if coarse else self._size
+        room = np.array(case.classes.shape) - size
+        start = self._centre(index, rng) - size // 2
         start = np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), room // 2)
-        image = torch.from_numpy(_cut(case.image, start, self._size).astype(np.float32))
-        classes = torch.from_numpy(_cut(case.classes, start, self._size).astype(np.int64))
+        image = torch.from_numpy(_cut(case.image, start, size).astype(np.float32))
+        classes = torch.from_numpy(_cut(case.classes, start, size).astype(np.int64))
+        if coarse:
+            image, classes = at_half_resolution(image, classes, self._classes)
         return case.name, image, classes
 
 

@@ -299,7 +299,12 @@ def _open_feed(run: Run, training: Sequence[TrainingCase]) -> BatchFeed:
     patch = config.patch + 2 * margin_voxels(config)
     with shown_progress("locating the labels", len(training)) as advance:
         sampler = PatchSampler(
-            training, patch, config.tumour_share, config.network.classes, advance
+            training,
+            patch,
+            config.tumour_share,
+            config.network.classes,
+            progress=advance,
+            half_resolution_share=config.half_resolution_share,
         )
     return BatchFeed(sampler, config.batch_size, run.rng)
 

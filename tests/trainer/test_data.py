@@ -21,7 +21,14 @@ from attnseg.runtime.steps.resample import Grid, resample
 from attnseg.runtime.steps.schemes import Scheme, ZScore
 from attnseg.synthetic import make_case
 from attnseg.trainer.config import TrainConfig
-from attnseg.trainer.data import BatchFeed, PatchSampler, TrainingCase, cached_case, synthetic_cases
+from attnseg.trainer.data import (
+    BatchFeed,
+    PatchSampler,
+    TrainingCase,
+    at_half_resolution,
+    cached_case,
+    synthetic_cases,
+)
 from attnseg.trainer.preparation import Preparation, config_grid, learn_preparation
 from tests.conftest import PLAIN
 
@@ -246,6 +253,20 @@ def test_a_patch_is_a_cube_of_the_case_wherever_it_lies() -> None:
         )
         windows = np.lib.stride_tricks.sliding_window_view(source, (16, 16, 16))
         assert (windows[:, :, :, 0, 0, 0] == image[0, 0, 0, 0].item()).any()
+
+
+def test_patches_at_half_the_resolution_hold_means_and_the_most_frequent_class() -> None:
+    image = torch.arange(8.0).reshape(1, 2, 2, 2)
+    classes = torch.tensor([0, 0, 1, 1, 3, 3, 3, 2]).reshape(2, 2, 2)
+    halved, most = at_half_resolution(image, classes, 4)
+    assert (halved.item(), most.item()) == (3.5, 3)
+    ramp = np.broadcast_to(np.arange(64.0), (1, 64, 64, 64)).astype(np.float16)
+    case = TrainingCase("c", ramp, np.zeros((64, 64, 64), np.uint8))
+    for share, step in ((1.0, 2.0), (0.0, 1.0)):
+        sampler = PatchSampler([case], 8, 0.5, classes=4, half_resolution_share=share)
+        _, found, labels = sampler.draw(np.random.default_rng(0))
+        assert (found.shape, labels.shape) == ((1, 8, 8, 8), (8, 8, 8))
+        assert (found.diff(dim=3) == step).all()
 
 
 def test_a_case_smaller_than_the_patch_is_padded_with_zeros() -> None:
