@@ -33,7 +33,7 @@ gate_options = together(
         help="Largest change of a volume, in %.  [default: 0.5; for verify, the bundle's]",
     ),
 )
-"""Options of the parity gate, which `export` and `verify` share."""
+"""Options of the parity gate, which `export`, `import` and `verify` share."""
 
 
 def _parse_megabytes(_: click.Context, __: click.Parameter, value: int | None) -> int | None:

@@ -1,8 +1,9 @@
 """Normalisation schemes: how the intensities of one channel are mapped.
 
 A scheme computes a `Curve`, a piecewise linear map of intensities, from the distribution of a
-channel's intensities. Tables, threads and CUDA kernels work on curves, so a new scheme requires one
-class in this module and its fields in the manifest.
+channel's intensities. Tables, threads and CUDA kernels work on curves. The schemes of other
+frameworks also have a `function`, which the host uses instead: it computes voxel by voxel in
+float32, in the order of operations of the framework.
 
 Sources: the paper's section 3.3 (zero mean and unit variance per volume and modality over brain
 voxels, then histogram matching to the training set). Matching is the piecewise linear landmark
